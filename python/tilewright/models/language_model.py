@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A loaded model: its architecture, its weights by transformers' names, its tokenizer on demand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from tilewright.formats.int4 import Int4Weight
+from tilewright.formats.int8 import Int8Weight
+from tilewright.models.config import LlamaConfig
+from tilewright.models.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Weight = Tensor | Int4Weight | Int8Weight
+LINEARS = (
+    "self_attn.q_proj",
+    "self_attn.k_proj",
+    "self_attn.v_proj",
+    "self_attn.o_proj",
+    "mlp.gate_proj",
+    "mlp.up_proj",
+    "mlp.down_proj",
+)
+
+
+@dataclass
+class LanguageModel:
+    """A Llama-family model, framework-free.
+
+    ``weights`` maps transformers' parameter names to a float tensor, an Int4Weight or an Int8Weight.
+    A tied output head has no ``lm_head.weight``. ``settings`` holds what a quantizer decided beside
+    the weights (method, activation and cache formats), ``notes`` what a reader should know about the
+    import (a tensor kept in float because its format has no exact low-bit form here, for example).
+    """
+
+    config: LlamaConfig
+    weights: dict[str, Weight]
+    notes: list[str] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+    tokenizer_factory: Callable[[], PreTrainedTokenizerBase] | None = field(default=None, repr=False, compare=False)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """The transformers tokenizer, built at first use.
+
+        Raises:
+            CheckpointError: the checkpoint brings none, or a damaged one.
+        """
+        if self.tokenizer_factory is None:
+            raise CheckpointError(
+                f"{self.source or 'model'}: no tokenizer came with this checkpoint; set model.tokenizer yourself"
+            )
+        return self.tokenizer_factory()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the weights occupy."""
+        return sum(weight_nbytes(w) for w in self.weights.values())
+
+    def dense(self, name: str, dtype: torch.dtype = torch.float32) -> Tensor:
+        """One weight as a float tensor (a copy for low-bit weights)."""
+        weight = self.weights[name]
+        return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
+
+    @property
+    def output_name(self) -> str:
+        """Name of the matrix that maps hidden states to logits."""
+        return "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+
+
+def weight_nbytes(weight: Weight) -> int:
+    """Stored bytes of one weight, scales included."""
+    return weight.numel() * weight.element_size() if isinstance(weight, Tensor) else weight.nbytes
+
+
+def linear_names(config: LlamaConfig) -> Iterator[str]:
+    """Parameter names of all linears of the decoder layers, in execution order (no embedding, no head)."""
+    for layer in range(config.num_hidden_layers):
+        for linear in LINEARS:
+            yield f"model.layers.{layer}.{linear}.weight"
+
+
+def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Every parameter of the architecture with its shape: the complete list that a checkpoint must hold."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    q = config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    matrices = dict(
+        zip(
+            LINEARS,
+            ((q, hidden), (kv, hidden), (kv, hidden), (hidden, q), (inner, hidden), (inner, hidden), (hidden, inner)),
+            strict=True,
+        )
+    )
+    biased = dict.fromkeys(LINEARS[:3], config.qkv_bias) | {LINEARS[3]: config.output_bias}
+    biased |= dict.fromkeys(LINEARS[4:], config.mlp_bias)
+    shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (config.vocab_size, hidden)}
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        shapes[prefix + "input_layernorm.weight"] = (hidden,)
+        shapes[prefix + "post_attention_layernorm.weight"] = (hidden,)
+        for name, shape in matrices.items():
+            shapes[f"{prefix}{name}.weight"] = shape
+            if biased[name]:
+                shapes[f"{prefix}{name}.bias"] = shape[:1]
+    shapes["model.norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["lm_head.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def optional_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
+    """Parameters that a quantizer may add: the post-RoPE key scale S of FireQ (section 4), one row per KV head.
+
+    Keys are multiplied by S and queries by 1/S after the rotation.
+    """
+    shape = (config.num_key_value_heads, config.head_dim)
+    return {f"model.layers.{i}.self_attn.key_scale": shape for i in range(config.num_hidden_layers)}
+
+
+def check_weights(config: LlamaConfig, weights: dict[str, Weight], where: str) -> None:
+    """Raise unless the weights are exactly those of the architecture, with finite values.
+
+    Raises:
+        CheckpointError: naming the missing, unknown, misshapen or non-finite tensor.
+    """
+    expected = expected_shapes(config)
+    allowed = expected | optional_shapes(config)
+    # counted first: a damaged header may ask for millions of layers, and the message needs only one name
+    for name in expected:
+        if name not in weights:
+            raise CheckpointError(f"{where}: tensor {name!r} is missing")
+    for name, weight in weights.items():
+        if name not in allowed:
+            raise CheckpointError(
+                f"{where}: tensor {name[:120]!r} does not belong to this {config.model_type} architecture"
+            )
+        check_shape(name, tuple(weight.shape), allowed[name], where)
+        check_finite(name, weight, where)
+
+
+def check_shape(name: str, got: tuple[int, ...], need: tuple[int, ...], where: str) -> None:
+    """Raise a CheckpointError naming tensor, got and need, if the two differ."""
+    if got != need:
+        raise CheckpointError(f"{where}: tensor {name!r} has shape {list(got)}, the configuration needs {list(need)}")
+
+
+def check_finite(name: str, weight: Weight, where: str) -> None:
+    """Raise a CheckpointError naming the tensor, if a value (or a scale of a low-bit one) is NaN or infinite."""
+    if isinstance(weight, Tensor):
+        parts = {"": weight}
+        if not weight.is_floating_point():
+            raise CheckpointError(f"{where}: tensor {name!r} has dtype {weight.dtype}, a floating dtype is needed")
+    else:
+        parts = {" (scales)": weight.scales}
+        if isinstance(weight, Int4Weight) and weight.offsets is not None and weight.offsets.is_floating_point():
+            parts[" (offsets)"] = weight.offsets
+    for part, tensor in parts.items():
+        if not all_finite(tensor):
+            raise CheckpointError(f"{where}: tensor {name!r}{part} holds NaN or infinite values; the file is damaged")
+
+
+def all_finite(tensor: Tensor) -> bool:
+    """True when no element is NaN or infinite: one pass, no temporary of the tensor's size."""
+    if tensor.numel() == 0:
+        return True
+    if tensor.dtype.itemsize == 1:
+        tensor = tensor.to(torch.float32)
+    low, high = torch.aminmax(tensor)
+    return bool(torch.isfinite(low)) and bool(torch.isfinite(high))
