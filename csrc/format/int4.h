@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+// INT4 weights: the canonical layout on disk, the interleave that the CPU kernels stream, and the only shifts between.
+//
+// Canonical:  codes [N][ceil(K/2)], low nibble = even k, high nibble = odd k; scales and offsets [N][G].
+// CPU:        rows in blocks of 16 (the last one padded), each block three regions that start on a cache line:
+//               codes    [Kp/8][16 rows][4 bytes]  byte b of a row: low nibble k = 8s+b, high nibble k = 8s+4+b
+//               scales   [G][16 rows]
+//               offsets  [G][16 rows]              (minimum or zero point; absent when symmetric)
+//             so that 64 bytes are one vector of 4-byte dot-product lanes, one lane a row, and a block is one stream.
+#pragma once
+
+#include <cstdint>
+
+#include "core/memory.h"
+#include "format/half.h"
+#include "format/header.h"
+
+namespace tilewright::format {
+
+struct Int4 {
+  static constexpr int kRowsPerBlock = 16;
+  static constexpr int kColsPerStep = 8;       // one 64-byte vector: 16 rows x 8 columns
+  static constexpr int kBytesPerStep = 64;
+  static constexpr int kMaxCode = 15;
+  static constexpr int kSymmetricZero = 8;
+
+  static constexpr uint8_t low(uint8_t byte) { return byte & 0x0f; }
+  static constexpr uint8_t high(uint8_t byte) { return byte >> 4; }
+  static constexpr uint8_t pair(uint8_t low_code, uint8_t high_code) {
+    return static_cast<uint8_t>(low_code | (high_code << 4));
+  }
+  static constexpr uint8_t canonical(const uint8_t* row, int64_t k) {
+    return (k % 2 == 0) ? low(row[k / 2]) : high(row[k / 2]);
+  }
+};
+
+inline int64_t scale_bytes(ScaleType type) { return type == ScaleType::kFloat32 ? 4 : 2; }
+inline int64_t offset_bytes(OffsetKind kind, ScaleType type) {
+  if (kind == OffsetKind::kSymmetric) return 0;
+  return kind == OffsetKind::kZeroPoint ? 1 : scale_bytes(type);
+}
+
+inline float load_scale(const void* base, int64_t index, ScaleType type) {
+  if (type == ScaleType::kFloat32) return static_cast<const float*>(base)[index];
+  const uint16_t bits = static_cast<const uint16_t*>(base)[index];
+  return type == ScaleType::kFloat16 ? f16_to_float(bits) : bf16_to_float(bits);
+}
+
+// A packed INT4 weight, parsed and checked once; plain data from then on.
+struct Int4View {
+  int64_t n, k, group;
+  int64_t steps;             // 8-column steps of a block, tail padded
+  int64_t groups;            // G
+  int64_t steps_per_group;   // of every group but the last, which may be short
+  int64_t blocks;            // 16-row blocks
+  int64_t scales_at, offsets_at, block_bytes;
+  ScaleType scale_type;
+  OffsetKind offset_kind;
+  float per_tensor_scale;
+  const uint8_t* payload;
+
+  const uint8_t* block(int64_t b) const { return payload + b * block_bytes; }
+  int64_t padded_k() const { return steps * Int4::kColsPerStep; }
+};
+
+// The layout alone, for a weight that is yet to be packed: payload is null.
+inline Int4View int4_layout(int64_t n, int64_t k, int64_t group, ScaleType scale_type, OffsetKind kind) {
+  Int4View view{};
+  view.n = n;
+  view.k = k;
+  view.group = group;
+  view.steps = ceil_div(k, Int4::kColsPerStep);
+  view.groups = ceil_div(k, group);
+  view.steps_per_group = group / Int4::kColsPerStep;
+  view.blocks = ceil_div(n, Int4::kRowsPerBlock);
+  view.scale_type = scale_type;
+  view.offset_kind = kind;
+  const int64_t lanes = view.groups * Int4::kRowsPerBlock;
+  view.scales_at = view.steps * Int4::kBytesPerStep;
+  view.offsets_at = view.scales_at + round_up(lanes * scale_bytes(scale_type), kCacheLine);
+  view.block_bytes = view.offsets_at + round_up(lanes * offset_bytes(kind, scale_type), kCacheLine);
+  view.per_tensor_scale = 1.0f;
+  return view;
+}
+
+inline Int4View int4_view(const void* blob, int64_t blob_bytes, const char* op) {
+  const PackedHeader header = read_header(blob, blob_bytes, FormatId::kInt4, op);
+  check_shape(header, op);
+  require(header.group > 0 && header.group % 16 == 0 && header.group < kMaxDim, op, ": weight header states group ",
+          header.group, ", needed a multiple of 16");
+  require(header.scale_type <= ScaleType::kFloat32 && header.offset_kind <= OffsetKind::kZeroPoint, op,
+          ": weight header states an unknown scale or offset type");
+  Int4View view = int4_layout(header.rows, header.cols, header.group, header.scale_type, header.offset_kind);
+  check_payload(header, view.blocks * view.block_bytes, blob_bytes, op);
+  view.per_tensor_scale = header.per_tensor_scale;
+  view.payload = static_cast<const uint8_t*>(blob) + sizeof(header);
+  return view;
+}
+
+// Canonical tensors to the CPU interleave. scales and offsets already have the packed types.
+inline void int4_pack(const Int4View& layout, const uint8_t* codes, const void* scales, const void* offsets,
+                      uint8_t* payload, int64_t first_block, int64_t last_block) {
+  const int64_t row_bytes = ceil_div(layout.k, 2);
+  const int64_t s_bytes = scale_bytes(layout.scale_type);
+  const int64_t o_bytes = offset_bytes(layout.offset_kind, layout.scale_type);
+  for (int64_t b = first_block; b < last_block; ++b) {
+    uint8_t* block = payload + b * layout.block_bytes;
+    std::memset(block, 0, static_cast<size_t>(layout.block_bytes));
+    for (int r = 0; r < Int4::kRowsPerBlock; ++r) {
+      const int64_t row = b * Int4::kRowsPerBlock + r;
+      if (row >= layout.n) break;
+      const uint8_t* source = codes + row * row_bytes;
+      const auto code = [&](int64_t k) { return k < layout.k ? Int4::canonical(source, k) : uint8_t{0}; };
+      for (int64_t s = 0; s < layout.steps; ++s) {
+        for (int byte = 0; byte < 4; ++byte) {
+          const int64_t k = s * Int4::kColsPerStep + byte;
+          block[(s * Int4::kRowsPerBlock + r) * 4 + byte] = Int4::pair(code(k), code(k + 4));
+        }
+      }
+      const auto gather = [&](uint8_t* region, const void* base, int64_t bytes) {
+        for (int64_t g = 0; g < layout.groups; ++g) {
+          std::memcpy(region + (g * Int4::kRowsPerBlock + r) * bytes,
+                      static_cast<const uint8_t*>(base) + (row * layout.groups + g) * bytes,
+                      static_cast<size_t>(bytes));
+        }
+      };
+      gather(block + layout.scales_at, scales, s_bytes);
+      if (o_bytes != 0) gather(block + layout.offsets_at, offsets, o_bytes);
+    }
+  }
+}
+
+// Code of element (row, k) in the CPU interleave: for oracles and the generic level.
+inline uint8_t int4_code(const Int4View& view, int64_t row, int64_t k) {
+  const uint8_t* block = view.block(row / Int4::kRowsPerBlock);
+  const int64_t step = k / Int4::kColsPerStep;
+  const int64_t within = k % Int4::kColsPerStep;
+  const uint8_t byte = block[(step * Int4::kRowsPerBlock + row % Int4::kRowsPerBlock) * 4 + within % 4];
+  return within < 4 ? Int4::low(byte) : Int4::high(byte);
+}
+
+}  // namespace tilewright::format

@@ -1,0 +1,60 @@
+// SPDX-License-Identifier: Apache-2.0
+// tilewright._host: build info, instruction-set levels, plans and formats, for people and tests. No tensor crosses it.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "format/fp8.h"
+#include "isa/isa.h"
+#include "ops/int4_linear/plan.h"
+
+namespace py = pybind11;
+
+namespace tilewright {
+namespace {
+
+py::dict build_info() {
+  py::dict info;
+  info["compiler"] = __VERSION__;
+  info["cxx_standard"] = __cplusplus;
+#ifdef NDEBUG
+  info["assertions"] = false;
+#else
+  info["assertions"] = true;
+#endif
+  info["packed_version"] = format::PackedHeader::kVersion;
+  return info;
+}
+
+py::dict int4_linear_plan(int64_t m, int64_t n, int64_t k, int64_t group) {
+  const auto layout =
+      format::int4_layout(n, k, group, format::ScaleType::kFloat16, format::OffsetKind::kSymmetric);
+  const auto plan = int4_linear::choose_plan(m, layout);
+  py::dict out;
+  out["walk"] = plan.walk == int4_linear::Walk::kStream ? "stream" : "panel";
+  out["items"] = plan.items;
+  out["blocks_per_item"] = plan.blocks_per_item;
+  out["weight_bytes"] = plan.weight_bytes;
+  out["operations"] = plan.operations;
+  out["text"] = int4_linear::describe(plan);
+  return out;
+}
+
+template <class Format>
+void bind_fp8(py::module_& m, const std::string& prefix) {
+  m.def((prefix + "_encode").c_str(), &Format::encode, "Nearest code (ties to even), saturating; NaN stays NaN");
+  m.def((prefix + "_decode").c_str(), &Format::decode, "Value of a code");
+}
+
+}  // namespace
+}  // namespace tilewright
+
+PYBIND11_MODULE(_host, m) {
+  using namespace tilewright;
+  m.doc() = "Introspection of tilewright's native code";
+  m.def("build_info", &build_info);
+  m.def("isa_detected", [] { return std::string(isa::name(isa::detected())); });
+  m.def("isa_active", [] { return std::string(isa::name(isa::active())); });
+  m.def("int4_linear_plan", &int4_linear_plan, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("group"));
+  bind_fp8<format::E4M3>(m, "e4m3");
+  bind_fp8<format::E5M2>(m, "e5m2");
+}

@@ -1,0 +1,151 @@
+// SPDX-License-Identifier: Apache-2.0
+// Plain C++: always present, always correct. The vector levels follow the same order of float operations in the INT8
+// path (one multiply-add a group, groups in sequence), so that all levels give the same bits there.
+#include <cmath>
+
+#include "format/fp8.h"
+#include "ops/int4_linear/activation.h"
+#include "ops/int4_linear/kernels.h"
+
+namespace tilewright::int4_linear::generic {
+namespace {
+
+using format::Int4;
+using format::Int4View;
+using format::OffsetKind;
+
+constexpr int kRows = Int4::kRowsPerBlock;
+
+// One group of one row against one token. Columns past K hold code 0 against activation 0.
+template <class Code, class Sum>
+Sum group_dot(const Int4View& w, int64_t row, const Code* x, int64_t k_first, int64_t k_last, int zero) {
+  Sum sum = 0;
+  for (int64_t k = k_first; k < k_last; ++k) {
+    sum += static_cast<Sum>(static_cast<int>(format::int4_code(w, row, k)) - zero) * static_cast<Sum>(x[k]);
+  }
+  return sum;
+}
+
+struct Lane {
+  float scale;
+  float minimum;   // kMinimum only
+  int zero;        // subtracted from the code
+};
+
+Lane lane_of(const Int4View& w, int64_t row, int64_t g) {
+  const uint8_t* block = w.block(row / kRows);
+  const int64_t index = g * kRows + row % kRows;
+  Lane lane{format::load_scale(block + w.scales_at, index, w.scale_type), 0.0f, Int4::kSymmetricZero};
+  if (w.offset_kind == OffsetKind::kMinimum) {
+    lane.minimum = format::load_scale(block + w.offsets_at, index, w.scale_type);
+    lane.zero = 0;
+  } else if (w.offset_kind == OffsetKind::kZeroPoint) {
+    lane.zero = (block + w.offsets_at)[index];
+  }
+  return lane;
+}
+
+float finish(const Problem& p, int64_t m, int64_t n, float sum) {
+  const float scaled = sum * (p.x.scales[m] / p.weight.per_tensor_scale);
+  return p.bias != nullptr ? scaled + p.bias[n] : scaled;
+}
+
+float int8_element(const Problem& p, int64_t m, int64_t n) {
+  const Int4View& w = p.weight;
+  const auto* x = static_cast<const int8_t*>(p.x.codes) + m * w.padded_k();
+  const auto* sums = static_cast<const int32_t*>(p.x.group_sums) + m * w.groups;
+  float total = 0.0f;
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const Lane lane = lane_of(w, n, g);
+    const int64_t last = std::min(w.k, (g + 1) * w.group);
+    const auto dot = group_dot<int8_t, int32_t>(w, n, x, g * w.group, last, lane.zero);
+    total = std::fma(lane.scale, static_cast<float>(dot), total);
+    if (w.offset_kind == OffsetKind::kMinimum) {
+      total = std::fma(lane.minimum, static_cast<float>(sums[g]), total);
+    }
+  }
+  return finish(p, m, n, total);
+}
+
+float fp8_element(const Problem& p, int64_t m, int64_t n) {
+  const Int4View& w = p.weight;
+  const auto* x = static_cast<const uint16_t*>(p.x.codes) + m * w.padded_k();
+  const auto* sums = static_cast<const float*>(p.x.group_sums) + m * w.groups;
+  float total = 0.0f;
+  for (int64_t g = 0; g < w.groups; ++g) {
+    const Lane lane = lane_of(w, n, g);
+    float part = 0.0f;
+    for (int64_t s = g * w.steps_per_group; s < std::min(w.steps, (g + 1) * w.steps_per_group); ++s) {
+      for (int slot = 0; slot < Int4::kColsPerStep; ++slot) {
+        const int code = format::int4_code(w, n, s * Int4::kColsPerStep + kPairOrder[slot]) - lane.zero;
+        float weight = static_cast<float>(code);
+        if (p.mode == Mode::kFold) weight = format::E4M3::round(weight * lane.scale);
+        part = std::fma(weight, format::bf16_to_float(x[s * Int4::kColsPerStep + slot]), part);
+      }
+    }
+    total = p.mode == Mode::kFold ? total + part : std::fma(lane.scale, part, total);
+    if (w.offset_kind == OffsetKind::kMinimum) total = std::fma(lane.minimum, sums[g], total);
+  }
+  return finish(p, m, n, total);
+}
+
+template <float (*element)(const Problem&, int64_t, int64_t)>
+void run(const Problem& p, const Plan& plan, int64_t first, int64_t last) {
+  const int64_t rows = plan.blocks_per_item * kRows;
+  for (int64_t n = first * rows; n < std::min(p.weight.n, last * rows); ++n) {
+    for (int64_t m = 0; m < p.m; ++m) p.y[m * p.y_stride + n] = element(p, m, n);
+  }
+}
+
+// absmax / limit, 1 for zeros, NaN when anything is not finite.
+float token_scale(const float* x, int64_t k, float limit) {
+  float largest = 0.0f;
+  for (int64_t i = 0; i < k; ++i) {
+    if (!std::isfinite(x[i])) return std::nanf("");
+    largest = std::max(largest, std::fabs(x[i]));
+  }
+  const float scale = largest / limit;
+  return scale == 0.0f ? 1.0f : scale;
+}
+
+}  // namespace
+
+void int8_items(const Problem& p, const Plan& plan, int64_t first, int64_t last) {
+  run<int8_element>(p, plan, first, last);
+}
+
+void fp8_items(const Problem& p, const Plan& plan, int64_t first, int64_t last) {
+  run<fp8_element>(p, plan, first, last);
+}
+
+float prepare_int8(const float* x, int64_t k, int64_t group, void* codes, void* group_sums) {
+  const float scale = token_scale(x, k, kInt8Limit);
+  const bool finite = std::isfinite(scale);
+  auto* out = static_cast<int8_t*>(codes);
+  auto* sums = static_cast<int32_t*>(group_sums);
+  const int64_t kp = round_up(k, Int4::kColsPerStep);
+  for (int64_t g = 0; g < ceil_div(k, group); ++g) sums[g] = 0;
+  for (int64_t i = 0; i < kp; ++i) {
+    out[i] = finite && i < k ? static_cast<int8_t>(std::nearbyint(x[i] / scale)) : int8_t{0};
+    if (i < k) sums[i / group] += out[i];
+  }
+  return scale;
+}
+
+float prepare_fp8(const float* x, int64_t k, int64_t group, void* codes, void* group_sums) {
+  const float scale = token_scale(x, k, kFp8Limit);
+  const bool finite = std::isfinite(scale);
+  auto* out = static_cast<uint16_t*>(codes);
+  auto* sums = static_cast<float*>(group_sums);
+  const int64_t kp = round_up(k, Int4::kColsPerStep);
+  for (int64_t g = 0; g < ceil_div(k, group); ++g) sums[g] = 0.0f;
+  for (int64_t i = 0; i < kp; ++i) {
+    const int64_t source = (i / 8) * 8 + kPairOrder[i % 8];
+    const float value = finite && source < k ? format::E4M3::round(x[source] / scale) : 0.0f;
+    out[i] = format::float_to_bf16(value);   // exact: four significant bits
+    sums[std::min(source, k - 1) / group] += value;
+  }
+  return scale;
+}
+
+}  // namespace tilewright::int4_linear::generic

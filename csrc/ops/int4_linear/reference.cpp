@@ -1,0 +1,50 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "ops/int4_linear/reference.h"
+
+#include "format/fp8.h"
+#include "ops/int4_linear/activation.h"
+
+namespace tilewright::int4_linear {
+namespace {
+
+double activation_code(const Problem& p, int64_t m, int64_t k) {
+  const int64_t kp = p.weight.padded_k();
+  if (p.activation == Activation::kInt8) return static_cast<const int8_t*>(p.x.codes)[m * kp + k];
+  const auto* row = static_cast<const uint16_t*>(p.x.codes) + m * kp + (k / 8) * 8;
+  for (int slot = 0; slot < 8; ++slot) {
+    if (kPairOrder[slot] == k % 8) return format::bf16_to_float(row[slot]);
+  }
+  return 0.0;
+}
+
+double weight_value(const Problem& p, int64_t n, int64_t k) {
+  using format::Int4;
+  using format::OffsetKind;
+  const format::Int4View& w = p.weight;
+  const uint8_t* block = w.block(n / Int4::kRowsPerBlock);
+  const int64_t lane = (k / w.group) * Int4::kRowsPerBlock + n % Int4::kRowsPerBlock;
+  const double scale = format::load_scale(block + w.scales_at, lane, w.scale_type);
+  const double code = format::int4_code(w, n, k);
+  if (w.offset_kind == OffsetKind::kMinimum) {
+    return code * scale + format::load_scale(block + w.offsets_at, lane, w.scale_type);
+  }
+  const double zero =
+      w.offset_kind == OffsetKind::kZeroPoint ? (block + w.offsets_at)[lane] : double{Int4::kSymmetricZero};
+  if (p.mode == Mode::kFold) return format::E4M3::round(static_cast<float>((code - zero) * scale));
+  return (code - zero) * scale;
+}
+
+}  // namespace
+
+void reference(const Problem& p, double* y) {
+  for (int64_t m = 0; m < p.m; ++m) {
+    for (int64_t n = 0; n < p.weight.n; ++n) {
+      double sum = 0.0;
+      for (int64_t k = 0; k < p.weight.k; ++k) sum += activation_code(p, m, k) * weight_value(p, n, k);
+      sum *= p.x.scales[m] / static_cast<double>(p.weight.per_tensor_scale);
+      y[m * p.weight.n + n] = sum + (p.bias != nullptr ? p.bias[n] : 0.0f);
+    }
+  }
+}
+
+}  // namespace tilewright::int4_linear

@@ -1,0 +1,177 @@
+// SPDX-License-Identifier: Apache-2.0
+// int4_int8_linear, int4_fp8_linear, their packer and their activation quantizers as torch operators.
+#include "ops/int4_linear/kernels.h"
+#include "format/fp8.h"
+#include "torch/tensors.h"
+
+namespace tilewright::torch_adapter {
+namespace {
+
+using format::Int4View;
+using format::OffsetKind;
+using format::ScaleType;
+using int4_linear::Activation;
+using int4_linear::Mode;
+
+// Enough rows of work that waking a thread is worth it.
+constexpr int64_t kTokensPerThread = 4;
+
+ScaleType scale_type_of(const Tensor& scales, const char* op) {
+  switch (scales.scalar_type()) {
+    case ScalarType::Half: return ScaleType::kFloat16;
+    case ScalarType::BFloat16: return ScaleType::kBFloat16;
+    case ScalarType::Float: return ScaleType::kFloat32;
+    default: fail(op, ": scales has dtype ", dtype_name(scales.scalar_type()), ", needed float16, bfloat16 or float32");
+  }
+}
+
+OffsetKind offset_kind_of(const std::optional<Tensor>& offsets, const Tensor& scales, const char* op) {
+  if (!offsets.has_value()) return OffsetKind::kSymmetric;
+  if (offsets->scalar_type() == ScalarType::Byte) return OffsetKind::kZeroPoint;
+  require(offsets->scalar_type() == scales.scalar_type(), op, ": offsets has dtype ",
+          dtype_name(offsets->scalar_type()), ", needed uint8 (zero points) or the dtype of scales (minima)");
+  return OffsetKind::kMinimum;
+}
+
+Tensor int4_pack(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& offsets, int64_t cols,
+                 int64_t group, double per_tensor_scale) {
+  constexpr const char* kOp = "int4_pack";
+  require_cpu(codes, kOp, "codes");
+  require_cpu(scales, kOp, "scales");
+  require_dtype(codes, ScalarType::Byte, kOp, "codes");
+  require_dim(codes, 2, kOp, "codes", "[N, ceil(K/2)]");
+  require_dim(scales, 2, kOp, "scales", "[N, ceil(K/group)]");
+  require(cols > 0, kOp, ": K = ", cols, ", needed at least 1");
+  require(group > 0 && group % 16 == 0, kOp, ": group = ", group, ", needed a multiple of 16");
+  const int64_t rows = codes.size(0);
+  const Int4View layout = format::int4_layout(rows, cols, group, scale_type_of(scales, kOp),
+                                              offset_kind_of(offsets, scales, kOp));
+  require_size(codes, 1, ceil_div(cols, 2), kOp, "codes", "ceil(K/2)");
+  require_size(scales, 0, rows, kOp, "scales", "N");
+  require_size(scales, 1, layout.groups, kOp, "scales", "ceil(K/group)");
+  const Tensor c = torch::stable::contiguous(codes), s = torch::stable::contiguous(scales);
+  std::optional<Tensor> o;
+  if (offsets.has_value()) {
+    require_cpu(*offsets, kOp, "offsets");
+    require_dim(*offsets, 2, kOp, "offsets", "[N, ceil(K/group)]");
+    require_size(*offsets, 0, rows, kOp, "offsets", "N");
+    require_size(*offsets, 1, layout.groups, kOp, "offsets", "ceil(K/group)");
+    o = torch::stable::contiguous(*offsets);
+  }
+
+  format::PackedHeader header{};
+  std::memcpy(header.magic, format::PackedHeader::kMagic, sizeof(header.magic));
+  header.version = format::PackedHeader::kVersion;
+  header.format = format::FormatId::kInt4;
+  header.scale_type = layout.scale_type;
+  header.offset_kind = layout.offset_kind;
+  header.rows = rows;
+  header.cols = cols;
+  header.group = group;
+  header.payload_bytes = layout.blocks * layout.block_bytes;
+  header.per_tensor_scale = static_cast<float>(per_tensor_scale);
+  Tensor blob = empty_cpu({static_cast<int64_t>(sizeof(header)) + header.payload_bytes}, ScalarType::Byte);
+  auto* bytes = mutable_data<uint8_t>(blob);
+  std::memcpy(bytes, &header, sizeof(header));
+  torch::stable::parallel_for(0, layout.blocks, 1, [&](int64_t first, int64_t last) {
+    format::int4_pack(layout, data<uint8_t>(c), s.const_data_ptr(), o.has_value() ? o->const_data_ptr() : nullptr,
+                      bytes + sizeof(header), first, last);
+  });
+  return blob;
+}
+
+struct Prepared {
+  Tensor codes, scales, sums;
+};
+
+Prepared prepare(const Tensor& x, int64_t m, const Int4View& weight, Activation activation) {
+  const bool int8 = activation == Activation::kInt8;
+  Prepared out{empty_cpu({m, int4_linear::code_bytes(activation, weight)}, ScalarType::Byte),
+               empty_cpu({m}, ScalarType::Float), empty_cpu({m, weight.groups}, ScalarType::Float)};
+  const auto& kernels = int4_linear::kernels();
+  const auto token = int8 ? kernels.prepare_int8 : kernels.prepare_fp8;
+  const auto* source = data<float>(x);
+  auto* codes = mutable_data<uint8_t>(out.codes);
+  auto* scales = mutable_data<float>(out.scales);
+  auto* sums = mutable_data<float>(out.sums);
+  torch::stable::parallel_for(0, m, kTokensPerThread, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) {
+      scales[t] = token(source + t * weight.k, weight.k, weight.group,
+                        codes + t * int4_linear::code_bytes(activation, weight), sums + t * weight.groups);
+    }
+  });
+  return out;
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
+              Activation activation, Mode mode, const char* op) {
+  require_cpu(x, op, "x");
+  require_cpu(weight, op, "weight");
+  require_dtype(weight, ScalarType::Byte, op, "weight");
+  require_dim(weight, 1, op, "weight", "the one-dimensional blob of Int4Weight.pack()");
+  require(weight.is_contiguous(), op, ": weight must be contiguous; pass the blob of Int4Weight.pack() itself");
+  const Int4View view = format::int4_view(weight.const_data_ptr(), weight.numel(), op);
+  require(out_features == view.n, op, ": out_features = ", out_features, ", but weight was packed with N = ", view.n);
+  require(x.dim() >= 1, op, ": x is a scalar, needed [..., K] with K = ", view.k);
+  require_size(x, x.dim() - 1, view.k, op, "x", "K");
+  require(mode == Mode::kExact || view.offset_kind == OffsetKind::kSymmetric, op,
+          ": mode='fold' needs a symmetric weight; use mode='exact' for weights with minima or zero points");
+
+  const Tensor input = as_float(x, op, "x");
+  const int64_t m = input.numel() / view.k;
+  std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
+  sizes.back() = view.n;
+  Tensor y = empty_cpu(sizes, ScalarType::Float);
+  std::optional<Tensor> b;
+  if (bias.has_value()) {
+    require_cpu(*bias, op, "bias");
+    require_dim(*bias, 1, op, "bias", "[N]");
+    require_size(*bias, 0, view.n, op, "bias", "N");
+    b = as_float(*bias, op, "bias");
+  }
+  const Prepared prepared = prepare(input, m, view, activation);
+  const int4_linear::Problem problem{
+      .weight = view,
+      .activation = activation,
+      .mode = mode,
+      .m = m,
+      .x = {prepared.codes.const_data_ptr(), data<float>(prepared.scales), prepared.sums.const_data_ptr()},
+      .bias = b.has_value() ? data<float>(*b) : nullptr,
+      .y = mutable_data<float>(y),
+      .y_stride = view.n,
+  };
+  const int4_linear::Plan plan = int4_linear::choose_plan(m, view);
+  const auto& kernels = int4_linear::kernels();
+  const auto run = activation == Activation::kInt8 ? kernels.int8_items : kernels.fp8_items;
+  torch::stable::parallel_for(0, plan.items, 1,
+                              [&](int64_t first, int64_t last) { run(problem, plan, first, last); });
+  return torch::stable::to(y, x.scalar_type());
+}
+
+Tensor int4_int8_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                        int64_t out_features) {
+  return linear(x, weight, bias, out_features, Activation::kInt8, Mode::kExact, "int4_int8_linear");
+}
+
+Tensor int4_fp8_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
+                       bool fold) {
+  return linear(x, weight, bias, out_features, Activation::kFp8, fold ? Mode::kFold : Mode::kExact,
+                "int4_fp8_linear");
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tilewright, m) {
+  m.def(
+      "int4_pack(Tensor codes, Tensor scales, Tensor? offsets, int cols, int group, float per_tensor_scale) -> Tensor");
+  m.def("int4_int8_linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features) -> Tensor");
+  m.def("int4_fp8_linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features, bool fold) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tilewright, CPU, m) {
+  m.impl("int4_pack", TORCH_BOX(&int4_pack));
+  m.impl("int4_int8_linear", TORCH_BOX(&int4_int8_linear));
+  m.impl("int4_fp8_linear", TORCH_BOX(&int4_fp8_linear));
+}
+
+}  // namespace tilewright::torch_adapter
