@@ -75,5 +75,5 @@ def test_a_damaged_encyclopedia_is_named(monkeypatch, tmp_path, content):
     path = tmp_path / "summaries.json"
     path.write_bytes(content)
     monkeypatch.setenv(text_module.ENCYCLOPEDIA_VARIABLE, str(path))
-    with pytest.raises(ValueError, match="summaries.json"):
+    with pytest.raises(ValueError, match=r"summaries\.json"):
         corpus("encyclopedia", "evaluation")

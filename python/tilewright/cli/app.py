@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The verbs put together."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated
+
+import typer
+
+from tilewright.cli import bench, chat, demo, doctor, evaluate, fetch, generate, quantize, reproduce
+from tilewright.cli.shared import DEBUG_VARIABLE, Verbs
+
+EPILOG = "Exit codes: 0 done, 1 a claim or check failed, 2 bad input, 3 a package is missing, 70 internal, 130 interrupted."
+
+app = typer.Typer(
+    name="tw", cls=Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, epilog=EPILOG
+)
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
+) -> None:
+    """Neural networks in few bits: load, quantize, run and check real models."""
+    if debug:
+        os.environ[DEBUG_VARIABLE] = "1"
+    if version:
+        from importlib.metadata import version as installed
+
+        print(installed("tilewright"))
+        raise typer.Exit
+
+
+for name, verb in {
+    "demo": demo.demo,
+    "fetch": fetch.fetch,
+    "quantize": quantize.quantize,
+    "generate": generate.generate,
+    "chat": chat.chat,
+    "eval": evaluate.evaluate,
+    "bench": bench.bench,
+    "reproduce": reproduce.reproduce,
+    "doctor": doctor.doctor,
+}.items():
+    app.command(name)(verb)
