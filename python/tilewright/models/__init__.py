@@ -16,11 +16,13 @@ from tilewright.models.rope import RopeScaling
 if TYPE_CHECKING:
     from tilewright.models.checkpoint import save
     from tilewright.models.hf import to_transformers
+    from tilewright.models.int4_cache import Int4KVCache
     from tilewright.models.language_model import LanguageModel, linear_names
     from tilewright.models.loading import load
 
 __all__ = [
     "CheckpointError",
+    "Int4KVCache",
     "LanguageModel",
     "LlamaConfig",
     "RopeScaling",
@@ -31,6 +33,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "Int4KVCache": "int4_cache",
     "LanguageModel": "language_model",
     "linear_names": "language_model",
     "load": "loading",
