@@ -23,6 +23,7 @@ struct Int4 {
   static constexpr int kBytesPerStep = 64;
   static constexpr int kMaxCode = 15;
   static constexpr int kSymmetricZero = 8;
+  static constexpr int64_t kMaxGroup = int64_t{1} << 19;   // a group's INT8 products then fit in 32 bits
 
   static constexpr uint8_t low(uint8_t byte) { return byte & 0x0f; }
   static constexpr uint8_t high(uint8_t byte) { return byte >> 4; }
@@ -83,11 +84,15 @@ inline Int4View int4_layout(int64_t n, int64_t k, int64_t group, ScaleType scale
   return view;
 }
 
+inline void require_group(int64_t group, const char* op) {
+  require(group > 0 && group % 16 == 0 && group <= Int4::kMaxGroup, op, ": group = ", group,
+          ", needed a multiple of 16 up to ", Int4::kMaxGroup);
+}
+
 inline Int4View int4_view(const void* blob, int64_t blob_bytes, const char* op) {
   const PackedHeader header = read_header(blob, blob_bytes, FormatId::kInt4, op);
   check_shape(header, op);
-  require(header.group > 0 && header.group % 16 == 0 && header.group < kMaxDim, op, ": weight header states group ",
-          header.group, ", needed a multiple of 16");
+  require_group(header.group, op);
   require(header.scale_type <= ScaleType::kFloat32 && header.offset_kind <= OffsetKind::kZeroPoint, op,
           ": weight header states an unknown scale or offset type");
   Int4View view = int4_layout(header.rows, header.cols, header.group, header.scale_type, header.offset_kind);

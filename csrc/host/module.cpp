@@ -5,6 +5,7 @@
 
 #include "format/fp8.h"
 #include "isa/isa.h"
+#include "microbench/microbench.h"
 #include "ops/int4_linear/plan.h"
 
 namespace py = pybind11;
@@ -30,13 +31,24 @@ py::dict int4_linear_plan(int64_t m, int64_t n, int64_t k, int64_t group) {
       format::int4_layout(n, k, group, format::ScaleType::kFloat16, format::OffsetKind::kSymmetric);
   const auto plan = int4_linear::choose_plan(m, layout);
   py::dict out;
-  out["walk"] = plan.walk == int4_linear::Walk::kStream ? "stream" : "panel";
   out["items"] = plan.items;
   out["blocks_per_item"] = plan.blocks_per_item;
   out["weight_bytes"] = plan.weight_bytes;
   out["operations"] = plan.operations;
   out["text"] = int4_linear::describe(plan);
   return out;
+}
+
+double read_bandwidth(const py::buffer& buffer, int threads, double seconds) {
+  const py::buffer_info info = buffer.request();
+  py::gil_scoped_release release;
+  return microbench::read_bytes_per_second(static_cast<const uint8_t*>(info.ptr), info.size * info.itemsize, threads,
+                                           seconds);
+}
+
+double peak_operations(const std::string& kind, int threads, double seconds) {
+  py::gil_scoped_release release;
+  return microbench::peak_operations_per_second(kind, threads, seconds);
 }
 
 template <class Format>
@@ -55,6 +67,10 @@ PYBIND11_MODULE(_host, m) {
   m.def("isa_detected", [] { return std::string(isa::name(isa::detected())); });
   m.def("isa_active", [] { return std::string(isa::name(isa::active())); });
   m.def("int4_linear_plan", &int4_linear_plan, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("group"));
+  m.def("read_bandwidth", &read_bandwidth, py::arg("buffer"), py::arg("threads"), py::arg("seconds") = 0.5,
+        "Bytes a second of a plain read of the whole buffer");
+  m.def("peak_operations", &peak_operations, py::arg("kind"), py::arg("threads"), py::arg("seconds") = 0.5,
+        "Multiplications and additions a second of the widest int8, bf16 or fp32 instruction");
   bind_fp8<format::E4M3>(m, "e4m3");
   bind_fp8<format::E5M2>(m, "e5m2");
 }

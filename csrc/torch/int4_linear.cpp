@@ -42,7 +42,7 @@ Tensor int4_pack(const Tensor& codes, const Tensor& scales, const std::optional<
   require_dim(codes, 2, kOp, "codes", "[N, ceil(K/2)]");
   require_dim(scales, 2, kOp, "scales", "[N, ceil(K/group)]");
   require(cols > 0, kOp, ": K = ", cols, ", needed at least 1");
-  require(group > 0 && group % 16 == 0, kOp, ": group = ", group, ", needed a multiple of 16");
+  format::require_group(group, kOp);
   const int64_t rows = codes.size(0);
   const Int4View layout = format::int4_layout(rows, cols, group, scale_type_of(scales, kOp),
                                               offset_kind_of(offsets, scales, kOp));

@@ -6,8 +6,6 @@
 namespace tilewright::int4_linear {
 namespace {
 
-// A panel costs one pass over the strip; it pays once the strip is used by more than a few tiles of tokens.
-constexpr int64_t kPanelTokens = 16;
 // Two blocks share each broadcast of an activation.
 constexpr int64_t kBlocksPerStrip = 2;
 
@@ -15,7 +13,6 @@ constexpr int64_t kBlocksPerStrip = 2;
 
 Plan choose_plan(int64_t m, const format::Int4View& weight) {
   Plan plan{};
-  plan.walk = m >= kPanelTokens ? Walk::kPanel : Walk::kStream;
   plan.blocks_per_item = kBlocksPerStrip;
   plan.items = m == 0 ? 0 : ceil_div(weight.blocks, plan.blocks_per_item);
   plan.weight_bytes = weight.blocks * weight.block_bytes;
@@ -25,7 +22,7 @@ Plan choose_plan(int64_t m, const format::Int4View& weight) {
 
 std::string describe(const Plan& plan) {
   std::ostringstream text;
-  text << (plan.walk == Walk::kStream ? "stream" : "panel") << " items=" << plan.items
+  text << "items=" << plan.items
        << " rows_per_item=" << plan.blocks_per_item * format::Int4::kRowsPerBlock
        << " weight_bytes=" << plan.weight_bytes << " operations=" << plan.operations;
   return text.str();

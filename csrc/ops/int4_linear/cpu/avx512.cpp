@@ -6,8 +6,9 @@
 namespace tilewright::int4_linear::avx512 {
 namespace {
 
-// Products of a lane sum in 32 bits: 15 * 128 * K stays below 2^31 for K up to 2^20, and the packer's K below 2^31 is
-// cut into groups; a per-channel group of that length is refused by the plan's caller.
+// A 32-bit lane holds a group's products and, from the start, minus its zero point times its sum of activations.
+static_assert(int64_t{2} * Int4::kMaxCode * 128 * Int4::kMaxGroup < INT32_MAX, "groups too long for 32 bits");
+
 struct Int8Dot {
   static constexpr int kVectors = 2;     // columns 0..3 and 4..7 of a step
   static constexpr int kCodeBytes = 1;
@@ -30,6 +31,7 @@ struct Int8Dot {
   }
   static Acc dot(Acc acc, __m512i weights, __m512i x) { return _mm512_dpbusd_epi32(acc, weights, x); }
   static __m512 to_float(Acc acc) { return _mm512_cvtepi32_ps(acc); }
+  static __m512 broadcast_sum(Sum sum) { return _mm512_cvtepi32_ps(_mm512_set1_epi32(sum)); }
 };
 
 }  // namespace

@@ -40,6 +40,7 @@ struct Bf16Dot {
     return _mm512_dpbf16_ps(acc, std::bit_cast<__m512bh>(weights), std::bit_cast<__m512bh>(x));
   }
   static __m512 to_float(Acc acc) { return acc; }
+  static __m512 broadcast_sum(Sum sum) { return _mm512_set1_ps(sum); }
 
   __m512i table;
 };

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two walks of the AVX-512 levels, over a Dot that knows the activation format.
+// The tile of the AVX-512 levels, over a Dot that knows the activation format.
 //
-// Stream: codes are decoded where they are used. Panel: a strip of 32 rows is decoded once and reused over all tokens.
-// Both add a group's products in the same order, so a token's result does not depend on how many tokens come with it.
+// Codes are decoded where they are used, also for many tokens: and, shift and table lookup run beside the dot products,
+// and a panel decoded once and kept in cache was slower at every size measured. A group's products are added in one
+// fixed order, so a token's result does not depend on how many tokens come with it.
 //
-// A Dot provides: kVectors (vectors a step decodes to), Word (what one broadcast of activations covers), Acc, Sum,
-//   start(sum, zero)        accumulator of a group before its products
-//   decode(step, vectors)   64 packed bytes -> kVectors operands
-//   dot(acc, vector, word)  acc + products
-//   to_float(acc)
+// A Dot provides: kVectors (vectors a step decodes to), kCodeBytes (of one activation), Acc, Sum,
+//   start(sum[, zero])      accumulator of a group before its products
+//   decode(packed, vectors) 64 packed bytes -> kVectors operands
+//   dot(acc, vector, word)  acc + products with one broadcast word of activations
+//   to_float(acc), broadcast_sum(sum)
 #pragma once
 
 #include "isa/vec_avx512.h"
@@ -17,18 +18,19 @@
 namespace tilewright::int4_linear {
 namespace {
 
-constexpr int kStrip = 2;   // blocks side by side: each broadcast activation serves both
+constexpr int kStrip = 2;              // blocks side by side: each broadcast activation serves both
+constexpr int kTokensPerTile = 5;      // 10 accumulators and 10 totals leave room for operands; 6 spill, 4 reuse less
+constexpr int kPrefetchBytes = 1024;   // a row block crosses pages, where the hardware prefetcher stops
 
-template <class Dot>
-__m512i broadcast(const void* codes, int64_t word) {
+inline __m512i broadcast(const void* codes, int64_t word) {
   int32_t value;
   std::memcpy(&value, static_cast<const uint8_t*>(codes) + word * 4, sizeof(value));
   return _mm512_set1_epi32(value);
 }
 
-// Group scales and offsets of a strip as the tiles want them: read from the packed block, or expanded beforehand.
-template <ScaleType kScale, OffsetKind kOffset>
-struct PackedGroups {
+// Group scales and offsets of a strip.
+template <ScaleType kScale>
+struct Groups {
   const Int4View& w;
   const uint8_t* block[kStrip];
 
@@ -43,20 +45,9 @@ struct PackedGroups {
   }
 };
 
-template <OffsetKind kOffset>
-struct ExpandedGroups {
-  const float* scales;    // [G][32]
-  const float* offsets;   // [G][32], minima or (as integers) zero points
-
-  __m512 scale(int64_t g, int b) const { return _mm512_load_ps(scales + (g * kStrip + b) * 16); }
-  __m512 minimum(int64_t g, int b) const { return _mm512_load_ps(offsets + (g * kStrip + b) * 16); }
-  __m512i zero(int64_t g, int b) const { return _mm512_castps_si512(minimum(g, b)); }
-};
-
-// One tile: kTokens tokens x kBlocks blocks. operands(b, step, vectors) yields the decoded weights of a step.
-template <class Dot, OffsetKind kOffset, int kTokens, int kBlocks, class Groups, class Operands>
-inline __attribute__((always_inline)) void tile(const Problem& p, int64_t m, int64_t first_block, const Groups& groups,
-                                                const Operands& operands) {
+// kTokens tokens x kBlocks blocks.
+template <class Dot, ScaleType kScale, OffsetKind kOffset, int kTokens, int kBlocks>
+void tile(const Problem& p, const Dot& dot, const Groups<kScale>& groups, int64_t m, int64_t first_block) {
   const Int4View& w = p.weight;
   const int64_t row_bytes = w.padded_k() * Dot::kCodeBytes;
   const auto* x = static_cast<const uint8_t*>(p.x.codes) + m * row_bytes;
@@ -78,12 +69,16 @@ inline __attribute__((always_inline)) void tile(const Problem& p, int64_t m, int
     const int64_t end = g * w.steps_per_group + group_steps(w, g);
     for (int64_t s = g * w.steps_per_group; s < end; ++s) {
       __m512i vectors[kBlocks][Dot::kVectors];
-      for (int b = 0; b < kBlocks; ++b) operands(b, s, vectors[b]);
+      for (int b = 0; b < kBlocks; ++b) {
+        const uint8_t* at = groups.block[b] + s * Int4::kBytesPerStep;
+        _mm_prefetch(reinterpret_cast<const char*>(at + kPrefetchBytes), _MM_HINT_T0);
+        dot.decode(_mm512_loadu_si512(at), vectors[b]);
+      }
 #pragma GCC unroll 4
       for (int v = 0; v < Dot::kVectors; ++v) {
 #pragma GCC unroll 8
         for (int t = 0; t < kTokens; ++t) {
-          const __m512i word = broadcast<Dot>(x + t * row_bytes, s * Dot::kVectors + v);
+          const __m512i word = broadcast(x + t * row_bytes, s * Dot::kVectors + v);
 #pragma GCC unroll 2
           for (int b = 0; b < kBlocks; ++b) acc[t][b] = Dot::dot(acc[t][b], vectors[b][v], word);
         }
@@ -95,7 +90,7 @@ inline __attribute__((always_inline)) void tile(const Problem& p, int64_t m, int
       if constexpr (kOffset == OffsetKind::kMinimum) {
         const __m512 minimum = groups.minimum(g, b);
         for (int t = 0; t < kTokens; ++t) {
-          const __m512 sum = _mm512_set1_ps(static_cast<float>(sums[t * w.groups + g]));
+          const __m512 sum = Dot::broadcast_sum(sums[t * w.groups + g]);
           total[t][b] = _mm512_fmadd_ps(minimum, sum, total[t][b]);
         }
       }
@@ -106,80 +101,21 @@ inline __attribute__((always_inline)) void tile(const Problem& p, int64_t m, int
   }
 }
 
-template <class Dot, ScaleType kScale, OffsetKind kOffset>
-void stream_strip(const Problem& p, int64_t first_block, int64_t blocks) {
-  constexpr int kTokens = 4;
-  constexpr int kPrefetchBytes = 1024;
-  const Int4View& w = p.weight;
-  const Dot dot(kOffset == OffsetKind::kSymmetric);
-  const auto run = [&](auto count) {
-    const PackedGroups<kScale, kOffset> groups{w, {w.block(first_block), w.block(first_block + count.value - 1)}};
-    const auto operands = [&](int b, int64_t s, __m512i* vectors) {
-      const uint8_t* at = groups.block[b] + s * Int4::kBytesPerStep;
-      _mm_prefetch(reinterpret_cast<const char*>(at + kPrefetchBytes), _MM_HINT_T0);
-      dot.decode(_mm512_loadu_si512(at), vectors);
-    };
-    each_token_tile<kTokens>(p.m, [&](int64_t m, auto tokens) {
-      tile<Dot, kOffset, tokens.value, count.value>(p, m, first_block, groups, operands);
-    });
-  };
-  if (blocks == kStrip) return run(Constant<kStrip>{});
-  run(Constant<1>{});
-}
-
-// The decoded strip: operands [step][vector][block] of 64 bytes, then scales and offsets [G][32] as float.
-template <class Dot, ScaleType kScale, OffsetKind kOffset>
-void panel_strip(const Problem& p, int64_t first_block, int64_t blocks) {
-  constexpr int kTokens = 6;   // 12 accumulators and 12 totals, 8 registers for operands
-  const Int4View& w = p.weight;
-  const int64_t operand_bytes = w.steps * Dot::kVectors * kStrip * 64;
-  const int64_t lanes = w.groups * kStrip * 16;
-  thread_local Scratch scratch;
-  auto* panel = scratch.get<uint8_t>(operand_bytes + 2 * lanes * 4);
-  auto* scales = reinterpret_cast<float*>(panel + operand_bytes);
-  float* offsets = scales + lanes;
-
-  const Dot dot(kOffset == OffsetKind::kSymmetric);
-  const PackedGroups<kScale, kOffset> packed{w, {w.block(first_block), w.block(first_block + blocks - 1)}};
-  for (int b = 0; b < kStrip; ++b) {
-    for (int64_t s = 0; s < w.steps; ++s) {
-      __m512i vectors[Dot::kVectors];
-      dot.decode(_mm512_loadu_si512(packed.block[b] + s * Int4::kBytesPerStep), vectors);
-      for (int v = 0; v < Dot::kVectors; ++v) {
-        _mm512_store_si512(panel + ((s * Dot::kVectors + v) * kStrip + b) * 64, vectors[v]);
-      }
-    }
-    for (int64_t g = 0; g < w.groups; ++g) {
-      _mm512_store_ps(scales + (g * kStrip + b) * 16, packed.scale(g, b));
-      float* offset = offsets + (g * kStrip + b) * 16;
-      if constexpr (kOffset == OffsetKind::kMinimum) _mm512_store_ps(offset, packed.minimum(g, b));
-      if constexpr (kOffset == OffsetKind::kZeroPoint) _mm512_store_si512(offset, packed.zero(g, b));
-    }
-  }
-
-  const ExpandedGroups<kOffset> groups{scales, offsets};
-  const auto operands = [panel](int b, int64_t s, __m512i* vectors) {
-    for (int v = 0; v < Dot::kVectors; ++v) {
-      vectors[v] = _mm512_load_si512(panel + ((s * Dot::kVectors + v) * kStrip + b) * 64);
-    }
-  };
-  each_token_tile<kTokens>(p.m, [&](int64_t m, auto tokens) {
-    tile<Dot, kOffset, tokens.value, kStrip>(p, m, first_block, groups, operands);
-  });
-}
-
 template <class Dot>
 void items_avx512(const Problem& p, const Plan& plan, int64_t first, int64_t last) {
-  with_format(p.weight, [&](auto scale, auto offset) {
-    const int64_t end = std::min(p.weight.blocks, last * plan.blocks_per_item);
-    for (int64_t b = first * plan.blocks_per_item; b < end; b += kStrip) {
-      const int64_t blocks = std::min<int64_t>(kStrip, end - b);
-      if (plan.walk == Walk::kPanel) {
-        panel_strip<Dot, scale.value, offset.value>(p, b, blocks);
-      } else {
-        stream_strip<Dot, scale.value, offset.value>(p, b, blocks);
-      }
-    }
+  const Int4View& w = p.weight;
+  const Dot dot(w.offset_kind == OffsetKind::kSymmetric);
+  with_format(w, [&](auto scale, auto offset) {
+    const auto strip = [&](int64_t b, auto blocks) {
+      const Groups<scale.value> groups{w, {w.block(b), w.block(b + blocks.value - 1)}};
+      each_token_tile<kTokensPerTile>(p.m, [&](int64_t m, auto tokens) {
+        tile<Dot, scale.value, offset.value, tokens.value, blocks.value>(p, dot, groups, m, b);
+      });
+    };
+    const int64_t end = std::min(w.blocks, last * plan.blocks_per_item);
+    int64_t b = first * plan.blocks_per_item;
+    for (; b + kStrip <= end; b += kStrip) strip(b, Constant<kStrip>{});
+    if (b < end) strip(b, Constant<1>{});
   });
 }
 
