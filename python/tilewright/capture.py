@@ -316,9 +316,12 @@ class _TokenShape:
 
 
 def _require_finite(name: str, result: Any) -> None:
-    tensors = (
-        [result] if isinstance(result, Tensor) else list(vars(result).values()) if hasattr(result, "__dict__") else []
-    )
+    if isinstance(result, tuple):
+        for part in result:
+            _require_finite(name, part)
+        return
+    parts = vars(result).values() if hasattr(result, "__dict__") else ()
+    tensors = (result,) if isinstance(result, Tensor) else parts
     for tensor in tensors:
         if isinstance(tensor, Tensor) and tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             raise ValueError(f"{name}: activations hold NaN or infinite values; the model or its input is damaged")

@@ -73,7 +73,7 @@ def token_nll(logits: Logits | nn.Module, tokens: Tensor, part: Window) -> Tenso
     """Negative log-likelihood of each scored token of one window: float64 [end - first]."""
     with torch.no_grad():
         answer = logits(tokens[None, part.start : part.end])
-    out: Tensor = getattr(answer, "logits", answer)
+    out: Any = getattr(answer, "logits", answer)
     out = out[0] if out.dim() == 3 else out
     if out.dim() != 2 or out.shape[0] != part.end - part.start:
         raise ValueError(

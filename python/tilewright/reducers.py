@@ -7,10 +7,15 @@ holds memory that does not depend on how many rows it has seen. A reducer that h
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from tilewright.capture import Reducer
 
 
 class _Running:
@@ -203,3 +208,17 @@ class Reservoir(_Running):
     def result(self) -> Tensor:
         self._seen()
         return self._rows
+
+
+class Several:
+    """Several reducers on the same rows; the result is the tuple of theirs."""
+
+    def __init__(self, *make: Callable[[], Reducer]) -> None:
+        self._parts = [m() for m in make]
+
+    def update(self, x: Tensor) -> None:
+        for part in self._parts:
+            part.update(x)
+
+    def result(self) -> tuple[Any, ...]:
+        return tuple(part.result() for part in self._parts)

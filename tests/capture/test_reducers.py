@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tilewright.reducers import AbsMax, Covariance, Histogram, MeanAbs, Moments, Reservoir
+from tilewright.reducers import AbsMax, Covariance, Histogram, MeanAbs, Moments, Reservoir, Several
 
 SPLITS = st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(lambda s: sum(s) > 0)
 
@@ -131,3 +131,10 @@ def test_half_precision_rows_are_widened(dtype):
     got = feed(Covariance(centered=False), x, [100, 200])
     exact = x.double().T @ x.double() / len(x)
     torch.testing.assert_close(got, exact, rtol=0, atol=32 * 200 * 2.0**-23)
+
+
+def test_several_reducers_share_the_rows():
+    x = rows(12)
+    largest, mean = feed(Several(AbsMax, MeanAbs), x, [5, 7])
+    assert torch.equal(largest, feed(AbsMax(), x, [12]))
+    torch.testing.assert_close(mean, feed(MeanAbs(), x, [12]))

@@ -1,0 +1,63 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Post-training quantizers for models of the Llama family: one folder per method, one interface for all.
+
+A method is a subpackage with an attribute ``METHOD`` (:class:`Method`); :func:`methods` finds them.
+
+>>> sorted(methods())
+['fireq', 'rtn']
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from tilewright.capture import Batch
+    from tilewright.models.language_model import LanguageModel
+
+
+class QuantizeModel(Protocol):
+    """Every method's function: a new model; the given one is not changed."""
+
+    def __call__(
+        self, model: LanguageModel, config: Any, calibration_batches: Iterable[Batch] | None = None
+    ) -> LanguageModel: ...
+
+
+@dataclass(frozen=True)
+class Method:
+    """A quantizer: its name, its frozen config dataclass (with to_dict/from_dict) and its function."""
+
+    name: str
+    summary: str
+    config: type[Any]
+    quantize_model: QuantizeModel
+
+
+def methods() -> dict[str, Method]:
+    """All quantizers by name."""
+    found = {}
+    for module in pkgutil.iter_modules(__path__):
+        if module.ispkg:
+            one: Method = importlib.import_module(f"{__name__}.{module.name}").METHOD
+            found[one.name] = one
+    return found
+
+
+def method(name: str) -> Method:
+    """The quantizer called ``name``.
+
+    Raises:
+        ValueError: there is none; near and existing names are listed.
+    """
+    known = methods()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
+        raise ValueError(f"quantization method {name!r} is not known; {hint}")
+    return known[name]
