@@ -3,9 +3,9 @@
 
 ``model.safetensors`` holds the parts of every weight; its metadata has one key, ``tilewright``, with a
 JSON object of exactly these keys: format, version, config, weights (name to kind and, for low-bit
-weights, their record), checksums (part to dtype, shape and CRC-32), settings, notes, source. Anything
-else - an unknown or missing key, a part too many or too few, another dtype or shape, a flipped bit - is
-an error that names it.
+weights, their record), checksums (part to dtype, shape and CRC-32), settings, notes, source and crc32
+(of all the other keys). Anything else - an unknown or missing key, a part too many or too few, another
+dtype or shape, a flipped bit - is an error that names it.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from tilewright.models.safetensors_import import open_safetensors, read_tensor
 FORMAT = "tilewright"
 VERSION = 1
 _FILE = "model.safetensors"
-_KEYS = ("format", "version", "config", "weights", "checksums", "settings", "notes", "source")
+_KEYS = ("format", "version", "config", "weights", "checksums", "settings", "notes", "source", "crc32")
 _KINDS: dict[str, type[Int4Weight] | type[Int8Weight]] = {"int4": Int4Weight, "int8": Int8Weight}
 # files that save() may write and therefore may replace
 _OWN_FILES = {
@@ -94,6 +94,12 @@ def _fingerprint(tensor: Tensor) -> dict[str, Any]:
     return {"dtype": str(tensor.dtype).removeprefix("torch."), "shape": list(tensor.shape), "crc32": zlib.crc32(raw)}
 
 
+def header_checksum(header: dict[str, Any]) -> int:
+    """CRC-32 of the header without its own key ``crc32``, in JSON with sorted keys."""
+    rest = {key: value for key, value in header.items() if key != "crc32"}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
 def _write_weights(model: LanguageModel, path: Path) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -112,6 +118,7 @@ def _write_weights(model: LanguageModel, path: Path) -> None:
         "notes": model.notes,
         "source": model.source,
     }
+    header["crc32"] = header_checksum(header)
     try:
         save_file(parts, str(path), metadata={FORMAT: json.dumps(header, allow_nan=False)})
     except SafetensorError as wrong:
@@ -172,6 +179,8 @@ def _read_header(metadata: dict[str, str]) -> dict[str, Any]:
             raise CheckpointError(f"{_FILE}: header key {key!r} is missing")
     if unknown := sorted(header.keys() - set(_KEYS)):
         raise CheckpointError(f"{_FILE}: header key {unknown[0][:60]!r} is unknown; known are {', '.join(_KEYS)}")
+    if header["crc32"] != header_checksum(header):
+        raise CheckpointError(f"{_FILE}: the header does not match its own crc32; the file is damaged")
     kinds = {"config": dict, "weights": dict, "checksums": dict, "settings": dict, "notes": list, "source": str}
     for key, kind in kinds.items():
         if not isinstance(header[key], kind):
@@ -221,7 +230,7 @@ def _rebuild(name: str, record: Any, parts: dict[str, Tensor]) -> Weight:
         )
     try:
         weight: Weight = _KINDS[kind].from_tensors(name, parts, record["record"])
-    except (ValueError, KeyError, TypeError) as wrong:
+    except (ValueError, KeyError, TypeError, OverflowError) as wrong:
         raise CheckpointError(f"{_FILE}: weight {name!r}: {wrong}") from None
     assert not isinstance(weight, Tensor)
     for part in weight.to_tensors(name):
