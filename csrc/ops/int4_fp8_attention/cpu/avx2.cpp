@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0
+// AVX2 and FMA: panels of floats, everything in float.
+#include <immintrin.h>
+
+#include "ops/int4_fp8_attention/cpu/append.h"
+#include "ops/int4_fp8_attention/cpu/flash.h"
+#include "ops/int4_fp8_attention/kernels.h"
+
+namespace tilewright::int4_fp8_attention::avx2 {
+namespace {
+
+struct Isa {
+  static constexpr int64_t kLanes = 8;
+  static constexpr int64_t kRows = 6;    // 6 x 2 accumulators, 2 vectors of the panel and a broadcast: 16 registers
+  static constexpr int64_t kCols = 2;
+  static constexpr int64_t kDepthPerUnit = 1;
+  using F = __m256;
+  using U = __m256;
+  using Unit = float;
+  using Mask = __m256;
+
+  static F load(const float* x) { return _mm256_loadu_ps(x); }
+  static void store(float* out, F x) { _mm256_storeu_ps(out, x); }
+  static F zero() { return _mm256_setzero_ps(); }
+  static F set1(float x) { return _mm256_set1_ps(x); }
+  static F add(F a, F b) { return _mm256_add_ps(a, b); }
+  static F mul(F a, F b) { return _mm256_mul_ps(a, b); }
+  static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
+  static F max(F a, F b) { return _mm256_max_ps(a, b); }
+  static F select(Mask mask, F x, F otherwise) { return _mm256_blendv_ps(otherwise, x, mask); }
+  static U load_units(const Unit* x) { return load(x); }
+  static U broadcast_unit(const Unit* x) { return _mm256_broadcast_ss(x); }
+  static F dot(F sum, U a, U b) { return fma(a, b, sum); }
+  static void store_weights(Unit* out, const F (&weights)[kDepthPerUnit]) { store(out, weights[0]); }
+
+  static float reduce_max(F x) {
+    __m128 m = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    m = _mm_max_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_max_ss(m, _mm_movehdup_ps(m)));
+  }
+  static float reduce_add(F x) {
+    __m128 m = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    m = _mm_add_ps(m, _mm_movehl_ps(m, m));
+    return _mm_cvtss_f32(_mm_add_ss(m, _mm_movehdup_ps(m)));
+  }
+
+  // Lanes [first, last), clipped.
+  static Mask range(int64_t first, int64_t last) {
+    const auto clip = [](int64_t n) { return _mm256_set1_epi32(static_cast<int>(std::clamp<int64_t>(n, 0, kLanes))); };
+    const __m256i lane = _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7);
+    return _mm256_castsi256_ps(
+        _mm256_andnot_si256(_mm256_cmpgt_epi32(clip(first), lane), _mm256_cmpgt_epi32(clip(last), lane)));
+  }
+
+  // 2^x for x <= 0, see avx512.h; below 2^-126 the result is 0.
+  static F exp2(F x) {
+    const F lowest = set1(-126.0f);
+    const F clamped = _mm256_max_ps(lowest, x);   // NaN passes: the second operand is returned
+    const F whole = _mm256_floor_ps(clamped);
+    const F f = _mm256_sub_ps(clamped, whole);
+    F y = set1(0x1.e974fap-10f);
+    y = fma(y, f, set1(0x1.277856p-7f));
+    y = fma(y, f, set1(0x1.c91ce6p-5f));
+    y = fma(y, f, set1(0x1.ebdb56p-3f));
+    y = fma(y, f, set1(0x1.62e4bap-1f));
+    y = fma(y, f, set1(1.0f));
+    constexpr int kMantissaBits = 23, kBias = 127;
+    const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(whole), _mm256_set1_epi32(kBias));
+    const F power = _mm256_castsi256_ps(_mm256_slli_epi32(exponent, kMantissaBits));
+    return _mm256_andnot_ps(_mm256_cmp_ps(x, lowest, _CMP_LT_OQ), mul(y, power));
+  }
+
+  static void load_scales(const uint8_t* source, int64_t stride, format::ScaleType type, int64_t tokens, float* out) {
+    for (int64_t t = 0; t < tokens; ++t) out[t] = format::load_scale(source + t * stride, 0, type);
+  }
+
+  // At most 32 bytes of a row from an offset; zeros past its end.
+  static __m256i piece(const uint8_t* row, int64_t offset, int64_t row_bytes) {
+    constexpr int64_t kBytes = 32;
+    const int64_t left = row_bytes - offset;
+    if (left >= kBytes) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + offset));
+    alignas(32) uint8_t bytes[kBytes] = {};
+    if (left > 0) std::memcpy(bytes, row + offset, static_cast<size_t>(left));
+    return _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes));
+  }
+
+  // Eight 4-byte words of 8 rows, transposed: lane t of out[c] is word c of row t.
+  static void transpose_words(const uint8_t* const* rows, int64_t offset, int64_t row_bytes, __m256i (&out)[8]) {
+    __m256i r[8], pairs[8], quads[8];
+    for (int i = 0; i < 8; ++i) r[i] = piece(rows[i], offset, row_bytes);
+    for (int i = 0; i < 8; i += 2) {
+      pairs[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+      pairs[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+    }
+    for (int half = 0; half < 8; half += 4) {
+      quads[half] = _mm256_unpacklo_epi64(pairs[half], pairs[half + 2]);
+      quads[half + 1] = _mm256_unpackhi_epi64(pairs[half], pairs[half + 2]);
+      quads[half + 2] = _mm256_unpacklo_epi64(pairs[half + 1], pairs[half + 3]);
+      quads[half + 3] = _mm256_unpackhi_epi64(pairs[half + 1], pairs[half + 3]);
+    }
+    for (int c = 0; c < 4; ++c) {
+      out[c] = _mm256_permute2x128_si256(quads[c], quads[4 + c], 0x20);
+      out[4 + c] = _mm256_permute2x128_si256(quads[c], quads[4 + c], 0x31);
+    }
+  }
+
+  // The first kCodes codes of every lane, one vector each.
+  template <int kCodes>
+  static void store_codes(__m256i codes, Unit* out, int64_t stride) {
+    const __m256i low = _mm256_set1_epi32(format::Int4::kMaxCode), zero = _mm256_set1_epi32(format::Int4Kv::kZero);
+    for (int j = 0; j < kCodes; ++j) {
+      store(out + j * stride, _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(codes, low), zero)));
+      codes = _mm256_srli_epi32(codes, format::Int4Kv::kBitsPerCode);
+    }
+  }
+
+  static void store_halves(__m256i word, Unit* out) {
+    store(out, _mm256_castsi256_ps(_mm256_slli_epi32(word, 16)));
+    store(out + kKeysPerTile,
+          _mm256_castsi256_ps(_mm256_and_si256(word, _mm256_set1_epi32(static_cast<int>(0xffff0000u)))));
+  }
+
+  static void keys(const Shape& shape, const uint8_t* const (&rows)[kTokensPerStep], Unit* out) {
+    for (int64_t t = 0; t < kTokensPerStep; t += kLanes) {
+      for (int64_t first = 0; first < shape.words; first += 8) {
+        __m256i words[8];
+        transpose_words(rows + t, 4 * first, shape.row_bytes, words);
+        for (int64_t c = 0; c < std::min<int64_t>(8, shape.words - first); ++c) {
+          Unit* to = out + (first + c) * shape.units_per_word * kKeysPerTile + t;
+          if (shape.int4()) {
+            store_codes<8>(words[c], to, kKeysPerTile);
+          } else {
+            store_halves(words[c], to);
+          }
+        }
+      }
+    }
+  }
+
+  static void values(const Shape& shape, const uint8_t* const (&rows)[kTokensPerStep], Unit* out, float* scales) {
+    constexpr int64_t kBytes = 16;
+    const __m256i infinity = _mm256_set1_epi32(0x7f800000);
+    for (int64_t t = 0; t < kTokensPerStep; ++t, out += shape.value_vectors * kLanes) {
+      bool finite = true;
+      for (int64_t at = 0; at < shape.row_bytes; at += kBytes) {
+        const __m128i halves = _mm256_castsi256_si128(piece(rows[t], at, std::min(shape.row_bytes, at + kBytes)));
+        const __m256i lanes = _mm256_cvtepu16_epi32(halves);
+        if (shape.int4()) {
+          store_codes<4>(lanes, out + at / kBytes * 4 * kLanes, kLanes);
+          continue;
+        }
+        const __m256i bits = _mm256_slli_epi32(lanes, 16);
+        const __m256i nonfinite = _mm256_cmpeq_epi32(_mm256_and_si256(bits, infinity), infinity);
+        finite = finite && _mm256_movemask_epi8(nonfinite) == 0;
+        store(out + at / kBytes * kLanes, _mm256_castsi256_ps(bits));
+      }
+      // A weight of zero times an infinity is NaN: only weights that are seen are multiplied with the scale.
+      if (finite) continue;
+      scales[t] = std::numeric_limits<float>::quiet_NaN();
+      std::fill(out, out + shape.value_vectors * kLanes, 0.0f);
+    }
+  }
+
+  static void pack_query(const Shape& shape, const float* q, Unit* out) {
+    for (int64_t unit = 0; unit < shape.key_depth; unit += kLanes) store(out + unit, load(q + unit));
+  }
+
+  // out[d] = sums of d times factor, from the order of V (see shape.h) to the order of elements.
+  static void write_row(const Shape& shape, const float* sums, float factor, float* out) {
+    if (!shape.int4()) {
+      for (int64_t d = 0; d < shape.head_dim; ++d) out[d] = sums[d] * factor;
+      return;
+    }
+    for (int64_t d = 0; d < shape.head_dim; ++d) {
+      const int64_t lane = d / 4;
+      out[d] = sums[(lane / kLanes * 4 + d % 4) * kLanes + lane % kLanes] * factor;
+    }
+  }
+};
+
+}  // namespace
+
+void items(const Problem& p, const Plan& plan, int64_t first, int64_t last) { Flash<Isa>::run(p, plan, first, last); }
+
+void append(const Append& a, int64_t first, int64_t last) { Appender<Isa>::run(a, first, last); }
+
+}  // namespace tilewright::int4_fp8_attention::avx2
