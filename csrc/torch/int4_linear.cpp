@@ -84,27 +84,30 @@ struct Prepared {
   Tensor codes, scales, sums;
 };
 
-Prepared prepare(const Tensor& x, int64_t m, const Int4View& weight, Activation activation) {
+Prepared prepare(const Tensor& x, int64_t m, const Int4View& weight, Activation activation, int64_t scale_group) {
   const bool int8 = activation == Activation::kInt8;
   Prepared out{empty_cpu({m, int4_linear::code_bytes(activation, weight)}, ScalarType::Byte),
-               empty_cpu({m}, ScalarType::Float), empty_cpu({m, weight.groups}, ScalarType::Float)};
+               empty_cpu({m, int4_linear::token_scales(weight, scale_group)}, ScalarType::Float),
+               empty_cpu({m, weight.groups}, ScalarType::Float)};
   const auto& kernels = int4_linear::kernels();
   const auto token = int8 ? kernels.prepare_int8 : kernels.prepare_fp8;
   const auto* source = data<float>(x);
   auto* codes = mutable_data<uint8_t>(out.codes);
   auto* scales = mutable_data<float>(out.scales);
   auto* sums = mutable_data<float>(out.sums);
+  const int4_linear::TokenCut cut{weight.k, weight.group, scale_group};
+  const int64_t code_bytes = int4_linear::code_bytes(activation, weight);
+  const int64_t token_scales = int4_linear::token_scales(weight, scale_group);
   torch::stable::parallel_for(0, m, kTokensPerThread, [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
-      scales[t] = token(source + t * weight.k, weight.k, weight.group,
-                        codes + t * int4_linear::code_bytes(activation, weight), sums + t * weight.groups);
+      token(source + t * weight.k, cut, codes + t * code_bytes, scales + t * token_scales, sums + t * weight.groups);
     }
   });
   return out;
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
-              Activation activation, Mode mode, const char* op) {
+              Activation activation, Mode mode, int64_t scale_group, const char* op) {
   require_cpu(x, op, "x");
   require_cpu(weight, op, "weight");
   require_dtype(weight, ScalarType::Byte, op, "weight");
@@ -116,6 +119,10 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   require_size(x, x.dim() - 1, view.k, op, "x", "K");
   require(mode == Mode::kExact || view.offset_kind == OffsetKind::kSymmetric, op,
           ": mode='fold' needs a symmetric weight; use mode='exact' for weights with minima or zero points");
+
+  if (scale_group == 0) scale_group = round_up(view.k, view.group);
+  require(scale_group > 0 && scale_group % view.group == 0, op, ": scale_group = ", scale_group,
+          ", needed a multiple of the weight's group ", view.group, ", or 0 for one scale a token");
 
   const Tensor input = as_float(x, op, "x");
   const int64_t m = input.numel() / view.k;
@@ -129,12 +136,13 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
     require_size(*bias, 0, view.n, op, "bias", "N");
     b = as_float(*bias, op, "bias");
   }
-  const Prepared prepared = prepare(input, m, view, activation);
+  const Prepared prepared = prepare(input, m, view, activation, scale_group);
   const int4_linear::Problem problem{
       .weight = view,
       .activation = activation,
       .mode = mode,
       .m = m,
+      .scale_group = scale_group,
       .x = {prepared.codes.const_data_ptr(), data<float>(prepared.scales), prepared.sums.const_data_ptr()},
       .bias = b.has_value() ? data<float>(*b) : nullptr,
       .y = mutable_data<float>(y),
@@ -149,13 +157,13 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
 }
 
 Tensor int4_int8_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                        int64_t out_features) {
-  return linear(x, weight, bias, out_features, Activation::kInt8, Mode::kExact, "int4_int8_linear");
+                        int64_t out_features, int64_t scale_group) {
+  return linear(x, weight, bias, out_features, Activation::kInt8, Mode::kExact, scale_group, "int4_int8_linear");
 }
 
 Tensor int4_fp8_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
                        bool fold) {
-  return linear(x, weight, bias, out_features, Activation::kFp8, fold ? Mode::kFold : Mode::kExact,
+  return linear(x, weight, bias, out_features, Activation::kFp8, fold ? Mode::kFold : Mode::kExact, 0,
                 "int4_fp8_linear");
 }
 
@@ -164,7 +172,7 @@ Tensor int4_fp8_linear(const Tensor& x, const Tensor& weight, const std::optiona
 STABLE_TORCH_LIBRARY_FRAGMENT(tilewright, m) {
   m.def(
       "int4_pack(Tensor codes, Tensor scales, Tensor? offsets, int cols, int group, float per_tensor_scale) -> Tensor");
-  m.def("int4_int8_linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features) -> Tensor");
+  m.def("int4_int8_linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features, int scale_group=0) -> Tensor");
   m.def("int4_fp8_linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features, bool fold) -> Tensor");
 }
 

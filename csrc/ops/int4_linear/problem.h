@@ -17,7 +17,7 @@ enum class Mode : uint8_t { kExact = 0, kFold = 1 };
 // Activations as the kernels read them; prepare_activation() writes them. Kp = K rounded up to 8, tail zero.
 struct ActivationView {
   const void* codes;        // int8 [M, Kp], or bfloat16 [M, Kp] in pair order (see activation.h)
-  const float* scales;      // [M]
+  const float* scales;      // [M, A]: A = ceil(K / scale_group), one when a whole token shares a scale
   const void* group_sums;   // [M, G]: sum of a group's codes; int32 for INT8, float for FP8
 };
 
@@ -26,6 +26,7 @@ struct Problem {
   Activation activation;
   Mode mode;
   int64_t m;
+  int64_t scale_group;      // columns of x that share a scale: a multiple of weight.group, or at least K
   ActivationView x;
   const float* bias;        // [N] or null
   float* y;                 // [M, N]

@@ -38,10 +38,13 @@ double weight_value(const Problem& p, int64_t n, int64_t k) {
 
 void reference(const Problem& p, double* y) {
   for (int64_t m = 0; m < p.m; ++m) {
+    const float* scales = p.x.scales + m * ceil_div(p.weight.k, p.scale_group);
     for (int64_t n = 0; n < p.weight.n; ++n) {
       double sum = 0.0;
-      for (int64_t k = 0; k < p.weight.k; ++k) sum += activation_code(p, m, k) * weight_value(p, n, k);
-      sum *= p.x.scales[m] / static_cast<double>(p.weight.per_tensor_scale);
+      for (int64_t k = 0; k < p.weight.k; ++k) {
+        sum += activation_code(p, m, k) * weight_value(p, n, k) * scales[k / p.scale_group];
+      }
+      sum /= static_cast<double>(p.weight.per_tensor_scale);
       y[m * p.weight.n + n] = sum + (p.bias != nullptr ? p.bias[n] : 0.0f);
     }
   }

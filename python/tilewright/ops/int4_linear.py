@@ -18,14 +18,21 @@ INT8_MAX = 127.0
 
 
 def int4_int8_linear(
-    x: Tensor, weight: PackedInt4, bias: Tensor | None = None, *, out_dtype: torch.dtype | None = None
+    x: Tensor,
+    weight: PackedInt4,
+    bias: Tensor | None = None,
+    *,
+    scale_group: int | None = None,
+    out_dtype: torch.dtype | None = None,
 ) -> Tensor:
-    """`x @ weight.T + bias` with each token of x quantized to INT8 by its largest magnitude.
+    """`x @ weight.T + bias` with x quantized to INT8 by the largest magnitude of each token, or of each group of it.
 
     Args:
         x: `[..., K]`, any floating type.
         weight: packed `[N, K]`, from `Int4Weight.pack()`.
         bias: `[N]` or None.
+        scale_group: columns of x that share a scale, a multiple of the weight's group; None is one scale a token. A
+            group of 64 or so keeps a token with a few large values accurate.
         out_dtype: of the result; that of x when None.
 
     Returns:
@@ -35,7 +42,7 @@ def int4_int8_linear(
     Raises:
         RuntimeError: a shape, dtype or device does not fit, or the blob is not a packed INT4 weight.
     """
-    y = _ops.int4_int8_linear(x, weight.data, bias, weight.shape[0])
+    y = _ops.int4_int8_linear(x, weight.data, bias, weight.shape[0], scale_group or 0)
     return y if out_dtype is None else y.to(out_dtype)
 
 
@@ -76,15 +83,22 @@ def _token_scale(x: Tensor, limit: float) -> Tensor:
     return torch.where(torch.isfinite(x).all(-1), scale, torch.full_like(scale, torch.nan))
 
 
-def quantize_int8_per_token(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_int8_per_token(x: Tensor, scale_group: int | None = None) -> tuple[Tensor, Tensor]:
     """Round each token of x `[..., K]` to INT8: `(codes int8 [..., K], scale float32 [...])`, x ~ codes * scale.
 
     The scale is absmax / 127, 1 for an all-zero token, and NaN (with codes 0) for a token that is not finite: the same
-    definition as inside `int4_int8_linear`.
+    definition as inside `int4_int8_linear`. With scale_group the scales are `[..., ceil(K / scale_group)]`.
     """
     x = x.float()
-    scale = _token_scale(x, INT8_MAX)
-    codes = torch.where(scale.isnan()[..., None], torch.zeros_like(x), (x / scale[..., None]).round())
+    if scale_group is None:
+        scale = _token_scale(x, INT8_MAX)
+        divisor = scale[..., None]
+    else:
+        pieces = x.split(scale_group, dim=-1)
+        scale = torch.stack([_token_scale(piece, INT8_MAX) for piece in pieces], dim=-1)
+        scale = torch.where(torch.isfinite(x).all(-1, keepdim=True), scale, torch.full_like(scale, torch.nan))
+        divisor = scale.repeat_interleave(scale_group, dim=-1)[..., : x.shape[-1]]
+    codes = torch.where(divisor.isnan(), torch.zeros_like(x), (x / divisor).round())
     return codes.to(torch.int8), scale
 
 
@@ -107,7 +121,7 @@ def _fake_linear(x: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
 
 
 @torch.library.register_fake("tilewright::int4_int8_linear")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, scale_group: int = 0) -> Tensor:
     return _fake_linear(x, bias, out_features)
 
 

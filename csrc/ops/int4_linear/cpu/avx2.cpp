@@ -26,9 +26,9 @@ void int8_tile(const Problem& p, int64_t m, int64_t b, int first_row) {
   const auto* sums = static_cast<const int32_t*>(p.x.group_sums) + m * w.groups;
   const __m256i nibble = _mm256_set1_epi8(Int4::kMaxCode);
   const __m256i ones = _mm256_set1_epi16(1);
-  __m256 total[kTokens];
-  for (auto& t : total) t = V::zero();
-  for (int64_t g = 0; g < w.groups; ++g) {
+  __m256 total[kTokens], part[kTokens];
+  for (int t = 0; t < kTokens; ++t) total[t] = part[t] = V::zero();
+  each_run(p, m, [&](int64_t g) {
     const int64_t lane = g * Int4::kRowsPerBlock + first_row;
     __m256i zero = _mm256_set1_epi32(kOffset == OffsetKind::kSymmetric ? Int4::kSymmetricZero : 0);
     if constexpr (kOffset == OffsetKind::kZeroPoint) zero = V::load_zero_points(block + w.offsets_at + lane);
@@ -54,13 +54,18 @@ void int8_tile(const Problem& p, int64_t m, int64_t b, int first_row) {
     }
     const __m256 scale = V::load_scales<kScale>(block + w.scales_at, lane);
     for (int t = 0; t < kTokens; ++t) {
-      total[t] = V::fma(scale, V::to_float(wide[t]), total[t]);
+      part[t] = V::fma(scale, V::to_float(wide[t]), part[t]);
       if constexpr (kOffset == OffsetKind::kMinimum) {
         const __m256 minimum = V::load_scales<kScale>(block + w.offsets_at, lane);
-        total[t] = V::fma(minimum, V::set1(static_cast<float>(sums[t * w.groups + g])), total[t]);
+        part[t] = V::fma(minimum, V::set1(static_cast<float>(sums[t * w.groups + g])), part[t]);
       }
     }
-  }
+  }, [&](const auto& scale) {
+    for (int t = 0; t < kTokens; ++t) {
+      total[t] = V::fma(V::set1(scale(t)), part[t], total[t]);
+      part[t] = V::zero();
+    }
+  });
   for (int t = 0; t < kTokens; ++t) finish<V>(p, m + t, b * Int4::kRowsPerBlock + first_row, total[t]);
 }
 
@@ -84,12 +89,12 @@ void fp8_items(const Problem& p, const Plan& plan, int64_t first, int64_t last) 
   fp8_fma_items<V>(p, plan, first, last);
 }
 
-float prepare_int8(const float* x, int64_t k, int64_t group, void* codes, void* group_sums) {
-  return vector_prepare_int8<V>(x, k, group, codes, group_sums);
+void prepare_int8(const float* x, const TokenCut& cut, void* codes, float* scales, void* group_sums) {
+  vector_prepare_int8<V>(x, cut, codes, scales, group_sums);
 }
 
-float prepare_fp8(const float* x, int64_t k, int64_t group, void* codes, void* group_sums) {
-  return vector_prepare_fp8<V>(x, k, group, codes, group_sums);
+void prepare_fp8(const float* x, const TokenCut& cut, void* codes, float* scales, void* group_sums) {
+  vector_prepare_fp8<V>(x, cut, codes, scales, group_sums);
 }
 
 }  // namespace tilewright::int4_linear::avx2

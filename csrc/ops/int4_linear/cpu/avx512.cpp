@@ -44,12 +44,12 @@ void fp8_items(const Problem& p, const Plan& plan, int64_t first, int64_t last) 
   fp8_fma_items<Vec16>(p, plan, first, last);
 }
 
-float prepare_int8(const float* x, int64_t k, int64_t group, void* codes, void* group_sums) {
-  return vector_prepare_int8<Vec16>(x, k, group, codes, group_sums);
+void prepare_int8(const float* x, const TokenCut& cut, void* codes, float* scales, void* group_sums) {
+  vector_prepare_int8<Vec16>(x, cut, codes, scales, group_sums);
 }
 
-float prepare_fp8(const float* x, int64_t k, int64_t group, void* codes, void* group_sums) {
-  return vector_prepare_fp8<Vec16>(x, k, group, codes, group_sums);
+void prepare_fp8(const float* x, const TokenCut& cut, void* codes, float* scales, void* group_sums) {
+  vector_prepare_fp8<Vec16>(x, cut, codes, scales, group_sums);
 }
 
 }  // namespace tilewright::int4_linear::avx512

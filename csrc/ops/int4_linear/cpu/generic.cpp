@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Plain C++: always present, always correct. The vector levels follow the same order of float operations in the INT8
 // path (one multiply-add a group, groups in sequence), so that all levels give the same bits there.
+#include <algorithm>
 #include <cmath>
 
 #include "format/fp8.h"
@@ -45,48 +46,56 @@ Lane lane_of(const Int4View& w, int64_t row, int64_t g) {
   return lane;
 }
 
-float finish(const Problem& p, int64_t m, int64_t n, float sum) {
-  const float scaled = sum * (p.x.scales[m] / p.weight.per_tensor_scale);
+float finish(const Problem& p, int64_t n, float sum) {
+  const float scaled = sum * (1.0f / p.weight.per_tensor_scale);
   return p.bias != nullptr ? scaled + p.bias[n] : scaled;
+}
+
+// Adds the groups up, a run of groups that share an activation scale at a time. add(lane, g, part) is part plus group g.
+template <class AddGroup>
+float sum_groups(const Problem& p, int64_t m, int64_t n, const AddGroup& add) {
+  const Int4View& w = p.weight;
+  const float* scales = p.x.scales + m * token_scales(w, p.scale_group);
+  float total = 0.0f;
+  for (int64_t g = 0; g < w.groups;) {
+    const int64_t run = g * w.group / p.scale_group;
+    float part = 0.0f;
+    for (; g < w.groups && g * w.group / p.scale_group == run; ++g) part = add(lane_of(w, n, g), g, part);
+    total = std::fma(scales[run], part, total);
+  }
+  return finish(p, n, total);
 }
 
 float int8_element(const Problem& p, int64_t m, int64_t n) {
   const Int4View& w = p.weight;
   const auto* x = static_cast<const int8_t*>(p.x.codes) + m * w.padded_k();
   const auto* sums = static_cast<const int32_t*>(p.x.group_sums) + m * w.groups;
-  float total = 0.0f;
-  for (int64_t g = 0; g < w.groups; ++g) {
-    const Lane lane = lane_of(w, n, g);
+  return sum_groups(p, m, n, [&](const Lane& lane, int64_t g, float part) {
     const int64_t last = std::min(w.k, (g + 1) * w.group);
     const auto dot = group_dot<int8_t, int32_t>(w, n, x, g * w.group, last, lane.zero);
-    total = std::fma(lane.scale, static_cast<float>(dot), total);
-    if (w.offset_kind == OffsetKind::kMinimum) {
-      total = std::fma(lane.minimum, static_cast<float>(sums[g]), total);
-    }
-  }
-  return finish(p, m, n, total);
+    part = std::fma(lane.scale, static_cast<float>(dot), part);
+    const bool minimum = w.offset_kind == OffsetKind::kMinimum;
+    return minimum ? std::fma(lane.minimum, static_cast<float>(sums[g]), part) : part;
+  });
 }
 
 float fp8_element(const Problem& p, int64_t m, int64_t n) {
   const Int4View& w = p.weight;
   const auto* x = static_cast<const uint16_t*>(p.x.codes) + m * w.padded_k();
   const auto* sums = static_cast<const float*>(p.x.group_sums) + m * w.groups;
-  float total = 0.0f;
-  for (int64_t g = 0; g < w.groups; ++g) {
-    const Lane lane = lane_of(w, n, g);
-    float part = 0.0f;
+  return sum_groups(p, m, n, [&](const Lane& lane, int64_t g, float part) {
+    float dot = 0.0f;
     for (int64_t s = g * w.steps_per_group; s < std::min(w.steps, (g + 1) * w.steps_per_group); ++s) {
       for (int slot = 0; slot < Int4::kColsPerStep; ++slot) {
         const int code = format::int4_code(w, n, s * Int4::kColsPerStep + kPairOrder[slot]) - lane.zero;
         float weight = static_cast<float>(code);
         if (p.mode == Mode::kFold) weight = format::E4M3::round(weight * lane.scale);
-        part = std::fma(weight, format::bf16_to_float(x[s * Int4::kColsPerStep + slot]), part);
+        dot = std::fma(weight, format::bf16_to_float(x[s * Int4::kColsPerStep + slot]), dot);
       }
     }
-    total = p.mode == Mode::kFold ? total + part : std::fma(lane.scale, part, total);
-    if (w.offset_kind == OffsetKind::kMinimum) total = std::fma(lane.minimum, sums[g], total);
-  }
-  return finish(p, m, n, total);
+    part = p.mode == Mode::kFold ? part + dot : std::fma(lane.scale, dot, part);
+    return w.offset_kind == OffsetKind::kMinimum ? std::fma(lane.minimum, sums[g], part) : part;
+  });
 }
 
 template <float (*element)(const Problem&, int64_t, int64_t)>
@@ -97,15 +106,25 @@ void run(const Problem& p, const Plan& plan, int64_t first, int64_t last) {
   }
 }
 
-// absmax / limit, 1 for zeros, NaN when anything is not finite.
-float token_scale(const float* x, int64_t k, float limit) {
-  float largest = 0.0f;
+bool all_finite(const float* x, int64_t k) {
   for (int64_t i = 0; i < k; ++i) {
-    if (!std::isfinite(x[i])) return std::nanf("");
-    largest = std::max(largest, std::fabs(x[i]));
+    if (!std::isfinite(x[i])) return false;
   }
-  const float scale = largest / limit;
-  return scale == 0.0f ? 1.0f : scale;
+  return true;
+}
+
+// scales[A] of a token, absmax / limit; true if the token is finite.
+bool token_scales(const float* x, const TokenCut& cut, float limit, float* scales) {
+  const bool finite = all_finite(x, cut.k);
+  for (int64_t first = 0; first < cut.k; first += cut.scale_group) {
+    float largest = 0.0f;
+    for (int64_t i = first; i < std::min(cut.k, first + cut.scale_group); ++i) {
+      largest = std::max(largest, std::fabs(x[i]));
+    }
+    const float scale = largest / limit;
+    *scales++ = !finite ? std::nanf("") : scale == 0.0f ? 1.0f : scale;
+  }
+  return finite;
 }
 
 }  // namespace
@@ -118,34 +137,32 @@ void fp8_items(const Problem& p, const Plan& plan, int64_t first, int64_t last) 
   run<fp8_element>(p, plan, first, last);
 }
 
-float prepare_int8(const float* x, int64_t k, int64_t group, void* codes, void* group_sums) {
-  const float scale = token_scale(x, k, kInt8Limit);
-  const bool finite = std::isfinite(scale);
+void prepare_int8(const float* x, const TokenCut& cut, void* codes, float* scales, void* group_sums) {
+  const bool finite = token_scales(x, cut, kInt8Limit, scales);
   auto* out = static_cast<int8_t*>(codes);
   auto* sums = static_cast<int32_t*>(group_sums);
-  const int64_t kp = round_up(k, Int4::kColsPerStep);
-  for (int64_t g = 0; g < ceil_div(k, group); ++g) sums[g] = 0;
+  const int64_t kp = round_up(cut.k, Int4::kColsPerStep);
+  std::fill_n(sums, ceil_div(cut.k, cut.group), 0);
   for (int64_t i = 0; i < kp; ++i) {
-    out[i] = finite && i < k ? static_cast<int8_t>(std::nearbyint(x[i] / scale)) : int8_t{0};
-    if (i < k) sums[i / group] += out[i];
+    const bool used = finite && i < cut.k;
+    out[i] = used ? static_cast<int8_t>(std::nearbyint(x[i] / scales[i / cut.scale_group])) : int8_t{0};
+    if (used) sums[i / cut.group] += out[i];
   }
-  return scale;
 }
 
-float prepare_fp8(const float* x, int64_t k, int64_t group, void* codes, void* group_sums) {
-  const float scale = token_scale(x, k, kFp8Limit);
-  const bool finite = std::isfinite(scale);
+void prepare_fp8(const float* x, const TokenCut& cut, void* codes, float* scales, void* group_sums) {
+  const bool finite = token_scales(x, cut, kFp8Limit, scales);
   auto* out = static_cast<uint16_t*>(codes);
   auto* sums = static_cast<float*>(group_sums);
-  const int64_t kp = round_up(k, Int4::kColsPerStep);
-  for (int64_t g = 0; g < ceil_div(k, group); ++g) sums[g] = 0.0f;
+  const int64_t kp = round_up(cut.k, Int4::kColsPerStep);
+  std::fill_n(sums, ceil_div(cut.k, cut.group), 0.0f);
   for (int64_t i = 0; i < kp; ++i) {
     const int64_t source = (i / 8) * 8 + kPairOrder[i % 8];
-    const float value = finite && source < k ? format::E4M3::round(x[source] / scale) : 0.0f;
+    const bool used = finite && source < cut.k;
+    const float value = used ? format::E4M3::round(x[source] / scales[source / cut.scale_group]) : 0.0f;
     out[i] = format::float_to_bf16(value);   // exact: four significant bits
-    sums[std::min(source, k - 1) / group] += value;
+    if (used) sums[source / cut.group] += value;
   }
-  return scale;
 }
 
 }  // namespace tilewright::int4_linear::generic

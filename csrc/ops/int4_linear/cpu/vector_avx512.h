@@ -52,10 +52,11 @@ void tile(const Problem& p, const Dot& dot, const Groups<kScale>& groups, int64_
   const int64_t row_bytes = w.padded_k() * Dot::kCodeBytes;
   const auto* x = static_cast<const uint8_t*>(p.x.codes) + m * row_bytes;
   const auto* sums = static_cast<const typename Dot::Sum*>(p.x.group_sums) + m * w.groups;
-  __m512 total[kTokens][kBlocks];
-  for (auto& row : total)
-    for (auto& t : row) t = _mm512_setzero_ps();
-  for (int64_t g = 0; g < w.groups; ++g) {
+  __m512 total[kTokens][kBlocks], part[kTokens][kBlocks];
+  for (int t = 0; t < kTokens; ++t) {
+    for (int b = 0; b < kBlocks; ++b) total[t][b] = part[t][b] = _mm512_setzero_ps();
+  }
+  each_run(p, m, [&](int64_t g) {
     typename Dot::Acc acc[kTokens][kBlocks];
     for (int t = 0; t < kTokens; ++t) {
       for (int b = 0; b < kBlocks; ++b) {
@@ -86,16 +87,24 @@ void tile(const Problem& p, const Dot& dot, const Groups<kScale>& groups, int64_
     }
     for (int b = 0; b < kBlocks; ++b) {
       const __m512 scale = groups.scale(g, b);
-      for (int t = 0; t < kTokens; ++t) total[t][b] = _mm512_fmadd_ps(scale, Dot::to_float(acc[t][b]), total[t][b]);
+      for (int t = 0; t < kTokens; ++t) part[t][b] = _mm512_fmadd_ps(scale, Dot::to_float(acc[t][b]), part[t][b]);
       if constexpr (kOffset == OffsetKind::kMinimum) {
         const __m512 minimum = groups.minimum(g, b);
         for (int t = 0; t < kTokens; ++t) {
           const __m512 sum = Dot::broadcast_sum(sums[t * w.groups + g]);
-          total[t][b] = _mm512_fmadd_ps(minimum, sum, total[t][b]);
+          part[t][b] = _mm512_fmadd_ps(minimum, sum, part[t][b]);
         }
       }
     }
-  }
+  }, [&](const auto& scale) {
+    for (int t = 0; t < kTokens; ++t) {
+      const __m512 s = _mm512_set1_ps(scale(t));
+      for (int b = 0; b < kBlocks; ++b) {
+        total[t][b] = _mm512_fmadd_ps(s, part[t][b], total[t][b]);
+        part[t][b] = _mm512_setzero_ps();
+      }
+    }
+  });
   for (int t = 0; t < kTokens; ++t) {
     for (int b = 0; b < kBlocks; ++b) finish<Vec16>(p, m + t, (first_block + b) * Int4::kRowsPerBlock, total[t][b]);
   }

@@ -49,14 +49,30 @@ void each_token_tile(int64_t tokens, const Tile& tile) {
   rest(rest, Constant<kMost - 1>{});
 }
 
-// y[m, n .. n+lanes) = total * scale (+ bias), rows past N left alone.
+// y[m, n .. n+lanes) = total / p (+ bias), rows past N left alone.
 template <class V>
 void finish(const Problem& p, int64_t m, int64_t n, typename V::F total) {
   const int64_t rows = p.weight.n - n;
   if (rows <= 0) return;
-  auto y = V::mul(total, V::set1(p.x.scales[m] / p.weight.per_tensor_scale));
+  auto y = V::mul(total, V::set1(1.0f / p.weight.per_tensor_scale));
   if (p.bias != nullptr) y = V::add(y, V::load_first(p.bias + n, rows));
   V::store_first(p.y + m * p.y_stride + n, y, rows);
+}
+
+// Adds up a tile's groups, a run of groups that share an activation scale at a time: add_group(g) adds group g to the
+// parts, end_run(scale(t)) moves the parts to the totals and clears them.
+template <class AddGroup, class EndRun>
+inline __attribute__((always_inline)) void each_run(const Problem& p, int64_t m, const AddGroup& add_group,
+                                                    const EndRun& end_run) {
+  const int64_t groups = p.weight.groups;
+  const int64_t groups_per_run = std::max<int64_t>(1, std::min(p.scale_group, p.weight.k) / p.weight.group);
+  const int64_t runs = token_scales(p.weight, p.scale_group);
+  const float* scales = p.x.scales + m * runs;
+  for (int64_t run = 0; run < runs; ++run) {
+    const int64_t last = run + 1 == runs ? groups : (run + 1) * groups_per_run;
+    for (int64_t g = run * groups_per_run; g < last; ++g) add_group(g);
+    end_run([&](int t) { return scales[t * runs + run]; });
+  }
 }
 
 inline int64_t group_steps(const Int4View& w, int64_t g) {

@@ -3,11 +3,14 @@
 // codes are then those of the textbook formula at every level.
 #pragma once
 
+#include <algorithm>
+#include <cstring>
 #include <limits>
 
 #include "core/memory.h"
 #include "format/int4.h"
 #include "ops/int4_linear/activation.h"
+#include "ops/int4_linear/kernels.h"
 
 namespace tilewright::int4_linear {
 namespace {
@@ -28,31 +31,40 @@ typename V::F round_e4m3(typename V::F value) {
   return V::from_bits(V::ori(V::bits(V::min(rounded, V::set1(kFp8Limit))), sign));
 }
 
-// absmax / limit; 1 for zeros; NaN when anything is not finite.
+// scales[A] of a token: absmax / limit, 1 for zeros, NaN all over when anything is not finite; true if all is finite.
 template <class V>
-float token_scale(const float* x, int64_t k, float limit) {
-  auto largest = V::set1i(0);
-  for (int64_t i = 0; i < k; i += V::kLanes) {
-    const auto bits = V::bits(i + V::kLanes <= k ? V::load(x + i) : V::load_first(x + i, k - i));
-    largest = V::maxu(largest, V::andi(bits, V::set1i(0x7fffffff)));
+bool token_scales(const float* x, const TokenCut& cut, float limit, float* scales) {
+  bool finite = true;
+  int64_t count = 0;
+  for (int64_t first = 0; first < cut.k; first += cut.scale_group) {
+    const int64_t last = std::min(cut.k, first + cut.scale_group);
+    auto largest = V::set1i(0);
+    for (int64_t i = first; i < last; i += V::kLanes) {
+      const auto bits = V::bits(i + V::kLanes <= last ? V::load(x + i) : V::load_first(x + i, last - i));
+      largest = V::maxu(largest, V::andi(bits, V::set1i(0x7fffffff)));
+    }
+    const uint32_t bits = V::reduce_maxu(largest);
+    finite &= bits < 0x7f800000u;
+    float absmax;
+    std::memcpy(&absmax, &bits, sizeof(absmax));
+    const float scale = absmax / limit;
+    scales[count++] = scale == 0.0f ? 1.0f : scale;
   }
-  const uint32_t bits = V::reduce_maxu(largest);
-  if (bits >= 0x7f800000u) return std::numeric_limits<float>::quiet_NaN();
-  float absmax;
-  std::memcpy(&absmax, &bits, sizeof(absmax));
-  const float scale = absmax / limit;
-  return scale == 0.0f ? 1.0f : scale;
+  if (!finite) std::fill_n(scales, count, std::numeric_limits<float>::quiet_NaN());
+  return finite;
 }
 
-// Calls put(k, quotient) for each vector of x / scale (zero past K, and everywhere for a token that is not finite).
+// Calls put(k, quotient) for each vector of x / scale: zero past K, and everywhere for a token that is not finite.
+// A vector never straddles two scales, since scale groups are multiples of 16.
 template <class V, class Put>
-void each_quotient(const float* x, int64_t k, float scale, const Put& put) {
-  const bool finite = scale == scale;
-  const auto divisor = V::set1(finite ? scale : 1.0f);
-  for (int64_t i = 0; i < k; i += V::kLanes) {
-    auto value = V::zero();
-    if (finite) value = i + V::kLanes <= k ? V::load(x + i) : V::load_first(x + i, k - i);
-    put(i, V::div(value, divisor));
+void each_quotient(const float* x, const TokenCut& cut, const float* scales, bool finite, const Put& put) {
+  for (int64_t i = 0; i < cut.k; i += V::kLanes) {
+    if (!finite) {
+      put(i, V::zero());
+      continue;
+    }
+    const auto value = i + V::kLanes <= cut.k ? V::load(x + i) : V::load_first(x + i, cut.k - i);
+    put(i, V::div(value, V::set1(scales[i / cut.scale_group])));
   }
 }
 
@@ -69,40 +81,38 @@ void store_within(Code* codes, int64_t i, int64_t kp, const Store& store) {
 }
 
 template <class V>
-float vector_prepare_int8(const float* x, int64_t k, int64_t group, void* codes, void* group_sums) {
-  const float scale = token_scale<V>(x, k, kInt8Limit);
-  const int64_t kp = round_up(k, format::Int4::kColsPerStep);
+void vector_prepare_int8(const float* x, const TokenCut& cut, void* codes, float* scales, void* group_sums) {
+  const bool finite = token_scales<V>(x, cut, kInt8Limit, scales);
+  const int64_t kp = round_up(cut.k, format::Int4::kColsPerStep);
   auto* sums = static_cast<int32_t*>(group_sums);
   auto sum = V::set1i(0);
-  each_quotient<V>(x, k, scale, [&](int64_t i, typename V::F quotient) {
+  each_quotient<V>(x, cut, scales, finite, [&](int64_t i, typename V::F quotient) {
     const auto code = V::to_int(quotient);
     store_within<V>(static_cast<int8_t*>(codes), i, kp, [&](int8_t* p) { V::store_int8(p, code); });
     sum = V::addi(sum, code);
-    if ((i + V::kLanes) % group == 0 || i + V::kLanes >= k) {
-      sums[i / group] = V::reduce_addi(sum);
+    if ((i + V::kLanes) % cut.group == 0 || i + V::kLanes >= cut.k) {
+      sums[i / cut.group] = V::reduce_addi(sum);
       sum = V::set1i(0);
     }
   });
-  return scale;
 }
 
 template <class V>
-float vector_prepare_fp8(const float* x, int64_t k, int64_t group, void* codes, void* group_sums) {
-  const float scale = token_scale<V>(x, k, kFp8Limit);
-  const int64_t kp = round_up(k, format::Int4::kColsPerStep);
+void vector_prepare_fp8(const float* x, const TokenCut& cut, void* codes, float* scales, void* group_sums) {
+  const bool finite = token_scales<V>(x, cut, kFp8Limit, scales);
+  const int64_t kp = round_up(cut.k, format::Int4::kColsPerStep);
   auto* sums = static_cast<float*>(group_sums);
   auto sum = V::zero();
-  each_quotient<V>(x, k, scale, [&](int64_t i, typename V::F quotient) {
+  each_quotient<V>(x, cut, scales, finite, [&](int64_t i, typename V::F quotient) {
     const auto value = round_e4m3<V>(quotient);
     store_within<V>(static_cast<uint16_t*>(codes), i, kp,
                     [&](uint16_t* p) { V::store_bf16_pairs(p, V::bits(value)); });
     sum = V::add(sum, value);
-    if ((i + V::kLanes) % group == 0 || i + V::kLanes >= k) {
-      sums[i / group] = V::reduce_add(sum);
+    if ((i + V::kLanes) % cut.group == 0 || i + V::kLanes >= cut.k) {
+      sums[i / cut.group] = V::reduce_add(sum);
       sum = V::zero();
     }
   });
-  return scale;
 }
 
 }  // namespace
