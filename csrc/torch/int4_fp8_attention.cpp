@@ -1,0 +1,233 @@
+// SPDX-License-Identifier: Apache-2.0
+// int4_kv_append and int4_fp8_attention as torch operators.
+#include "ops/int4_fp8_attention/kernels.h"
+#include "torch/tensors.h"
+
+namespace tilewright::torch_adapter {
+namespace {
+
+using format::ScaleType;
+using int4_fp8_attention::Cache;
+using int4_fp8_attention::CacheFormat;
+using int4_fp8_attention::Query;
+using int4_fp8_attention::Strides;
+
+constexpr const char* kAppend = "int4_kv_append";
+constexpr const char* kAttention = "int4_fp8_attention";
+constexpr const char* kHeads = "[T, heads, D]";
+
+// Enough tokens that waking a thread is worth it.
+constexpr int64_t kTokensPerThread = 16;
+
+// The cache is written in place and never copied, hence strides of any kind but adjacent elements within a row.
+Strides strides_of(const Tensor& tensor, const char* op, const char* argument) {
+  const int64_t size = static_cast<int64_t>(tensor.element_size());
+  require(tensor.size(3) <= 1 || tensor.stride(3) == 1, op, ": ", argument,
+          " has a last dimension of stride ", tensor.stride(3), ", needed 1; allocate it with KVCache.allocate()");
+  return {tensor.stride(0) * size, tensor.stride(1) * size, tensor.stride(2) * size};
+}
+
+void require_same_layout(const Tensor& tensor, const Tensor& like, const char* op, const char* argument,
+                         const char* like_argument) {
+  require_cpu(tensor, op, argument);
+  require_dtype(tensor, like.scalar_type(), op, argument);
+  bool same = tensor.dim() == like.dim();
+  for (int64_t d = 0; same && d < like.dim(); ++d) {
+    same = tensor.size(d) == like.size(d) && (like.size(d) <= 1 || tensor.stride(d) == like.stride(d));
+  }
+  require(same, op, ": ", argument, " has shape ", shape_of(tensor), ", needed shape ", shape_of(like),
+          " and strides of ", like_argument, "; allocate both with KVCache.allocate()");
+}
+
+struct CacheTensors {
+  const Tensor& k;
+  const Tensor& v;
+  const std::optional<Tensor>& k_scales;
+  const std::optional<Tensor>& v_scales;
+};
+
+void view_scales(Cache& cache, const CacheTensors& tensors, const char* op) {
+  const Tensor& k = tensors.k;
+  require(tensors.k_scales.has_value() && tensors.v_scales.has_value(), op,
+          ": an INT4 cache (dtype uint8) needs k_scales and v_scales");
+  const Tensor& scales = *tensors.k_scales;
+  require_cpu(scales, op, "k_scales");
+  const ScalarType type = scales.scalar_type();
+  require(type == ScalarType::Float || type == ScalarType::BFloat16, op, ": k_scales has dtype ", dtype_name(type),
+          ", needed float32 or bfloat16");
+  require_dim(scales, 4, op, "k_scales", "[S, H_kv, L, ceil(D/128)]");
+  require_size(scales, 0, k.size(0), op, "k_scales", "S");
+  require_size(scales, 1, k.size(1), op, "k_scales", "H_kv");
+  require_size(scales, 2, k.size(2), op, "k_scales", "L");
+  require_size(scales, 3, format::Int4Kv::groups(cache.head_dim), op, "k_scales", "ceil(D/128)");
+  require_same_layout(*tensors.v_scales, scales, op, "v_scales", "k_scales");
+  cache.scale_type = type == ScalarType::Float ? ScaleType::kFloat32 : ScaleType::kBFloat16;
+  cache.k_scales = mutable_data<uint8_t>(scales);
+  cache.v_scales = mutable_data<uint8_t>(*tensors.v_scales);
+  cache.scales = strides_of(scales, op, "k_scales");
+}
+
+Cache cache_of(const CacheTensors& tensors, int64_t head_dim, const char* op) {
+  const Tensor& k = tensors.k;
+  require_cpu(k, op, "k_cache");
+  const ScalarType type = k.scalar_type();
+  require(type == ScalarType::Byte || type == ScalarType::BFloat16, op, ": k_cache has dtype ", dtype_name(type),
+          ", needed uint8 (INT4 codes) or bfloat16");
+  Cache cache{};
+  cache.format = type == ScalarType::Byte ? CacheFormat::kInt4 : CacheFormat::kBFloat16;
+  const bool int4 = cache.format == CacheFormat::kInt4;
+  require_dim(k, 4, op, "k_cache", int4 ? "[S, H_kv, L, ceil(D/2)]" : "[S, H_kv, L, D]");
+  require(head_dim >= 1 && head_dim <= int4_fp8_attention::kMaxHeadDim, op, ": head size D = ", head_dim,
+          ", needed 1 to ", int4_fp8_attention::kMaxHeadDim);
+  require(k.size(1) >= 1, op, ": k_cache has shape ", shape_of(k), ", needed at least one KV head");
+  require_size(k, 3, int4 ? format::Int4Kv::row_bytes(head_dim) : head_dim, op, "k_cache", int4 ? "ceil(D/2)" : "D");
+  require_same_layout(tensors.v, k, op, "v_cache", "k_cache");
+  cache.heads = k.size(1);
+  cache.head_dim = head_dim;
+  cache.capacity = k.size(2);
+  cache.k = mutable_data<uint8_t>(k);
+  cache.v = mutable_data<uint8_t>(tensors.v);
+  cache.data = strides_of(k, op, "k_cache");
+  if (int4) {
+    view_scales(cache, tensors, op);
+  } else {
+    require(!tensors.k_scales.has_value() && !tensors.v_scales.has_value(), op,
+            ": a bfloat16 cache has no scales; pass None for k_scales and v_scales");
+  }
+  return cache;
+}
+
+// cu_seqlens as int64, checked against T.
+Tensor offsets_of(const Tensor& cu_seqlens, int64_t sequences, int64_t tokens, const char* op) {
+  require_cpu(cu_seqlens, op, "cu_seqlens");
+  const ScalarType type = cu_seqlens.scalar_type();
+  require(type == ScalarType::Long || type == ScalarType::Int, op, ": cu_seqlens has dtype ", dtype_name(type),
+          ", needed int64 or int32");
+  require_dim(cu_seqlens, 1, op, "cu_seqlens", "[S+1]");
+  require_size(cu_seqlens, 0, sequences + 1, op, "cu_seqlens", "S+1");
+  const Tensor offsets = torch::stable::contiguous(torch::stable::to(cu_seqlens, ScalarType::Long));
+  const auto* at = data<int64_t>(offsets);
+  require(at[0] == 0, op, ": cu_seqlens starts at ", at[0], ", needed 0");
+  for (int64_t s = 0; s < sequences; ++s) {
+    require(at[s] <= at[s + 1], op, ": cu_seqlens falls from ", at[s], " to ", at[s + 1], " at sequence ", s,
+            ", needed non-decreasing offsets");
+  }
+  require(at[sequences] <= tokens, op, ": cu_seqlens ends at ", at[sequences], ", but there are only T = ", tokens,
+          " tokens");
+  return offsets;
+}
+
+void require_lengths(const Tensor& lengths, int64_t sequences, const char* op) {
+  require_cpu(lengths, op, "lengths");
+  require_dtype(lengths, ScalarType::Long, op, "lengths");
+  require_dim(lengths, 1, op, "lengths", "[S]");
+  require_size(lengths, 0, sequences, op, "lengths", "S");
+  require(lengths.is_contiguous(), op, ": lengths must be contiguous");
+}
+
+void int4_kv_append(const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, const Tensor& k_cache,
+                    const Tensor& v_cache, const std::optional<Tensor>& k_scales,
+                    const std::optional<Tensor>& v_scales, const Tensor& lengths) {
+  require_cpu(k, kAppend, "k");
+  require_cpu(v, kAppend, "v");
+  require_dim(k, 3, kAppend, "k", "[T, H_kv, D]");
+  require_dim(v, 3, kAppend, "v", "[T, H_kv, D]");
+  for (int64_t d = 0; d < 3; ++d) require_size(v, d, k.size(d), kAppend, "v", "that of k");
+  const Cache cache = cache_of({k_cache, v_cache, k_scales, v_scales}, k.size(2), kAppend);
+  require_size(k, 1, cache.heads, kAppend, "k", "H_kv");
+  const int64_t sequences = k_cache.size(0);
+  const Tensor offsets = offsets_of(cu_seqlens, sequences, k.size(0), kAppend);
+  const auto* at = data<int64_t>(offsets);
+  require_lengths(lengths, sequences, kAppend);
+  auto* held = mutable_data<int64_t>(lengths);
+  for (int64_t s = 0; s < sequences; ++s) {
+    const int64_t fresh = at[s + 1] - at[s];
+    require(held[s] >= 0 && held[s] + fresh <= cache.capacity, kAppend, ": sequence ", s, " holds ", held[s],
+            " tokens and gets ", fresh, " more, but the cache was allocated with max_length = ", cache.capacity,
+            "; allocate it longer, or reset() it");
+  }
+  const Tensor keys = as_float(k, kAppend, "k"), values = as_float(v, kAppend, "v");
+  for (int64_t s = 0; s < sequences; ++s) held[s] += at[s + 1] - at[s];
+  const int4_fp8_attention::Append problem{
+      .cache = cache,
+      .packed = {sequences, at, held},
+      .k = data<float>(keys),
+      .v = data<float>(values),
+      .token_stride = cache.heads * cache.head_dim,
+      .head_stride = cache.head_dim,
+  };
+  const auto run = int4_fp8_attention::kernels().append;
+  torch::stable::parallel_for(0, at[sequences], kTokensPerThread,
+                              [&](int64_t first, int64_t last) { run(problem, first, last); });
+}
+
+Tensor int4_fp8_attention_forward(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
+                                  const std::optional<Tensor>& k_scales, const std::optional<Tensor>& v_scales,
+                                  const Tensor& lengths, const Tensor& cu_seqlens, double scale, bool causal,
+                                  std::optional<int64_t> window, bool fp8_query) {
+  require_cpu(q, kAttention, "q");
+  require_dim(q, 3, kAttention, "q", kHeads);
+  const int64_t tokens = q.size(0), heads = q.size(1), head_dim = q.size(2);
+  const Cache cache = cache_of({k_cache, v_cache, k_scales, v_scales}, head_dim, kAttention);
+  require(heads % cache.heads == 0, kAttention, ": q has H = ", heads, " heads, needed a multiple of the cache's H_kv = ",
+          cache.heads);
+  require(!window.has_value() || *window >= 1, kAttention, ": window = ", window.value_or(0),
+          ", needed at least 1, or None for no window");
+  const int64_t sequences = k_cache.size(0);
+  const Tensor offsets = offsets_of(cu_seqlens, sequences, tokens, kAttention);
+  const auto* at = data<int64_t>(offsets);
+  require_lengths(lengths, sequences, kAttention);
+  const auto* held = data<int64_t>(lengths);
+  for (int64_t s = 0; s < sequences; ++s) {
+    require(held[s] >= at[s + 1] - at[s] && held[s] <= cache.capacity, kAttention, ": sequence ", s, " has ",
+            at[s + 1] - at[s], " queries and a length of ", held[s], ", needed a length between that and max_length = ",
+            cache.capacity, "; append the keys and values of the queries first");
+  }
+  const Tensor input = as_float(q, kAttention, "q");
+  Tensor out = empty_cpu({tokens, heads, head_dim}, ScalarType::Float);
+  auto* result = mutable_data<float>(out);
+  std::fill(result + at[sequences] * heads * head_dim, result + tokens * heads * head_dim, 0.0f);
+  int4_fp8_attention::Problem problem{
+      .cache = cache,
+      .packed = {sequences, at, held},
+      .q = data<float>(input),
+      .q_token_stride = heads * head_dim,
+      .q_head_stride = head_dim,
+      .heads = heads,
+      .scale = static_cast<float>(scale),
+      .causal = causal,
+      .window = window.value_or(int4_fp8_attention::kNoWindow),
+      .query = fp8_query ? Query::kFp8 : Query::kFloat32,
+      .out = result,
+      .out_token_stride = heads * head_dim,
+      .out_head_stride = head_dim,
+      .workspace = nullptr,
+  };
+  if (heads == 0) return torch::stable::to(out, q.scalar_type());
+  const int4_fp8_attention::Plan plan = int4_fp8_attention::choose_plan(problem);
+  const Tensor workspace = empty_cpu({plan.workspace_bytes}, ScalarType::Byte);
+  problem.workspace = mutable_data<uint8_t>(workspace);
+  std::fill(problem.workspace, problem.workspace + plan.counter_bytes, uint8_t{0});
+  const auto run = int4_fp8_attention::kernels().items;
+  torch::stable::parallel_for(0, plan.items, 1,
+                              [&](int64_t first, int64_t last) { run(problem, plan, first, last); });
+  return torch::stable::to(out, q.scalar_type());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tilewright, m) {
+  m.def(
+      "int4_kv_append(Tensor k, Tensor v, Tensor cu_seqlens, Tensor(a!) k_cache, Tensor(b!) v_cache, "
+      "Tensor(c!)? k_scales, Tensor(d!)? v_scales, Tensor(e!) lengths) -> ()");
+  m.def(
+      "int4_fp8_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_scales, Tensor? v_scales, "
+      "Tensor lengths, Tensor cu_seqlens, float scale, bool causal, SymInt? window, bool fp8_query) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tilewright, CPU, m) {
+  m.impl("int4_kv_append", TORCH_BOX(&int4_kv_append));
+  m.impl("int4_fp8_attention", TORCH_BOX(&int4_fp8_attention_forward));
+}
+
+}  // namespace tilewright::torch_adapter
