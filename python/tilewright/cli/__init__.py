@@ -15,7 +15,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise
-        print(f"tw: the command line needs {error.name}; install it with: pip install 'tilewright[cli]'", file=sys.stderr)
+        print(
+            f"tw: the command line needs {error.name}; install it with: pip install 'tilewright[cli]'", file=sys.stderr
+        )
         sys.exit(ExitCode.MISSING_DEPENDENCY)
     app()
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Annotated
 
 import typer
@@ -11,29 +12,13 @@ import typer
 from tilewright.cli import bench, chat, demo, doctor, evaluate, fetch, generate, quantize, reproduce
 from tilewright.cli.shared import DEBUG_VARIABLE, Verbs
 
-EPILOG = "Exit codes: 0 done, 1 a claim or check failed, 2 bad input, 3 a package is missing, 70 internal, 130 interrupted."
+EPILOG = "Exit codes: 0 done, 1 claim or check failed, 2 bad input, 3 package missing, 70 internal, 130 interrupted."
 
 app = typer.Typer(
     name="tw", cls=Verbs, no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, epilog=EPILOG
 )
 
-
-@app.callback()
-def options(
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
-    version: Annotated[bool, typer.Option("--version", help="Print the version and stop.")] = False,
-) -> None:
-    """Neural networks in few bits: load, quantize, run and check real models."""
-    if debug:
-        os.environ[DEBUG_VARIABLE] = "1"
-    if version:
-        from importlib.metadata import version as installed
-
-        print(installed("tilewright"))
-        raise typer.Exit
-
-
-for name, verb in {
+VERBS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
     "fetch": fetch.fetch,
     "quantize": quantize.quantize,
@@ -43,5 +28,29 @@ for name, verb in {
     "bench": bench.bench,
     "reproduce": reproduce.reproduce,
     "doctor": doctor.doctor,
-}.items():
+}
+
+
+def print_version(asked: bool) -> None:
+    """Print the installed version and stop."""
+    if asked:
+        from importlib.metadata import version
+
+        print(version("tilewright"))
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[  # noqa: ARG001
+        bool, typer.Option("--version", is_eager=True, callback=print_version, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Neural networks in few bits: load, quantize, run and check real models."""
+    if debug:
+        os.environ[DEBUG_VARIABLE] = "1"
+
+
+for name, verb in VERBS.items():
     app.command(name)(verb)

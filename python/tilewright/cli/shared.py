@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperGroup
 
 from tilewright.cli.codes import ExitCode
+from tilewright.data.fetch import silent
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -99,11 +100,17 @@ def print_json(document: Any) -> None:
 def progress_bar() -> Iterator[Progress]:
     """Yield a progress callback (what, done, total or None): bars on standard error, nothing without a terminal."""
     if not sys.stderr.isatty():
-        yield lambda what, done, total: None
+        yield silent
         return
-    from rich.progress import BarColumn, Progress as Bars, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as Bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn())
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f}%"),
+        TimeElapsedColumn(),
+    )
     with Bars(*columns, console=console(stderr=True), transient=True) as bars:
         tasks: dict[str, Any] = {}
 
@@ -130,7 +137,7 @@ def model_path(name: str) -> Path:
 
         return smollm2_gguf()
     raise FileNotFoundError(
-        f"{name}: no such file or folder; name a GGUF file, a model folder, or `{SMOLLM2_ALIAS}` (after `tw fetch smollm2`)"
+        f"{name}: no such file or folder; name a GGUF file, a model folder, or `{SMOLLM2_ALIAS}` after `tw fetch`"
     )
 
 

@@ -23,7 +23,7 @@ from .llama_family import LlamaFamily
 def muted() -> Iterator[None]:
     """Send the library's loading log, which goes to file descriptor 2, nowhere."""
     saved = os.dup(2)
-    with open(os.devnull, "wb") as null:
+    with Path(os.devnull).open("wb") as null:
         os.dup2(null.fileno(), 2)
     try:
         yield
@@ -74,7 +74,8 @@ class Runner(LlamaFamily):
     def facts(self) -> dict[str, Any]:
         library = ctypes.CDLL(str(Path(ik_llama_cpp.__file__).parent / "lib" / "libllama.so"))
         library.llama_print_system_info.restype = ctypes.c_char_p
-        counted, count = (self._ask(library, name, ctypes.c_uint64) for name in ("llama_model_size", "llama_model_n_params"))
+        counted = self._ask(library, "llama_model_size", ctypes.c_uint64)
+        count = self._ask(library, "llama_model_n_params", ctypes.c_uint64)
         if counted > self.file_bytes:
             # A tied embedding is counted a second time as the output matrix.
             count -= self.vocabulary * self._ask(library, "llama_model_n_embd", ctypes.c_int32)

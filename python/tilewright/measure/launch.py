@@ -33,9 +33,13 @@ class MeasureError(RuntimeError):
 
 
 def peer_environments() -> list[Path]:
-    """Python interpreters that may hold peers: `TILEWRIGHT_PEERS` (folders), `.venv-peers*` of the checkout, this one."""
+    """Interpreters that may hold peers: `TILEWRIGHT_PEERS` (folders) or the checkout's `.venv-peers*`; this one."""
     named = os.environ.get(PEERS_VARIABLE)
-    folders = [Path(name) for name in named.split(os.pathsep)] if named else sorted(_HERE.parents[2].glob(".venv-peers*"), reverse=True)
+    folders = (
+        [Path(name) for name in named.split(os.pathsep)]
+        if named
+        else sorted(_HERE.parents[2].glob(".venv-peers*"), reverse=True)
+    )
     found = [folder / "bin" / "python" for folder in folders]
     return [path for path in found if path.exists()] + [Path(sys.executable)]
 
@@ -48,12 +52,12 @@ def installed(python: Path, names: tuple[str, ...]) -> frozenset[str]:
 
 
 def find_environment(runner: str) -> Path | None:
-    """The interpreter to run `runner` with; None when its packages are nowhere. torch and tilewright run in this one."""
+    """The interpreter to run `runner` with, always this one for torch and tilewright; None when there is none."""
     names = PACKAGES[runner]
     places = [Path(sys.executable)] if runner in ("torch", "tilewright") else peer_environments()
     for python in places:
         have = installed(python, names)
-        if (have if runner in ANY_OF else have == set(names)):
+        if have if runner in ANY_OF else have == set(names):
             return python
     return None
 

@@ -110,7 +110,9 @@ class Runner(LlamaFamily):
         ctypes.cast(ctypes.pointer(parameters), ctypes.POINTER(ctypes.c_uint32))[0] = max_length
         context = self.api.llama_init_from_model(self.model, parameters)
         if not context or self.api.llama_n_ctx(context) < max_length:
-            raise RuntimeError(f"llama.cpp made no context of {max_length} tokens; its parameter layout may have changed")
+            raise RuntimeError(
+                f"llama.cpp made no context of {max_length} tokens; its parameter layout may have changed"
+            )
         return int(context)
 
     def facts(self) -> dict[str, Any]:

@@ -39,12 +39,17 @@ class Runner(Protocol):
 
 @dataclass(frozen=True)
 class Spec:
-    """One measurement. Tokens come as ids, so that every method sees the same ones."""
+    """One measurement. Tokens come as ids, so that every method sees the same ones.
+
+    windows: pieces of each text whose perplexity is asked for. prompt, decode, repeats: the timed prompt, the single
+    tokens timed behind it, and how often. prompts, new_tokens, stop_ids: what is continued to be read. options: what
+    the runner takes besides.
+    """
 
     runner: str
     model: str
     threads: int
-    windows: list[list[int]] = field(default_factory=list)
+    windows: dict[str, list[list[int]]] = field(default_factory=dict)
     prompt: list[int] = field(default_factory=list)
     decode: int = 0
     repeats: int = 1
@@ -57,7 +62,7 @@ class Spec:
     def max_length(self) -> int:
         """Longest sequence that any part of the measurement reaches."""
         lengths = [len(self.prompt) + max(self.decode, WARM_STEPS)]
-        lengths += [len(window) for window in self.windows]
+        lengths += [len(window) for windows in self.windows.values() for window in windows]
         lengths += [len(prompt) + self.new_tokens for prompt in self.prompts]
         return max(lengths)
 
@@ -88,10 +93,8 @@ def negative_log_likelihood(logits: np.ndarray, tokens: list[int]) -> float:
     return total
 
 
-def perplexity(runner: Runner, windows: list[list[int]]) -> float | None:
-    """exp of the mean negative log likelihood over all predicted tokens; windows do not overlap. None without windows."""
-    if not windows:
-        return None
+def perplexity(runner: Runner, windows: list[list[int]]) -> float:
+    """exp of the mean negative log likelihood over all predicted tokens; windows do not overlap."""
     total = sum(negative_log_likelihood(runner.logits(window), window) for window in windows)
     return float(np.exp(total / sum(len(window) - 1 for window in windows)))
 
@@ -105,27 +108,23 @@ def greedy(runner: Runner, prompt: list[int], new_tokens: int, stop_ids: list[in
     return made[:-1] if made[-1] in stop_ids else made
 
 
-def timed(work: Callable[[], Any]) -> int:
-    """Nanoseconds that `work` takes."""
-    start = time.perf_counter_ns()
-    work()
-    return time.perf_counter_ns() - start
-
-
 def decode_steps(runner: Runner, token: int, count: int) -> None:
     """Feed `count` tokens one at a time, each the most likely after the one before."""
     for _ in range(count):
         token = runner.step(token)
 
 
-def speeds(runner: Runner, spec: Spec) -> dict[str, Any]:
+def speeds(runner: Runner, spec: Spec) -> dict[str, list[int]]:
     """Every repetition's nanoseconds: the prompt into an empty cache, then `decode` single tokens behind it."""
     prefill, decode = [], []
     for _ in range(spec.repeats):
         runner.reset()
-        token: list[int] = []
-        prefill.append(timed(lambda: token.append(runner.prefill(spec.prompt))))
-        decode.append(timed(lambda: decode_steps(runner, token[0], spec.decode)))
+        start = time.perf_counter_ns()
+        token = runner.prefill(spec.prompt)
+        between = time.perf_counter_ns()
+        decode_steps(runner, token, spec.decode)
+        prefill.append(between - start)
+        decode.append(time.perf_counter_ns() - between)
     return {"prefill_ns": prefill, "decode_ns": decode}
 
 
@@ -142,6 +141,6 @@ def measure(make: Callable[..., Runner], spec: Spec) -> dict[str, Any]:
         result["resident_growth_bytes"] = resident_bytes() - baseline
         result["peak_growth_bytes"] = peak_resident_bytes() - baseline
         result.update(speeds(runner, spec))
-    result["perplexity"] = perplexity(runner, spec.windows)
+    result["perplexity"] = {text: perplexity(runner, windows) for text, windows in spec.windows.items()}
     result["generated"] = [greedy(runner, prompt, spec.new_tokens, spec.stop_ids) for prompt in spec.prompts]
     return result
