@@ -12,6 +12,7 @@ import math
 import mmap
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from tilewright.models.errors import CheckpointError
 
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY, _BOOL = 8, 9, 7
-_U32, _U64 = struct.Struct("<I"), struct.Struct("<Q")
+_U64 = struct.Struct("<Q")
 _MAX_DIMS = 4
 _MAX_ELEMENTS = 1 << 48
 
@@ -57,10 +58,26 @@ class GGUFHeader:
         return data.reshape(math.prod(record.shape[:-1]), -1)
 
 
+@dataclass(frozen=True)
+class StringArray:
+    """An array of strings, checked to be UTF-8 and kept as the file's bytes: a vocabulary as Python strings would
+    stay resident at many times its size."""
+
+    raw: bytes
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
+
+    def tolist(self) -> list[str]:
+        """The strings."""
+        return list(_Cursor(self.raw, "string array").strings(self.count, "string"))
+
+
 class _Cursor:
     """Bounds-checked reading position over the mapped file."""
 
-    def __init__(self, buffer: mmap.mmap, name: str) -> None:
+    def __init__(self, buffer: mmap.mmap | bytes, name: str) -> None:
         self.buffer, self.name, self.size, self.at = buffer, name, len(buffer), 0
 
     def need(self, count: int, what: str) -> None:
@@ -82,32 +99,38 @@ class _Cursor:
         self.at += form.size
         return value
 
-    def strings(self, count: int, what: str) -> list[str]:
+    def strings(self, count: int, what: str) -> Iterator[str]:
         self.need(8 * count, f"{what} ({count} strings)")
-        buffer, size, at, out = self.buffer, self.size, self.at, []
-        try:
-            for _ in range(count):
-                (length,) = _U64.unpack_from(buffer, at)
-                end = at + 8 + length
-                if end > size:
-                    self.at = at
-                    self.need(8 + length, what)
-                out.append(buffer[at + 8 : end].decode("utf-8"))
-                at = end
-        except struct.error:
-            self.at = at
-            self.need(8, what)
-        except UnicodeDecodeError as wrong:
-            raise CheckpointError(
-                f"{self.name}: {what} holds a string at offset {at} that is not UTF-8 ({wrong.reason})"
-            ) from None
-        self.at = at
-        return out
+        buffer, size, at = self.buffer, self.size, self.at
+        for _ in range(count):
+            end = at + 8
+            if end <= size:
+                end += _U64.unpack_from(buffer, at)[0]
+            if end > size:
+                self.at = at
+                self.need(end - at, what)
+            try:
+                text = buffer[at + 8 : end].decode("utf-8")
+            except UnicodeDecodeError as wrong:
+                raise CheckpointError(
+                    f"{self.name}: {what} holds a string at offset {at} that is not UTF-8 ({wrong.reason})"
+                ) from None
+            self.at = at = end
+            yield text
 
-    def array(self, what: str) -> list[Any] | np.ndarray[Any, Any]:
+    def string(self, what: str) -> str:
+        return next(self.strings(1, what))
+
+    def string_array(self, count: int, what: str) -> StringArray:
+        start = self.at
+        for _ in self.strings(count, what):
+            pass
+        return StringArray(self.buffer[start : self.at], count)
+
+    def array(self, what: str) -> StringArray | np.ndarray[Any, Any]:
         type_id, count = self.scalar(4, what), self.scalar(10, what)
         if type_id == _STRING:
-            return self.strings(count, what)
+            return self.string_array(count, what)
         if type_id not in _SCALARS:
             raise CheckpointError(
                 f"{self.name}: {what} is an array of type {type_id}; strings and plain numbers are supported"
@@ -156,14 +179,14 @@ def _parse(path: Path, cursor: _Cursor) -> GGUFHeader:
 def _parse_metadata(cursor: _Cursor, count: int) -> dict[str, Any]:
     metadata: dict[str, Any] = {}
     for index in range(count):
-        key = cursor.strings(1, f"name of key {index}")[0]
+        key = cursor.string(f"name of key {index}")
         if not key or len(key) > 65535 or not key.isascii() or not key.isprintable():
             raise CheckpointError(f"{cursor.name}: key {index} has the name {key[:60]!r}; printable ASCII is needed")
         if key in metadata:
             raise CheckpointError(f"{cursor.name}: key {key!r} occurs twice")
         type_id = cursor.scalar(4, f"type of key {key!r}")
         if type_id == _STRING:
-            metadata[key] = cursor.strings(1, f"key {key!r}")[0]
+            metadata[key] = cursor.string(f"key {key!r}")
         elif type_id == _ARRAY:
             metadata[key] = cursor.array(f"key {key!r}")
         elif type_id in _SCALARS:
@@ -214,7 +237,7 @@ def _parse_directory(cursor: _Cursor, count: int, alignment: int) -> dict[str, T
 def _parse_record(cursor: _Cursor, index: int) -> TensorRecord:
     from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    name = cursor.strings(1, f"name of tensor {index}")[0]
+    name = cursor.string(f"name of tensor {index}")
     where = f"{cursor.name}: tensor {name[:120]!r}"
     dims = cursor.scalar(4, f"rank of tensor {index}")
     if not 1 <= dims <= _MAX_DIMS:

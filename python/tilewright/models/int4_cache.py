@@ -67,6 +67,7 @@ class Int4CacheLayer(DynamicLayer):
         del args, kwargs
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        assert self.keys is not None and self.values is not None
         scaled = key_states if self.key_scale is None else key_states.float() * self.key_scale
         self.keys = torch.cat((self.keys, quantize_rows(scaled)), dim=-2)
         self.values = torch.cat((self.values, quantize_rows(value_states)), dim=-2)

@@ -18,6 +18,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 KINDS = ("linear", "llama3", "yarn", "factors")
+_KNOWN_KEYS = {
+    *("rope_type", "type", "rope_theta", "partial_rotary_factor", "factor", "original_max_position_embeddings"),
+    *("low_freq_factor", "high_freq_factor", "attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"),
+    *("truncate", "short_factor", "long_factor", "finetuned"),
+}
 _LLAMA3_KEYS = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -138,6 +143,8 @@ def rope_from_transformers(raw: dict[str, Any], max_positions: int) -> RopeScali
     Raises:
         CheckpointError: for a rule that is not supported (dynamic, longrope with two factor lists).
     """
+    if unknown := sorted(map(str, raw.keys() - _KNOWN_KEYS)):
+        raise CheckpointError(f"config: rope key {unknown[0][:60]!r} is unknown; it may change the positions")
     kind = raw.get("rope_type", raw.get("type", "default"))
     if kind == "default" or (kind == "linear" and raw.get("factor") == 1.0):
         return None

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tilewright.models.errors import CheckpointError
+from tilewright.models.gguf_file import StringArray
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -68,7 +69,8 @@ def gguf_tokenizer(metadata: dict[str, Any], path: Path) -> PreTrainedTokenizerB
     """
     kind = metadata.get("tokenizer.ggml.model")
     tokens = metadata.get("tokenizer.ggml.tokens")
-    if not isinstance(kind, str) or not isinstance(tokens, list) or not tokens:
+    tokens = tokens.tolist() if isinstance(tokens, StringArray) else []
+    if not isinstance(kind, str) or not tokens:
         raise CheckpointError(
             f"{path.name}: brings no tokenizer (tokenizer.ggml.model and tokenizer.ggml.tokens are needed)"
         )
@@ -98,7 +100,7 @@ def _through_transformers(path: Path) -> PreTrainedTokenizerBase:
 def _byte_level(metadata: dict[str, Any], tokens: list[str], split: str) -> Tokenizer:
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers
 
-    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"]]
+    merges = [tuple(merge.split(" ")) for merge in metadata["tokenizer.ggml.merges"].tolist()]
     tokenizer = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(tokens)}, merges=merges))
     prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", False))
     if split in _SPLITS:
