@@ -3,7 +3,9 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include "core/require.h"
 #include "format/fp8.h"
+#include "format/ternary.h"
 #include "isa/isa.h"
 #include "microbench/microbench.h"
 #include "ops/int4_linear/plan.h"
@@ -57,6 +59,25 @@ void bind_fp8(py::module_& m, const std::string& prefix) {
   m.def((prefix + "_decode").c_str(), &Format::decode, "Value of a code");
 }
 
+template <class Format>
+uint8_t ternary_pack(const std::vector<int>& trits) {
+  require(trits.size() == Format::kPerByte, "ternary pack: got ", trits.size(), " values, needed ", Format::kPerByte);
+  int8_t values[Format::kPerByte];
+  for (int lane = 0; lane < Format::kPerByte; ++lane) {
+    const int value = trits[static_cast<size_t>(lane)];
+    require(value >= -1 && value <= 1, "ternary pack: value ", value, " at ", lane, " is none of -1, 0, 1");
+    values[lane] = static_cast<int8_t>(value);
+  }
+  return Format::pack(values);
+}
+
+template <class Format>
+std::vector<int> ternary_unpack(uint8_t byte) {
+  std::vector<int> trits;
+  for (int lane = 0; lane < Format::kPerByte; ++lane) trits.push_back(Format::trit(byte, lane));
+  return trits;
+}
+
 }  // namespace
 }  // namespace tilewright
 
@@ -71,6 +92,10 @@ PYBIND11_MODULE(_host, m) {
         "Bytes a second of a plain read of the whole buffer");
   m.def("peak_operations", &peak_operations, py::arg("kind"), py::arg("threads"), py::arg("seconds") = 0.5,
         "Multiplications and additions a second of the widest int8, bf16 or fp32 instruction");
+  m.def("ternary2_pack", &ternary_pack<format::Ternary2>, "Four values of -1, 0, 1 to a byte, two bits each");
+  m.def("ternary2_unpack", &ternary_unpack<format::Ternary2>);
+  m.def("ternary5_pack", &ternary_pack<format::Ternary5>, "Five values of -1, 0, 1 to a byte, in base 3");
+  m.def("ternary5_unpack", &ternary_unpack<format::Ternary5>);
   bind_fp8<format::E4M3>(m, "e4m3");
   bind_fp8<format::E5M2>(m, "e5m2");
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // int4_int8_linear, int4_fp8_linear, their packer and their activation quantizers as torch operators.
 #include "ops/int4_linear/kernels.h"
-#include "format/fp8.h"
+#include "ops/int4_linear/reference.h"
 #include "torch/tensors.h"
 
 namespace tilewright::torch_adapter {
@@ -106,8 +106,26 @@ Prepared prepare(const Tensor& x, int64_t m, const Int4View& weight, Activation 
   return out;
 }
 
+// How a call differs from its siblings.
+struct Variant {
+  Activation activation;
+  Mode mode;
+  int64_t scale_group;   // 0: a whole token
+  bool reference;        // the float64 oracle instead of the kernels
+  const char* op;
+};
+
+void run_kernels(const int4_linear::Problem& problem) {
+  const int4_linear::Plan plan = int4_linear::choose_plan(problem.m, problem.weight);
+  const auto& kernels = int4_linear::kernels();
+  const auto run = problem.activation == Activation::kInt8 ? kernels.int8_items : kernels.fp8_items;
+  torch::stable::parallel_for(0, plan.items, 1,
+                              [&](int64_t first, int64_t last) { run(problem, plan, first, last); });
+}
+
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
-              Activation activation, Mode mode, int64_t scale_group, const char* op) {
+              const Variant& variant) {
+  const auto& [activation, mode, wanted_group, reference, op] = variant;
   require_cpu(x, op, "x");
   require_cpu(weight, op, "weight");
   require_dtype(weight, ScalarType::Byte, op, "weight");
@@ -120,7 +138,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   require(mode == Mode::kExact || view.offset_kind == OffsetKind::kSymmetric, op,
           ": mode='fold' needs a symmetric weight; use mode='exact' for weights with minima or zero points");
 
-  if (scale_group == 0) scale_group = round_up(view.k, view.group);
+  const int64_t scale_group = wanted_group == 0 ? round_up(view.k, view.group) : wanted_group;
   require(scale_group > 0 && scale_group % view.group == 0, op, ": scale_group = ", scale_group,
           ", needed a multiple of the weight's group ", view.group, ", or 0 for one scale a token");
 
@@ -128,7 +146,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   const int64_t m = input.numel() / view.k;
   std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
   sizes.back() = view.n;
-  Tensor y = empty_cpu(sizes, ScalarType::Float);
+  Tensor y = empty_cpu(sizes, reference ? ScalarType::Double : ScalarType::Float);
   std::optional<Tensor> b;
   if (bias.has_value()) {
     require_cpu(*bias, op, "bias");
@@ -145,26 +163,35 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
       .scale_group = scale_group,
       .x = {prepared.codes.const_data_ptr(), data<float>(prepared.scales), prepared.sums.const_data_ptr()},
       .bias = b.has_value() ? data<float>(*b) : nullptr,
-      .y = mutable_data<float>(y),
+      .y = reference ? nullptr : mutable_data<float>(y),
       .y_stride = view.n,
   };
-  const int4_linear::Plan plan = int4_linear::choose_plan(m, view);
-  const auto& kernels = int4_linear::kernels();
-  const auto run = activation == Activation::kInt8 ? kernels.int8_items : kernels.fp8_items;
-  torch::stable::parallel_for(0, plan.items, 1,
-                              [&](int64_t first, int64_t last) { run(problem, plan, first, last); });
+  if (reference) {
+    int4_linear::reference(problem, mutable_data<double>(y));
+    return y;
+  }
+  run_kernels(problem);
   return torch::stable::to(y, x.scalar_type());
 }
 
 Tensor int4_int8_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                         int64_t out_features, int64_t scale_group) {
-  return linear(x, weight, bias, out_features, Activation::kInt8, Mode::kExact, scale_group, "int4_int8_linear");
+  return linear(x, weight, bias, out_features,
+                {Activation::kInt8, Mode::kExact, scale_group, false, "int4_int8_linear"});
 }
 
 Tensor int4_fp8_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
                        bool fold) {
-  return linear(x, weight, bias, out_features, Activation::kFp8, fold ? Mode::kFold : Mode::kExact, 0,
-                "int4_fp8_linear");
+  return linear(x, weight, bias, out_features,
+                {Activation::kFp8, fold ? Mode::kFold : Mode::kExact, 0, false, "int4_fp8_linear"});
+}
+
+// The same functions computed by the C++ oracle, in float64.
+Tensor int4_linear_reference(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                             int64_t out_features, int64_t scale_group, bool fp8, bool fold) {
+  return linear(x, weight, bias, out_features,
+                {fp8 ? Activation::kFp8 : Activation::kInt8, fold ? Mode::kFold : Mode::kExact, scale_group, true,
+                 "int4_linear_reference"});
 }
 
 }  // namespace
@@ -173,12 +200,16 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tilewright, m) {
   m.def(
       "int4_pack(Tensor codes, Tensor scales, Tensor? offsets, int cols, int group, float per_tensor_scale) -> Tensor");
   m.def("int4_int8_linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features, int scale_group=0) -> Tensor");
+  m.def(
+      "int4_linear_reference(Tensor x, Tensor weight, Tensor? bias, int out_features, int scale_group, bool fp8, bool "
+      "fold) -> Tensor");
   m.def("int4_fp8_linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features, bool fold) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tilewright, CPU, m) {
   m.impl("int4_pack", TORCH_BOX(&int4_pack));
   m.impl("int4_int8_linear", TORCH_BOX(&int4_int8_linear));
+  m.impl("int4_linear_reference", TORCH_BOX(&int4_linear_reference));
   m.impl("int4_fp8_linear", TORCH_BOX(&int4_fp8_linear));
 }
 
