@@ -8,7 +8,7 @@ import torch
 from tiny_models import KINDS, random_weights, tiny_config, write_gguf, write_transformers
 
 from tilewright.models import load, to_transformers
-from tilewright.models.int4_cache import Int4CacheLayer, Int4KVCache, dequantize_rows, quantize_rows
+from tilewright.models.int4_cache import Int4CacheLayer, Int4KVCache
 from tilewright.nn import W4A8Linear
 from tilewright.ops import quantize_fp8_per_token, quantize_int8_per_token
 
@@ -74,8 +74,8 @@ def test_generate_with_the_int4_cache_handles_batches_and_beams(tmp_path):
         prompts, past_key_values=cache, max_new_tokens=6, do_sample=False, num_beams=2, eos_token_id=None
     )
     assert out.shape == (2, PROMPT.shape[1] + 6)
-    # 13 cached tokens, 4 beams, 2 heads of 16 channels: 8 bytes of codes and 4 of scale, for keys and values, 2 layers
-    assert cache.nbytes == 13 * 4 * 2 * (8 + 4) * 2 * 2
+    # 13 cached tokens, 4 beams, 2 heads of 16 channels: 8 bytes of codes and 2 of scale, for keys and values, 2 layers
+    assert cache.nbytes == 13 * 4 * 2 * (8 + 2) * 2 * 2
 
 
 def test_prefill_in_pieces_equals_one_piece_with_the_int4_cache(tmp_path):
@@ -105,25 +105,27 @@ def test_q8_linears_become_float(tmp_path):
 
 
 @pytest.mark.parametrize("dim", [2, 16, 64, 128, 130, 256])
-def test_cache_rows_are_the_nearest_points_of_their_grid(dim):
+def test_cached_rows_are_the_nearest_points_of_their_grid(dim):
     generator = torch.Generator().manual_seed(dim)
-    x = torch.randn(3, 2, 5, dim, generator=generator)
-    rows = quantize_rows(x)
-    back = dequantize_rows(rows, dim)
-    for start in range(0, dim, 128):
-        part, got = x[..., start : start + 128].double(), back[..., start : start + 128].double()
-        step = part.abs().amax(-1, keepdim=True) / 7
-        # half a step, plus the float32 roundings of scale, quotient and product (7.5 steps at most)
-        assert ((part - got).abs() <= step * (0.5 + 8 * 2**-22)).all()
-        assert (got.abs().amax(-1, keepdim=True) <= step * 7 * (1 + 2**-22)).all()
-    assert rows.shape[-1] == dim // 2 + 4 * -(-dim // 128)
+    keys, values = torch.randn(2, 3, 2, 5, dim, generator=generator)
+    layer = Int4CacheLayer()
+    layer.update(keys[..., :2, :], values[..., :2, :])
+    for x, back in zip((keys, values), layer.update(keys[..., 2:, :], values[..., 2:, :]), strict=True):
+        for start in range(0, dim, 128):
+            part, got = x[..., start : start + 128].double(), back[..., start : start + 128].double()
+            step = part.abs().amax(-1, keepdim=True) / 7
+            # half a step of the scale as rounded to bfloat16 (2^-9 relative); the largest value, code 7, may be cut
+            # by 7 * 2^-9 of a step where the scale was rounded down
+            assert ((part - got).abs() <= step * (0.5 * (1 + 2**-8) + 7 * 2**-8)).all()
+    assert layer.keys.shape[-1] == dim // 2 + 2 * -(-dim // 128)
+    assert layer.get_seq_length() == 5
 
 
 def test_zero_and_non_finite_rows():
     x = torch.zeros(1, 1, 3, 16)
     x[0, 0, 1, 3] = torch.nan
     x[0, 0, 2, 3] = torch.inf
-    back = dequantize_rows(quantize_rows(x), 16)
+    back, _ = Int4CacheLayer().update(x, x)
     assert (back[0, 0, 0] == 0).all()
     assert back[0, 0, 1:].isnan().all()
 

@@ -9,15 +9,14 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
-from tilewright.formats.int4 import pack_codes
 from tilewright.models.language_model import LanguageModel
+from tilewright.ops.kv_cache import KV_GROUP, KVCache, kv_append_
 
-MAX_GROUP = 128
-_LARGEST, _ZERO, _SCALE_BYTES = 7, 8, 4
+_SCALE_DTYPE, _SCALE_BYTES = torch.bfloat16, 2
 
 
 class Int4KVCache(Cache):
-    """Keys and values at 4 bits a number, one float32 scale per token, head and group of up to 128 channels.
+    """Keys and values at 4 bits a number, one bfloat16 scale per token, head and group of up to 128 channels.
 
     Give it to any transformers model of the Llama family as ``past_key_values``; attention then sees the
     rounded keys and values. Where the model carries a post-RoPE key scale S (``self_attn.key_scale``), keys
@@ -41,7 +40,7 @@ class Int4KVCache(Cache):
 
 
 class Int4CacheLayer(DynamicLayer):
-    """One layer: ``keys`` and ``values`` are uint8 [B, H, L, D/2 + 4 G], codes and then the bytes of the scales.
+    """One layer: ``keys`` and ``values`` are uint8 [B, H, L, D/2 + 2 G], codes and then the bytes of the scales.
 
     Keeping both in one tensor lets every operation that transformers performs on a growing cache (reorder,
     crop, repeat, select) apply unchanged.
@@ -57,9 +56,11 @@ class Int4CacheLayer(DynamicLayer):
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Remember dtype and head size of the model, with nothing stored yet."""
+        del value_states  # has the shape of key_states
         self.dtype, self.device, self.head_dim = key_states.dtype, key_states.device, key_states.shape[-1]
-        self.keys = quantize_rows(key_states[..., :0, :])
-        self.values = quantize_rows(value_states[..., :0, :])
+        width = (self.head_dim + 1) // 2 + _SCALE_BYTES * -(-self.head_dim // KV_GROUP)
+        empty = torch.empty((*key_states.shape[:2], 0, width), dtype=torch.uint8, device=self.device)
+        self.keys, self.values = empty, empty.clone()
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
@@ -67,36 +68,39 @@ class Int4CacheLayer(DynamicLayer):
         del args, kwargs
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        assert self.keys is not None and self.values is not None
+        assert self.keys is not None
+        assert self.values is not None
         scaled = key_states if self.key_scale is None else key_states.float() * self.key_scale
-        self.keys = torch.cat((self.keys, quantize_rows(scaled)), dim=-2)
-        self.values = torch.cat((self.values, quantize_rows(value_states)), dim=-2)
-        keys = dequantize_rows(self.keys, self.head_dim)
+        new_keys, new_values = _quantize(scaled, value_states)
+        self.keys = torch.cat((self.keys, new_keys), dim=-2)
+        self.values = torch.cat((self.values, new_values), dim=-2)
+        keys, values = _as_cache(self.keys, self.values, self.head_dim).dequantize()
         if self.key_scale is not None:
             keys = keys / self.key_scale
-        return keys.to(self.dtype), dequantize_rows(self.values, self.head_dim).to(self.dtype)
+        return keys.to(self.dtype), values.to(self.dtype)
 
 
-def quantize_rows(x: Tensor) -> Tensor:
-    """Round vectors [..., D] to symmetric INT4 (scale = absmax / 7 of a group): uint8 [..., D/2 + 4 G].
+def _quantize(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """[B, H, T, D] floats to rows of codes and scale bytes, by the operator that also fills the engine's cache."""
+    batch, heads, tokens, dim = keys.shape
+    if tokens == 0:
+        empty = torch.empty((batch, heads, 0, (dim + 1) // 2 + _SCALE_BYTES * -(-dim // KV_GROUP)), dtype=torch.uint8)
+        return empty, empty
+    scratch = KVCache.allocate(batch, heads, dim, tokens, scale_dtype=_SCALE_DTYPE)
+    flat = [x.transpose(1, 2).reshape(batch * tokens, heads, dim).contiguous() for x in (keys, values)]
+    kv_append_(scratch, flat[0], flat[1], torch.arange(batch + 1) * tokens)
+    assert scratch.k_scales is not None
+    assert scratch.v_scales is not None
+    return (
+        torch.cat((scratch.k_codes, scratch.k_scales.view(torch.uint8)), dim=-1),
+        torch.cat((scratch.v_codes, scratch.v_scales.view(torch.uint8)), dim=-1),
+    )
 
-    A group of zeros gets scale 1. A group with a NaN or an infinity gets scale NaN, so that it stays visible.
-    """
-    dim = x.shape[-1]
-    group = min(dim, MAX_GROUP)
-    groups = torch.nn.functional.pad(x.float(), (0, -dim % group)).unflatten(-1, (-1, group))
-    absmax = groups.abs().amax(-1, keepdim=True)
-    scale = torch.where(absmax == 0, torch.ones_like(absmax), absmax / _LARGEST)
-    scale = torch.where(torch.isfinite(absmax), scale, torch.full_like(scale, torch.nan))
-    codes = (groups / scale).round().clamp(-_LARGEST, _LARGEST).nan_to_num() + _ZERO
-    packed = pack_codes(codes.to(torch.uint8).flatten(-2)[..., :dim])
-    return torch.cat((packed, scale.squeeze(-1).contiguous().view(torch.uint8)), dim=-1)
 
-
-def dequantize_rows(rows: Tensor, dim: int) -> Tensor:
-    """The inverse of :func:`quantize_rows`: float32 [..., D]."""
+def _as_cache(keys: Tensor, values: Tensor, dim: int) -> KVCache:
+    """The rows of :func:`_quantize` as a KVCache."""
     half = (dim + 1) // 2
-    codes, scales = rows[..., :half], rows[..., half:].contiguous().view(torch.float32)
-    pairs = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(-2)[..., :dim]
-    per_channel = scales.repeat_interleave(min(dim, MAX_GROUP), dim=-1)[..., :dim]
-    return (pairs.float() - _ZERO) * per_channel
+    codes = [rows[..., :half] for rows in (keys, values)]
+    scales = [rows[..., half:].contiguous().view(_SCALE_DTYPE) for rows in (keys, values)]
+    lengths = torch.full((keys.shape[0],), keys.shape[2])
+    return KVCache(codes[0], codes[1], scales[0], scales[1], lengths, dim)
