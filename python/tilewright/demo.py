@@ -14,13 +14,13 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tilewright._files import atomic_write
 from tilewright.data.fetch import Progress, silent
-from tilewright.measure.launch import MeasureError, run, why_absent
+from tilewright.measure.launch import OWN, MeasureError, Method, run, why_absent
 from tilewright.measure.protocol import Spec
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ QUESTIONS = (
     "Why is the sky blue?",
     "Give me three tips for writing a clear letter.",
 )
-OWN = ("torch", "tilewright")
 WINDOW = 512
 PROMPT_TOKENS = 512
 HEADINGS = ("method", "bits/weight", "MB", "perplexity", "prefill, tok/s", "decode, tok/s", "resident growth, MB")
@@ -60,16 +59,6 @@ FULL = Effort(windows=8, decode=64, repeats=3, new_tokens=48, calibration=(8, 51
 QUICK = Effort(windows=1, decode=8, repeats=1, new_tokens=12, calibration=(2, 256))
 
 
-@dataclass(frozen=True)
-class Row:
-    """A line of the table: what is run, how, and from which file."""
-
-    method: str
-    runner: str
-    model: Path
-    options: dict[str, Any] = field(default_factory=dict)
-
-
 def quantized_checkpoints(model: LanguageModel, effort: Effort, folder: Path) -> dict[str, Path]:
     """The model's own 4-bit weights with FireQ's activation and cache formats, with and without key scaling."""
     from tilewright import quantize
@@ -92,17 +81,18 @@ def quantized_checkpoints(model: LanguageModel, effort: Effort, folder: Path) ->
     return paths
 
 
-def table_rows(gguf: Path, checkpoints: dict[str, Path]) -> list[Row]:
-    """All rows, in the order of the table."""
+def table_methods(gguf: Path, checkpoints: dict[str, Path]) -> dict[str, Method]:
+    """What each row of the table runs, in the order of the table."""
     fp8, int8 = {"act": "fp8", "kv_bits": 4}, {"act": "int8", "kv_bits": 4}
-    return [
-        Row("torch float32", "torch", gguf, {"dtype": "float32"}),
-        Row("torch bfloat16", "torch", gguf, {"dtype": "bfloat16"}),
-        Row("tilewright: own 4-bit weights, FP8 activations, INT4 KV", "tilewright", checkpoints["fireq"], fp8),
-        Row("tilewright: own 4-bit weights, INT8 activations, INT4 KV", "tilewright", checkpoints["fireq"], int8),
-        Row("tilewright: as the FP8 row, no RoPE-aware scaling", "tilewright", checkpoints["unscaled"], fp8),
-        Row("llama.cpp, same file, 16-bit KV", "llama.cpp", gguf),
-    ]
+    scaled, unscaled = str(checkpoints["fireq"]), str(checkpoints["unscaled"])
+    return {
+        "torch float32": Method("torch", str(gguf), {"dtype": "float32"}),
+        "torch bfloat16": Method("torch", str(gguf), {"dtype": "bfloat16"}),
+        "tilewright: own 4-bit weights, FP8 activations, INT4 KV": Method("tilewright", scaled, fp8),
+        "tilewright: own 4-bit weights, INT8 activations, INT4 KV": Method("tilewright", scaled, int8),
+        "tilewright: as the FP8 row, no RoPE-aware scaling": Method("tilewright", unscaled, fp8),
+        "llama.cpp, same file, 16-bit KV": Method("llama.cpp", str(gguf)),
+    }
 
 
 def texts(model: LanguageModel, effort: Effort) -> dict[str, list[list[int]]]:
@@ -129,13 +119,13 @@ def questions(model: LanguageModel) -> list[list[int]]:
     return ids
 
 
-def finished_row(row: Row, spec: Spec, found: dict[str, Any], decode: Callable[[list[int]], str]) -> dict[str, Any]:
+def finished_row(name: str, spec: Spec, found: dict[str, Any], decode: Callable[[list[int]], str]) -> dict[str, Any]:
     """A table row in the fixed names, from what the worker measured."""
     prefill, steps = statistics.median(found["prefill_ns"]), statistics.median(found["decode_ns"])
     return {
-        "method": row.method,
-        "runner": row.runner,
-        "options": row.options,
+        "method": name,
+        "runner": spec.runner,
+        "options": spec.options,
         "bits_per_weight": found["bits_per_weight"],
         "bytes": found["bytes"],
         "perplexity": found["perplexity"]["speeches"],
@@ -156,7 +146,7 @@ def finished_row(row: Row, spec: Spec, found: dict[str, Any], decode: Callable[[
 
 
 def measured_rows(
-    rows: list[Row], common: dict[str, Any], decode: Callable[[list[int]], str], progress: Progress
+    methods: dict[str, Method], common: dict[str, Any], decode: Callable[[list[int]], str], progress: Progress
 ) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
     """Every row that can be measured, and those left out with their reason.
 
@@ -164,20 +154,20 @@ def measured_rows(
     """
     done: list[dict[str, Any]] = []
     skipped: list[dict[str, str]] = []
-    for number, row in enumerate(rows):
-        progress("measuring", number, len(rows))
-        reason = why_absent(row.runner)
+    for number, (name, method) in enumerate(methods.items()):
+        progress("measuring", number, len(methods))
+        reason = why_absent(method.runner)
         if reason is None:
-            spec = Spec(runner=row.runner, model=str(row.model), options=row.options, **common)
+            spec = Spec(runner=method.runner, model=method.model, options=method.options, **common)
             try:
-                done.append(finished_row(row, spec, run(spec), decode))
+                done.append(finished_row(name, spec, run(spec), decode))
                 continue
             except MeasureError as error:
-                if row.runner in OWN:
+                if method.runner in OWN:
                     raise
                 reason = str(error)
-        skipped.append({"method": row.method, "reason": reason})
-    progress("measuring", len(rows), len(rows))
+        skipped.append({"method": name, "reason": reason})
+    progress("measuring", len(methods), len(methods))
     return done, skipped
 
 
@@ -212,8 +202,8 @@ def run_demo(*, threads: int | None = None, quick: bool = False, progress: Progr
 
     with tempfile.TemporaryDirectory(prefix="tilewright-demo-") as folder:
         progress("quantizing with FireQ", 0, None)
-        rows = table_rows(gguf, quantized_checkpoints(model, effort, Path(folder)))
-        done, skipped = measured_rows(rows, common, decode, progress)
+        methods = table_methods(gguf, quantized_checkpoints(model, effort, Path(folder)))
+        done, skipped = measured_rows(methods, common, decode, progress)
     return {
         "machine": machine(),
         "threads": common["threads"],

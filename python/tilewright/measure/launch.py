@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,10 +23,21 @@ PACKAGES = {
     "ik_llama.cpp": ("ik_llama_cpp",),
 }
 ANY_OF = {"llama.cpp"}
+OWN = ("torch", "tilewright")
 _HERE = Path(__file__).resolve().parent
 # Appended, never put first: tilewright has modules with the names of standard ones (`inspect`).
 _BOOTSTRAP = "import sys; sys.path.append({folder!r}); from measure.worker import main; main()"
 _PROBE = "import importlib.util as u, sys; print(*(n for n in sys.argv[1:] if u.find_spec(n)))"
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way of running a model: the runner, the file or folder it reads, its options, and where it is installed."""
+
+    runner: str
+    model: str
+    options: dict[str, Any] = field(default_factory=dict)
+    python: Path | None = None
 
 
 class MeasureError(RuntimeError):
@@ -51,23 +63,20 @@ def installed(python: Path, names: tuple[str, ...]) -> frozenset[str]:
     return frozenset(done.stdout.split())
 
 
-def find_environment(runner: str) -> Path | None:
-    """The interpreter to run `runner` with, always this one for torch and tilewright; None when there is none."""
+def environments_with(runner: str) -> list[Path]:
+    """The interpreters that can run `runner`, preferred first; torch and tilewright are looked for in this one only."""
     names = PACKAGES[runner]
-    places = [Path(sys.executable)] if runner in ("torch", "tilewright") else peer_environments()
-    for python in places:
-        have = installed(python, names)
-        if have if runner in ANY_OF else have == set(names):
-            return python
-    return None
+    places = [Path(sys.executable)] if runner in OWN else peer_environments()
+    have = {python: installed(python, names) for python in places}
+    return [python for python in places if (have[python] if runner in ANY_OF else have[python] == set(names))]
 
 
 def why_absent(runner: str) -> str | None:
     """One line why `runner` cannot be measured here, or None when it can."""
-    if find_environment(runner) is not None:
+    if environments_with(runner):
         return None
     names = " or ".join(PACKAGES[runner]) if runner in ANY_OF else ", ".join(PACKAGES[runner])
-    way = "pip install 'tilewright[all]'" if runner in ("torch", "tilewright") else "make peers"
+    way = "pip install 'tilewright[all]'" if runner in OWN else "make peers"
     return f"{names} not installed; {way}"
 
 
@@ -76,9 +85,10 @@ def run(spec: Spec, python: Path | None = None, timeout: float | None = None) ->
 
     Raises `ModuleNotFoundError` when no environment has the runner's packages, `MeasureError` when the worker fails.
     """
-    chosen = python or find_environment(spec.runner)
-    if chosen is None:
+    found = [python] if python else environments_with(spec.runner)
+    if not found:
         raise ModuleNotFoundError(f"{spec.runner}: {why_absent(spec.runner)}", name=PACKAGES[spec.runner][-1])
+    chosen = found[0]
     environment = os.environ | {"OMP_NUM_THREADS": str(spec.threads), "TOKENIZERS_PARALLELISM": "false"}
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "spec.json", Path(folder) / "result.json"
