@@ -31,6 +31,7 @@ class Flash {
   using Unit = typename Isa::Unit;
   static constexpr int64_t kLanes = Isa::kLanes;
   static constexpr int64_t kTileDepth = kKeysPerTile / Isa::kDepthPerUnit;
+  static constexpr int64_t kAhead = 8;   // rows
   static constexpr int64_t kStrip = Softmax<Isa>::kRows;
 
   Flash(const Problem& p, const Plan& plan) : p_(p), shape_(shape_of<Isa>(p)) {
@@ -72,6 +73,7 @@ class Flash {
     item_ = item;
     rows_ = item.rows(shape_.heads_per_group);
     for (int64_t row = 0; row < rows_; ++row) {
+      prefetch(query_row(p_, item, std::min(row + kAhead, rows_ - 1)));
       factor_[row] = prepare_query<Isa>(p_, shape_, query_row(p_, item, row), query_ + row * query_stride());
       maximum_[row] = -std::numeric_limits<float>::infinity();
       const Visible all = visible_keys(p_, position(row), item.length);
@@ -83,6 +85,11 @@ class Flash {
       for (int64_t row = 0; row < rows_; row += kStrip) attend(tile, row, std::min(rows_, row + kStrip));
     }
     finish();
+  }
+
+  // Rows of q and out lie a token apart, which hardware prefetchers do not follow.
+  void prefetch(const float* row) const {
+    for (int64_t d = 0; d < shape_.head_dim; d += kCacheLine / 4) __builtin_prefetch(row + d);
   }
 
   // Keys and values [tile, key_end) of the item into the panels, whole steps of tokens; the tail is zero.
@@ -188,6 +195,7 @@ class Flash {
     const bool whole = item_.chunks == 1;
     const Partial part = whole ? Partial{} : partial_of(p_, item_, item_.chunk);
     for (int64_t row = 0; row < rows_; ++row) {
+      if (whole) prefetch(output_row(p_, item_, std::min(row + kAhead, rows_ - 1)));
       const float* sums = sums_ + row * sums_stride();
       const float total = Isa::reduce_add(Isa::load(sums + value_width()));
       if (whole) {

@@ -39,16 +39,16 @@ struct Softmax {
     update_maxima(s, shift);
     for (int64_t r = 0; r < s.rows; ++r) {
       if (whole(s, r)) {
-        row<false>(s, r, shift[r]);
-      } else {
         row<true>(s, r, shift[r]);
+      } else {
+        row<false>(s, r, shift[r]);
       }
     }
   }
 
  private:
   static bool whole(const Strip& s, int64_t r) {
-    return s.seen[r].begin <= s.tile && s.seen[r].end >= s.tile + s.vectors * kLanes;
+    return s.seen[r].begin <= s.tile && s.seen[r].end >= s.tile + kKeysPerTile;
   }
 
   static typename Isa::Mask mask_of(const Strip& s, int64_t r, int64_t vector) {
@@ -62,7 +62,7 @@ struct Softmax {
     const float* scores = s.scores + r * kKeysPerTile;
     F best = lowest;
     if (whole(s, r)) {
-      for (int64_t v = 0; v < s.vectors; ++v) best = Isa::max(best, Isa::load(scores + v * kLanes));
+      for (int64_t v = 0; v < kVectors; ++v) best = Isa::max(best, Isa::load(scores + v * kLanes));
     } else {
       for (int64_t v = 0; v < s.vectors; ++v) {
         best = Isa::max(best, Isa::select(mask_of(s, r, v), Isa::load(scores + v * kLanes), lowest));
@@ -85,30 +85,32 @@ struct Softmax {
     for (int64_t r = 0; r < s.rows; r += kLanes) Isa::store(s.correction + r, Isa::exp2(Isa::load(change + r)));
   }
 
-  template <bool kMasked>
+  // Tiles in the middle of a row are the common case and keep all of it in registers.
+  template <bool kWhole>
   static void row(const Strip& s, int64_t r, float shift) {
+    const int64_t vectors = kWhole ? kVectors : s.vectors;
     const F factor = Isa::set1(s.factor[r]), minus_shift = Isa::set1(-shift);
     const float* scores = s.scores + r * kKeysPerTile;
     F weight[kVectors];
     F total = Isa::mul(Isa::load(s.totals + r * s.totals_stride), Isa::set1(s.correction[r]));
-    for (int64_t v = 0; v < s.vectors; ++v) {
+    for (int64_t v = 0; v < vectors; ++v) {
       weight[v] = Isa::exp2(Isa::fma(Isa::load(scores + v * kLanes), factor, minus_shift));
-      if constexpr (kMasked) weight[v] = Isa::select(mask_of(s, r, v), weight[v], Isa::zero());
+      if constexpr (!kWhole) weight[v] = Isa::select(mask_of(s, r, v), weight[v], Isa::zero());
       total = Isa::add(total, weight[v]);
     }
     Isa::store(s.totals + r * s.totals_stride, total);
+    if constexpr (!kWhole) {
+      for (int64_t v = vectors; v < round_up(vectors, Isa::kDepthPerUnit); ++v) weight[v] = Isa::zero();
+    }
     for (int64_t g = 0; g < s.scale_groups; ++g) {
       Unit* out = s.weights + (g * kRows + r) * (kKeysPerTile / Isa::kDepthPerUnit);
       const float* scales = s.value_scales + g * kKeysPerTile;
-      for (int64_t v = 0; v < s.vectors; v += Isa::kDepthPerUnit) {
+      for (int64_t v = 0; v < vectors; v += Isa::kDepthPerUnit) {
         F scaled[Isa::kDepthPerUnit];
         for (int64_t i = 0; i < Isa::kDepthPerUnit; ++i) {
-          if (v + i >= s.vectors) {
-            scaled[i] = Isa::zero();
-            continue;
-          }
           scaled[i] = Isa::mul(weight[v + i], Isa::load(scales + (v + i) * kLanes));
-          if constexpr (kMasked) scaled[i] = Isa::select(mask_of(s, r, v + i), scaled[i], Isa::zero());
+          // The scale of a key that is not seen may be NaN.
+          if constexpr (!kWhole) scaled[i] = Isa::select(mask_of(s, r, v + i), scaled[i], Isa::zero());
         }
         Isa::store_weights(out + v * kLanes / Isa::kDepthPerUnit, scaled);
       }
