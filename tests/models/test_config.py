@@ -109,3 +109,23 @@ def test_missing_key_of_config_json_is_named():
         del raw[key]
         with pytest.raises(CheckpointError, match=key):
             LlamaConfig.from_transformers(raw)
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [
+        ({"use_sliding_window": False}, None),
+        ({"use_sliding_window": True, "max_window_layers": 0}, 64),
+        ({"use_sliding_window": True, "max_window_layers": 2}, None),
+    ],
+)
+def test_qwen2_window_follows_its_flag(changes, window):
+    raw = tiny_config(model_type="qwen2").to_transformers() | {"sliding_window": 64} | changes
+    assert LlamaConfig.from_transformers(raw).sliding_window == window
+
+
+def test_qwen2_with_mixed_windows_is_refused():
+    raw = tiny_config(model_type="qwen2").to_transformers()
+    raw |= {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 1}
+    with pytest.raises(CheckpointError, match="max_window_layers=1 of 2"):
+        LlamaConfig.from_transformers(raw)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -169,3 +171,12 @@ def test_float64_is_rounded_with_a_note(tmp_path):
     model = load(tmp_path)
     assert model.notes
     assert {w.dtype for w in model.weights.values()} == {torch.float32}
+
+
+def test_importing_the_package_brings_in_no_other_framework():
+    code = (
+        "import sys; from tilewright.models import LlamaConfig, load, save; "
+        "print([m for m in ('transformers', 'gguf', 'safetensors', 'tokenizers') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

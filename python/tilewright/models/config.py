@@ -203,7 +203,7 @@ def _need(raw: dict[str, Any], name: str) -> Any:
 
 
 def _check_neutral(raw: dict[str, Any]) -> None:
-    """Refuse settings that change the forward pass in a way that is not implemented."""
+    """Refuse settings that change the forward pass in a way that no kernel here follows."""
     neutral = {
         "hidden_act": ("silu", "swish"),
         "partial_rotary_factor": (1, 1.0),
@@ -241,19 +241,21 @@ def _check_misspelt(raw: dict[str, Any]) -> None:
 
 
 def _sliding_window(raw: dict[str, Any], model_type: str) -> int | None:
-    if model_type == "llama":
-        return None
-    if model_type == "qwen2":
-        if not raw.get("use_sliding_window", False):
-            return None
-        if raw.get("max_window_layers", 28) > 0 and "sliding_attention" not in (raw.get("layer_types") or []):
-            if raw.get("max_window_layers", 28) < raw.get("num_hidden_layers", 0):
-                raise CheckpointError(
-                    "config.json: max_window_layers mixes full and sliding attention, which is not supported"
-                )
-            return None
+    """The window of every layer; Qwen2 switches it on by flag, from layer max_window_layers upwards."""
     window: int | None = raw.get("sliding_window")
-    return window
+    if model_type == "llama" or (model_type == "qwen2" and not raw.get("use_sliding_window", False)):
+        return None
+    if model_type == "mistral":
+        return window
+    first, layers = raw.get("max_window_layers", 28), _need(raw, "num_hidden_layers")
+    if first == 0 or "sliding_attention" in (raw.get("layer_types") or []):
+        return window
+    if first < layers:
+        raise CheckpointError(
+            f"config.json: max_window_layers={first} of {layers} layers mixes full and sliding attention; "
+            "one kind for all layers is needed"
+        )
+    return None
 
 
 def _from_transformers(raw: Any) -> LlamaConfig:

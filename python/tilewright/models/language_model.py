@@ -31,7 +31,7 @@ LINEARS = (
 )
 
 
-@dataclass
+@dataclass(eq=False)
 class LanguageModel:
     """A Llama-family model, framework-free.
 
@@ -46,7 +46,7 @@ class LanguageModel:
     notes: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     source: str = ""
-    tokenizer_factory: Callable[[], PreTrainedTokenizerBase] | None = field(default=None, repr=False, compare=False)
+    tokenizer_factory: Callable[[], PreTrainedTokenizerBase] | None = field(default=None, repr=False)
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase:
