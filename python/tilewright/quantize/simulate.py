@@ -43,13 +43,15 @@ class Simulation:
     """What to round. activations: inputs of the decoder's linears, "none", "fp8" or "int8" per token.
 
     query: "none" or "fp8" per token and head, after RoPE. key_bits, value_bits: None or a number of bits,
-    symmetric, one scale per token, head and group of up to 128 channels.
+    symmetric, one scale per token, head and group of up to 128 channels. key_clip: the largest key of a
+    group is taken as this fraction of it, larger ones saturate (1: nothing is clipped).
     """
 
     activations: str = "none"
     query: str = "none"
     key_bits: int | None = None
     value_bits: int | None = None
+    key_clip: float = 1.0
 
 
 @contextlib.contextmanager
@@ -96,7 +98,7 @@ def _attention(what: Simulation, key_scales: list[Tensor] | None) -> Callable[..
         q = round_query(q)
         group = min(k.shape[-1], MAX_KV_GROUP)
         if what.key_bits is not None:
-            k = fake_quantize(k, group, what.key_bits)
+            k = fake_quantize(k, group, what.key_bits, clip=what.key_clip)
         if what.value_bits is not None:
             v = fake_quantize(v, group, what.value_bits)
         out = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scaling, enable_gqa=True)

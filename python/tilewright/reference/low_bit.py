@@ -54,16 +54,17 @@ def quantize_symmetric(
     *,
     scale_dtype: torch.dtype | None = None,
     least_absmax: float = 0.0,
+    clip: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """Group-wise symmetric codes ``q`` [..., K] and scales ``s`` [..., G] with x ~ q * s.
 
-    ``s = max(max|x|, least_absmax) / (2^(bits-1) - 1)`` is first rounded to ``scale_dtype`` (e4m3
+    ``s = max(clip * max|x|, least_absmax) / (2^(bits-1) - 1)`` is first rounded to ``scale_dtype`` (e4m3
     scales are never below 2^-9), then the integers are rounded against that rounded scale
     (FireQ section 1). An all-zero group has scale 1 (or the floor) and codes 0.
     """
     top = 2 ** (bits - 1) - 1
     groups = split_groups(x, group_size)
-    s = groups.abs().amax(-1).clamp(min=least_absmax) / top
+    s = (groups.abs().amax(-1) * clip).clamp(min=least_absmax) / top
     s = torch.where(s == 0, torch.ones_like(s), s)
     s = _round_scale(s, scale_dtype)
     q = torch.round(groups / s[..., None]).clamp(-top, top)
@@ -83,9 +84,16 @@ def dequantize_symmetric(q: Tensor, s: Tensor, group_size: int) -> Tensor:
     return q * s.repeat_interleave(group_size, -1)[..., : q.shape[-1]]
 
 
-def fake_quantize(x: Tensor, group_size: int, bits: int = 4, *, scale_dtype: torch.dtype | None = None) -> Tensor:
+def fake_quantize(
+    x: Tensor,
+    group_size: int,
+    bits: int = 4,
+    *,
+    scale_dtype: torch.dtype | None = None,
+    clip: float = 1.0,
+) -> Tensor:
     """x -> q * s on the symmetric grid of :func:`quantize_symmetric`; same shape and dtype."""
-    q, s = quantize_symmetric(x, group_size, bits, scale_dtype=scale_dtype)
+    q, s = quantize_symmetric(x, group_size, bits, scale_dtype=scale_dtype, clip=clip)
     return dequantize_symmetric(q, s, group_size)
 
 

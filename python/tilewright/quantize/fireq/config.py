@@ -21,13 +21,15 @@ class ChannelScaling:
 
     site: "attention_input" (q, k, v; the producer is the norm before), "attention_output" (o; rows of
         V), "mlp_input" (gate, up; the norm before) or "mlp_output" (down; rows of up).
-    stat: "max" (the paper's text) or "mean" (its released recipe), over the rows of W.
+    stat: "mean" (the released recipe) or "max" (the paper's text), over the rows of W. With "max" one
+        outlier in a column shrinks the whole column under the grid of its group; on SmolLM2 that is worse
+        than no scaling, while "mean" is clearly better (docs/methods/fireq.md has the figures).
     const: a number, or "auto": the geometric mean of the statistic over channels, so that the overall
         gain of the weight stays.
     """
 
     site: str
-    stat: str = "max"
+    stat: str = "mean"
     const: float | str = "auto"
 
     def __post_init__(self) -> None:
