@@ -14,6 +14,7 @@ struct Isa {
   static constexpr int64_t kRows = 6;    // 6 x 2 accumulators, 2 vectors of the panel and a broadcast: 16 registers
   static constexpr int64_t kCols = 2;
   static constexpr int64_t kDepthPerUnit = 1;
+  static constexpr int64_t kDirectRows = 0;   // too few registers to decode and multiply at once
   using F = __m256;
   using U = __m256;
   using Unit = float;
@@ -28,6 +29,7 @@ struct Isa {
   static F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
   static F max(F a, F b) { return _mm256_max_ps(a, b); }
   static F select(Mask mask, F x, F otherwise) { return _mm256_blendv_ps(otherwise, x, mask); }
+  static void store_units(Unit* out, U x) { store(out, x); }
   static U load_units(const Unit* x) { return load(x); }
   static U broadcast_unit(const Unit* x) { return _mm256_broadcast_ss(x); }
   static F dot(F sum, U a, U b) { return fma(a, b, sum); }
@@ -74,6 +76,8 @@ struct Isa {
     for (int64_t t = 0; t < tokens; ++t) out[t] = format::load_scale(source + t * stride, 0, type);
   }
 
+  static constexpr int64_t kPieceBytes = 16;   // of V
+
   // At most 32 bytes of a row from an offset; zeros past its end.
   static __m256i piece(const uint8_t* row, int64_t offset, int64_t row_bytes) {
     constexpr int64_t kBytes = 32;
@@ -84,10 +88,10 @@ struct Isa {
     return _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes));
   }
 
-  // Eight 4-byte words of 8 rows, transposed: lane t of out[c] is word c of row t.
-  static void transpose_words(const uint8_t* const* rows, int64_t offset, int64_t row_bytes, __m256i (&out)[8]) {
+  // Eight 4-byte words of 8 rows from a token, transposed: lane t of out[c] is word first_word + c of row token + t.
+  static void transpose_words(const Rows& rows, int64_t token, int64_t first_word, __m256i (&out)[8]) {
     __m256i r[8], pairs[8], quads[8];
-    for (int i = 0; i < 8; ++i) r[i] = piece(rows[i], offset, row_bytes);
+    for (int i = 0; i < 8; ++i) r[i] = piece(rows[token + i], 4 * first_word, rows.bytes);
     for (int i = 0; i < 8; i += 2) {
       pairs[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
       pairs[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
@@ -104,61 +108,59 @@ struct Isa {
     }
   }
 
-  // The first kCodes codes of every lane, one vector each.
-  template <int kCodes>
-  static void store_codes(__m256i codes, Unit* out, int64_t stride) {
+  // sink(j, code j of every lane), j < kCodes.
+  template <int kCodes, class Sink>
+  static void each_code(__m256i codes, Sink sink) {
     const __m256i low = _mm256_set1_epi32(format::Int4::kMaxCode), zero = _mm256_set1_epi32(format::Int4Kv::kZero);
     for (int j = 0; j < kCodes; ++j) {
-      store(out + j * stride, _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(codes, low), zero)));
+      sink(j, _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(codes, low), zero)));
       codes = _mm256_srli_epi32(codes, format::Int4Kv::kBitsPerCode);
     }
   }
 
-  static void store_halves(__m256i word, Unit* out) {
-    store(out, _mm256_castsi256_ps(_mm256_slli_epi32(word, 16)));
-    store(out + kKeysPerTile,
-          _mm256_castsi256_ps(_mm256_and_si256(word, _mm256_set1_epi32(static_cast<int>(0xffff0000u)))));
-  }
-
-  static void keys(const Shape& shape, const uint8_t* const (&rows)[kTokensPerStep], Unit* out) {
-    for (int64_t t = 0; t < kTokensPerStep; t += kLanes) {
-      for (int64_t first = 0; first < shape.words; first += 8) {
-        __m256i words[8];
-        transpose_words(rows + t, 4 * first, shape.row_bytes, words);
-        for (int64_t c = 0; c < std::min<int64_t>(8, shape.words - first); ++c) {
-          Unit* to = out + (first + c) * shape.units_per_word * kKeysPerTile + t;
-          if (shape.int4()) {
-            store_codes<8>(words[c], to, kKeysPerTile);
-          } else {
-            store_halves(words[c], to);
-          }
-        }
+  // sink(first, j, keys of 8 tokens), for unit first + j, for the units of eight words or of those that are left.
+  template <class Sink>
+  static void keys(const Shape& shape, const Rows& rows, int64_t token, int64_t first_word, Sink sink) {
+    __m256i words[8];
+    transpose_words(rows, token, first_word, words);
+    const int64_t count = std::min<int64_t>(8, shape.words - first_word);
+    const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+    for (int64_t c = 0; c < count; ++c) {
+      if (shape.int4()) {
+        each_code<8>(words[c], [&](int64_t j, U x) { sink((first_word + c) * 8, j, x); });
+      } else {
+        sink((first_word + c) * 2, 0, _mm256_castsi256_ps(_mm256_slli_epi32(words[c], 16)));
+        sink((first_word + c) * 2, 1, _mm256_castsi256_ps(_mm256_and_si256(words[c], upper)));
       }
     }
   }
 
-  static void values(const Shape& shape, const uint8_t* const (&rows)[kTokensPerStep], Unit* out, float* scales) {
-    constexpr int64_t kBytes = 16;
+  // 16-bit lanes of 16 bytes of a row, widened.
+  static __m256i lanes_of(const Rows& rows, int64_t token, int64_t offset) {
+    const int64_t end = std::min(rows.bytes, offset + kPieceBytes);
+    return _mm256_cvtepu16_epi32(_mm256_castsi256_si128(piece(rows[token], offset, end)));
+  }
+
+  // INT4 values of one token from a byte of the row: sink(j, vector j), j = 0..3.
+  template <class Sink>
+  static void value_codes(const Rows& rows, int64_t token, int64_t offset, Sink sink) {
+    each_code<4>(lanes_of(rows, token, offset), sink);
+  }
+
+  // bfloat16 values of one token. A weight of zero times an infinity is NaN, and would reach queries that do not see the
+  // token. So a row that is not finite becomes zeros with a NaN scale, which only weights that are seen are multiplied with.
+  static void value_halves(const Shape& shape, const Rows& rows, int64_t token, Unit* out, float* scale) {
     const __m256i infinity = _mm256_set1_epi32(0x7f800000);
-    for (int64_t t = 0; t < kTokensPerStep; ++t, out += shape.value_vectors * kLanes) {
-      bool finite = true;
-      for (int64_t at = 0; at < shape.row_bytes; at += kBytes) {
-        const __m128i halves = _mm256_castsi256_si128(piece(rows[t], at, std::min(shape.row_bytes, at + kBytes)));
-        const __m256i lanes = _mm256_cvtepu16_epi32(halves);
-        if (shape.int4()) {
-          store_codes<4>(lanes, out + at / kBytes * 4 * kLanes, kLanes);
-          continue;
-        }
-        const __m256i bits = _mm256_slli_epi32(lanes, 16);
-        const __m256i nonfinite = _mm256_cmpeq_epi32(_mm256_and_si256(bits, infinity), infinity);
-        finite = finite && _mm256_movemask_epi8(nonfinite) == 0;
-        store(out + at / kBytes * kLanes, _mm256_castsi256_ps(bits));
-      }
-      // A weight of zero times an infinity is NaN: only weights that are seen are multiplied with the scale.
-      if (finite) continue;
-      scales[t] = std::numeric_limits<float>::quiet_NaN();
-      std::fill(out, out + shape.value_vectors * kLanes, 0.0f);
+    bool finite = true;
+    for (int64_t n = 0; n < shape.value_vectors; ++n) {
+      const __m256i bits = _mm256_slli_epi32(lanes_of(rows, token, n * kPieceBytes), 16);
+      const __m256i nonfinite = _mm256_cmpeq_epi32(_mm256_and_si256(bits, infinity), infinity);
+      finite = finite && _mm256_movemask_epi8(nonfinite) == 0;
+      store(out + n * kLanes, _mm256_castsi256_ps(bits));
     }
+    if (finite) return;
+    *scale = std::numeric_limits<float>::quiet_NaN();
+    std::fill(out, out + shape.value_vectors * kLanes, 0.0f);
   }
 
   static void pack_query(const Shape& shape, const float* q, Unit* out) {

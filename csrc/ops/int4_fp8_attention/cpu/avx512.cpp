@@ -13,6 +13,7 @@ struct Isa : Avx512 {
   using Unit = float;
   using U = __m512;
 
+  static void store_units(Unit* out, U x) { store(out, x); }
   static U load_units(const Unit* x) { return load(x); }
   static U broadcast_unit(const Unit* x) { return set1(*x); }
   static F dot(F sum, U a, U b) { return fma(a, b, sum); }
@@ -23,48 +24,53 @@ struct Isa : Avx512 {
                           6.0f, 7.0f);
   }
 
-  // The first kCodes codes of every lane, one vector each; the lookup reads four bits of an index.
-  template <int kCodes>
-  static void store_codes(__m512i codes, __m512 table, Unit* out, int64_t stride) {
+  // sink(j, code j of every lane), j < kCodes; the lookup reads four bits of an index.
+  template <int kCodes, class Sink>
+  static void each_code(__m512i codes, __m512 table, Sink sink) {
     for (int j = 0; j < kCodes; ++j) {
-      store(out + j * stride, _mm512_permutexvar_ps(codes, table));
+      sink(j, _mm512_permutexvar_ps(codes, table));
       codes = _mm512_srli_epi32(codes, format::Int4Kv::kBitsPerCode);
     }
   }
 
-  static void keys(const Shape& shape, const uint8_t* const (&rows)[kTokensPerStep], Unit* out) {
+  // sink(first, j, keys of 16 tokens), for unit first + j, for the units of eight words or of those that are left.
+  template <class Sink>
+  static void keys(const Shape& shape, const Rows& rows, int64_t token, int64_t first_word, Sink sink) {
+    __m512i words[8];
+    transpose_words(rows, token, first_word, words);
+    const int64_t count = std::min<int64_t>(8, shape.words - first_word);
     if (shape.int4()) {
       const __m512 table = code_values();
-      transpose_keys(shape, rows, out, [&](__m512i word, Unit* to) { store_codes<8>(word, table, to, kKeysPerTile); });
+      for (int64_t c = 0; c < count; ++c) {
+        each_code<8>(words[c], table, [&](int64_t j, U x) { sink((first_word + c) * 8, j, x); });
+      }
       return;
     }
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-    transpose_keys(shape, rows, out, [&](__m512i word, Unit* to) {
-      store(to, _mm512_castsi512_ps(_mm512_slli_epi32(word, 16)));
-      store(to + kKeysPerTile, _mm512_castsi512_ps(_mm512_and_si512(word, upper)));
-    });
+    for (int64_t c = 0; c < count; ++c) {
+      sink((first_word + c) * 2, 0, _mm512_castsi512_ps(_mm512_slli_epi32(words[c], 16)));
+      sink((first_word + c) * 2, 1, _mm512_castsi512_ps(_mm512_and_si512(words[c], upper)));
+    }
   }
 
-  static void values(const Shape& shape, const uint8_t* const (&rows)[kTokensPerStep], Unit* out, float* scales) {
-    constexpr int64_t kBytes = 32;
-    const __m512 table = code_values();
-    for (int64_t t = 0; t < kTokensPerStep; ++t, out += shape.value_vectors * kLanes) {
-      bool finite = true;
-      for (int64_t at = 0; at < shape.row_bytes; at += kBytes) {
-        const __m256i halves = piece(rows[t], at, shape.row_bytes);
-        const __m512i lanes = _mm512_cvtepu16_epi32(halves);
-        if (shape.int4()) {
-          store_codes<4>(lanes, table, out + at / kBytes * 4 * kLanes, kLanes);
-        } else {
-          finite = finite && !has_nonfinite(_mm512_zextsi256_si512(halves));
-          store(out + at / kBytes * kLanes, _mm512_castsi512_ps(_mm512_slli_epi32(lanes, 16)));
-        }
-      }
-      // A weight of zero times an infinity is NaN: only weights that are seen are multiplied with the scale.
-      if (finite) continue;
-      scales[t] = std::numeric_limits<float>::quiet_NaN();
-      std::fill(out, out + shape.value_vectors * kLanes, 0.0f);
+  // INT4 values of one token from a byte of the row: sink(j, vector j), j = 0..3.
+  template <class Sink>
+  static void value_codes(const Rows& rows, int64_t token, int64_t offset, Sink sink) {
+    each_code<4>(_mm512_cvtepu16_epi32(piece(rows[token], offset, rows.bytes)), code_values(), sink);
+  }
+
+  // bfloat16 values of one token. A weight of zero times an infinity is NaN, and would reach queries that do not see the
+  // token. So a row that is not finite becomes zeros with a NaN scale, which only weights that are seen are multiplied with.
+  static void value_halves(const Shape& shape, const Rows& rows, int64_t token, Unit* out, float* scale) {
+    bool finite = true;
+    for (int64_t n = 0; n < shape.value_vectors; ++n) {
+      const __m256i halves = piece(rows[token], n * kPieceBytes, rows.bytes);
+      finite = finite && !has_nonfinite(_mm512_zextsi256_si512(halves));
+      store(out + n * kLanes, _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16)));
     }
+    if (finite) return;
+    *scale = std::numeric_limits<float>::quiet_NaN();
+    std::fill(out, out + shape.value_vectors * kLanes, 0.0f);
   }
 
   static void pack_query(const Shape& shape, const float* q, Unit* out) {

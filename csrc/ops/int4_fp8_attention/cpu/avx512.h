@@ -15,6 +15,7 @@ struct Avx512 {
   static constexpr int64_t kLanes = 16;
   static constexpr int64_t kRows = 6;    // 6 x 4 accumulators, 4 vectors of the panel and the broadcasts: 32 registers
   static constexpr int64_t kCols = 4;
+  static constexpr int64_t kDirectRows = 6;
   using F = __m512;
   using Mask = __mmask16;
 
@@ -65,25 +66,28 @@ struct Avx512 {
     }
   }
 
+  static constexpr int64_t kPieceBytes = 32;
+
   // At most 32 bytes of a row from an offset; zeros past its end.
   static __m256i piece(const uint8_t* row, int64_t offset, int64_t row_bytes) {
     const int64_t left = row_bytes - offset;
-    if (left >= 32) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + offset));
+    if (left >= kPieceBytes) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + offset));
     const __mmask32 mask = left <= 0 ? 0u : (1u << left) - 1u;
     return _mm256_maskz_loadu_epi8(mask, row + offset);
   }
-  static __m512i two_pieces(const uint8_t* low, const uint8_t* high, int64_t offset, int64_t row_bytes) {
-    return _mm512_inserti64x4(_mm512_castsi256_si512(piece(low, offset, row_bytes)), piece(high, offset, row_bytes), 1);
+  static __m512i two_pieces(const Rows& rows, int64_t low, int64_t high, int64_t offset) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(piece(rows[low], offset, rows.bytes)),
+                              piece(rows[high], offset, rows.bytes), 1);
   }
 
-  // Eight 4-byte words of 16 rows, transposed: lane t of out[c] is word c of row t.
-  static void transpose_words(const uint8_t* const (&rows)[kTokensPerStep], int64_t offset, int64_t row_bytes,
-                              __m512i (&out)[8]) {
+  // Eight 4-byte words of 16 rows from a token, transposed: lane t of out[c] is word first_word + c of row token + t.
+  static void transpose_words(const Rows& rows, int64_t token, int64_t first_word, __m512i (&out)[8]) {
     __m512i r[8], pairs[8], quads[8];
     // Rows are dealt so that the last stage, which joins 128-bit quarters, leaves them in order.
+#pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
-      r[i] = two_pieces(rows[i], rows[4 + i], offset, row_bytes);
-      r[4 + i] = two_pieces(rows[8 + i], rows[12 + i], offset, row_bytes);
+      r[i] = two_pieces(rows, token + i, token + 4 + i, 4 * first_word);
+      r[4 + i] = two_pieces(rows, token + 8 + i, token + 12 + i, 4 * first_word);
     }
     for (int i = 0; i < 8; i += 2) {
       pairs[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
@@ -98,17 +102,6 @@ struct Avx512 {
     for (int c = 0; c < 4; ++c) {
       out[c] = _mm512_shuffle_i32x4(quads[c], quads[4 + c], _MM_SHUFFLE(2, 0, 2, 0));
       out[4 + c] = _mm512_shuffle_i32x4(quads[c], quads[4 + c], _MM_SHUFFLE(3, 1, 3, 1));
-    }
-  }
-
-  // Decodes the words of 16 K rows with word(bits, out): one 4-byte word of each row, to units_per_word panel rows.
-  template <class Word, class Unit>
-  static void transpose_keys(const Shape& shape, const uint8_t* const (&rows)[kTokensPerStep], Unit* out, Word word) {
-    for (int64_t first = 0; first < shape.words; first += 8) {
-      __m512i words[8];
-      transpose_words(rows, 4 * first, shape.row_bytes, words);
-      const int64_t count = std::min<int64_t>(8, shape.words - first);
-      for (int64_t c = 0; c < count; ++c) word(words[c], out + (first + c) * shape.units_per_word * kKeysPerTile);
     }
   }
 

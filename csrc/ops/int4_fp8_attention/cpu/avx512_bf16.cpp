@@ -13,6 +13,7 @@ struct Isa : Avx512 {
   using Unit = uint32_t;
   using U = __m512bh;
 
+  static void store_units(Unit* out, U x) { _mm512_storeu_si512(out, reinterpret_cast<__m512i>(x)); }
   static U load_units(const Unit* x) { return reinterpret_cast<U>(_mm512_loadu_si512(x)); }
   static U broadcast_unit(const Unit* x) { return reinterpret_cast<U>(_mm512_set1_epi32(static_cast<int>(*x))); }
   static F dot(F sum, U a, U b) { return _mm512_dpbf16_ps(sum, a, b); }
@@ -29,20 +30,28 @@ struct Isa : Avx512 {
     return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(k)));
   }
 
-  // The four codes of every 16-bit lane, one vector each.
-  static void store_codes(__m512i halves, __m512i table, Unit* out, int64_t stride) {
-    _mm512_storeu_si512(out, _mm512_permutexvar_epi16(halves, table));
-    _mm512_storeu_si512(out + stride, _mm512_permutexvar_epi16(_mm512_srli_epi16(halves, 4), table));
-    _mm512_storeu_si512(out + 2 * stride, _mm512_permutexvar_epi16(_mm512_srli_epi16(halves, 8), table));
-    _mm512_storeu_si512(out + 3 * stride, _mm512_permutexvar_epi16(_mm512_srli_epi16(halves, 12), table));
+  // sink(j, codes j of every 16-bit lane), j = 0..3.
+  template <class Sink>
+  static void each_code(__m512i halves, __m512i table, Sink sink) {
+    sink(0, reinterpret_cast<U>(_mm512_permutexvar_epi16(halves, table)));
+    sink(1, reinterpret_cast<U>(_mm512_permutexvar_epi16(_mm512_srli_epi16(halves, 4), table)));
+    sink(2, reinterpret_cast<U>(_mm512_permutexvar_epi16(_mm512_srli_epi16(halves, 8), table)));
+    sink(3, reinterpret_cast<U>(_mm512_permutexvar_epi16(_mm512_srli_epi16(halves, 12), table)));
   }
 
-  static void keys(const Shape& shape, const uint8_t* const (&rows)[kTokensPerStep], Unit* out) {
-    if (shape.int4()) {
-      const __m512i table = code_values();
-      transpose_keys(shape, rows, out, [&](__m512i word, Unit* to) { store_codes(word, table, to, kKeysPerTile); });
-    } else {
-      transpose_keys(shape, rows, out, [](__m512i word, Unit* to) { _mm512_storeu_si512(to, word); });
+  // sink(first, j, keys of 16 tokens), for unit first + j, for the units of eight words or of those that are left.
+  template <class Sink>
+  static void keys(const Shape& shape, const Rows& rows, int64_t token, int64_t first_word, Sink sink) {
+    __m512i words[8];
+    transpose_words(rows, token, first_word, words);
+    const int64_t count = std::min<int64_t>(8, shape.words - first_word);
+    if (!shape.int4()) {
+      for (int64_t c = 0; c < count; ++c) sink(first_word + c, 0, reinterpret_cast<U>(words[c]));
+      return;
+    }
+    const __m512i table = code_values();
+    for (int64_t c = 0; c < count; ++c) {
+      each_code(words[c], table, [&](int64_t j, U x) { sink((first_word + c) * 4, j, x); });
     }
   }
 
@@ -53,21 +62,18 @@ struct Isa : Avx512 {
     return _mm512_permutexvar_epi16(_mm512_load_si512(kIndex), two);
   }
 
-  static void values(const Shape& shape, const uint8_t* const (&rows)[kTokensPerStep], Unit* out, float* scales) {
-    constexpr int64_t kBytes = 32;
-    const int64_t width = shape.value_vectors * kLanes;
-    const __m512i table = code_values();
-    for (int64_t t = 0; t < kTokensPerStep; t += 2, out += width) {
-      for (int64_t at = 0; at < shape.row_bytes; at += kBytes) {
-        const __m512i two = interleave(two_pieces(rows[t], rows[t + 1], at, shape.row_bytes));
-        if (shape.int4()) {
-          store_codes(two, table, out + at / kBytes * 4 * kLanes, kLanes);
-        } else {
-          _mm512_storeu_si512(out + at / kBytes * kLanes, two);
-        }
-      }
-      if (!shape.int4()) drop_nonfinite(shape, out, scales + t);
+  // INT4 values of two tokens from a byte of the row: sink(j, vector j), j = 0..3.
+  template <class Sink>
+  static void value_codes(const Rows& rows, int64_t token, int64_t offset, Sink sink) {
+    each_code(interleave(two_pieces(rows, token, token + 1, offset)), code_values(), sink);
+  }
+
+  // bfloat16 values of two tokens.
+  static void value_halves(const Shape& shape, const Rows& rows, int64_t token, Unit* out, float* scales) {
+    for (int64_t n = 0; n < shape.value_vectors; ++n) {
+      _mm512_storeu_si512(out + n * kLanes, interleave(two_pieces(rows, token, token + 1, n * kPieceBytes)));
     }
+    drop_nonfinite(shape, out, scales);
   }
 
   // A weight of zero times an infinity is NaN, and would reach queries that do not see the token. So a value row that is

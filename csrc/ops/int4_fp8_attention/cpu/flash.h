@@ -10,6 +10,7 @@
 #include <limits>
 #include <utility>
 
+#include "ops/int4_fp8_attention/cpu/direct.h"
 #include "ops/int4_fp8_attention/cpu/multiply.h"
 #include "ops/int4_fp8_attention/cpu/query.h"
 #include "ops/int4_fp8_attention/cpu/shape.h"
@@ -28,6 +29,7 @@ class Flash {
 
  private:
   using F = typename Isa::F;
+  using U = typename Isa::U;
   using Unit = typename Isa::Unit;
   static constexpr int64_t kLanes = Isa::kLanes;
   static constexpr int64_t kTileDepth = kKeysPerTile / Isa::kDepthPerUnit;
@@ -81,6 +83,14 @@ class Flash {
     }
     std::fill(sums_, sums_ + rows_ * sums_stride(), 0.0f);
     for (int64_t tile = item.key_begin / kKeysPerTile * kKeysPerTile; tile < item.key_end; tile += kKeysPerTile) {
+      load_scales(tile, p_.cache.k_scales, key_scales_);
+      load_scales(tile, p_.cache.v_scales, value_scales_);
+      if constexpr (Isa::kDirectRows > 0) {
+        if (direct()) {
+          attend_directly(tile);
+          continue;
+        }
+      }
       decode(tile);
       for (int64_t row = 0; row < rows_; row += kStrip) attend(tile, row, std::min(rows_, row + kStrip));
     }
@@ -92,30 +102,40 @@ class Flash {
     for (int64_t d = 0; d < shape_.head_dim; d += kCacheLine / 4) __builtin_prefetch(row + d);
   }
 
-  // Keys and values [tile, key_end) of the item into the panels, whole steps of tokens; the tail is zero.
+  Rows rows_of(const uint8_t* data, int64_t tile) const {
+    const Strides& stride = p_.cache.data;
+    const int64_t at = item_.sequence * stride.sequence + item_.kv_head * stride.head + tile * stride.token;
+    return {data + at, stride.token, std::min(kKeysPerTile, item_.key_end - tile), shape_.row_bytes};
+  }
+
+  // Keys and values from tile into the panels, whole steps of tokens; the tail is zero.
   void decode(int64_t tile) {
-    static constexpr uint8_t kZeros[2 * kMaxHeadDim] = {};
-    const Cache& c = p_.cache;
-    const int64_t tokens = std::min(kKeysPerTile, item_.key_end - tile);
-    const int64_t at = item_.sequence * c.data.sequence + item_.kv_head * c.data.head + tile * c.data.token;
-    load_scales(tile, tokens, c.k_scales, key_scales_);
-    load_scales(tile, tokens, c.v_scales, value_scales_);
-    for (int64_t first = 0; first < tokens; first += kTokensPerStep) {
-      const uint8_t* k[kTokensPerStep];
-      const uint8_t* v[kTokensPerStep];
-      for (int64_t t = 0; t < kTokensPerStep; ++t) {
-        const bool held = first + t < tokens;
-        k[t] = held ? c.k + at + (first + t) * c.data.token : kZeros;
-        v[t] = held ? c.v + at + (first + t) * c.data.token : kZeros;
+    const Rows k = rows_of(p_.cache.k, tile), v = rows_of(p_.cache.v, tile);
+    const int64_t tokens = round_up(k.held, kTokensPerStep);
+    for (int64_t t = 0; t < tokens; t += kLanes) {
+      for (int64_t word = 0; word < shape_.words; word += kWordsPerStep) {
+        Isa::keys(shape_, k, t, word, [&](int64_t unit, int64_t j, U x) {
+          Isa::store_units(keys_ + (unit + j) * kKeysPerTile + t, x);
+        });
       }
-      Isa::keys(shape_, k, keys_ + first);
-      Isa::values(shape_, v, values_ + first / Isa::kDepthPerUnit * value_width(), value_scales_ + first);
+    }
+    Unit* out = values_;
+    for (int64_t t = 0; t < tokens; t += Isa::kDepthPerUnit, out += value_width()) {
+      if (!shape_.int4()) {
+        Isa::value_halves(shape_, v, t, out, value_scales_ + t);
+        continue;
+      }
+      for (int64_t n = 0; n < shape_.value_vectors; n += kCodesPerLane) {
+        Isa::value_codes(v, t, n / kCodesPerLane * Isa::kPieceBytes,
+                         [&](int64_t j, U x) { Isa::store_units(out + (n + j) * kLanes, x); });
+      }
     }
   }
 
   // Scales of a tile as [group][token]; zero past the tokens.
-  void load_scales(int64_t tile, int64_t tokens, const uint8_t* base, float* out) const {
+  void load_scales(int64_t tile, const uint8_t* base, float* out) const {
     const Cache& c = p_.cache;
+    const int64_t tokens = std::min(kKeysPerTile, item_.key_end - tile);
     std::fill(out, out + shape_.scale_groups * kKeysPerTile, shape_.int4() ? 0.0f : 1.0f);
     if (!shape_.int4()) return;
     const uint8_t* source =
@@ -134,6 +154,40 @@ class Flash {
     for (int64_t row = first; row < last; row += Isa::kRows) {
       score(row, std::min<int64_t>(Isa::kRows, last - row), vectors, scores_ + (row - first) * kKeysPerTile);
     }
+    weigh(tile, first, last, vectors);
+    for (int64_t row = first; row < last; row += Isa::kRows) {
+      accumulate(row, row - first, std::min<int64_t>(Isa::kRows, last - row), vectors);
+    }
+  }
+
+  // Few rows: decoding into registers beats the way through a panel.
+  bool direct() const { return shape_.int4() && rows_ <= Isa::kDirectRows; }
+
+  void attend_directly(int64_t tile) {
+    const Rows k = rows_of(p_.cache.k, tile), v = rows_of(p_.cache.v, tile);
+    const int64_t vectors = ceil_div(k.held, kLanes);
+    Direct<Isa>::scores(rows_, {.shape = shape_,
+                                .rows = k,
+                                .vectors = vectors,
+                                .left = query_,
+                                .left_stride = query_stride(),
+                                .scales = key_scales_,
+                                .out = scores_,
+                                .out_stride = kKeysPerTile,
+                                .group_stride = 0});
+    weigh(tile, 0, rows_, vectors);
+    Direct<Isa>::values(rows_, {.shape = shape_,
+                                .rows = v,
+                                .vectors = vectors,
+                                .left = weights_,
+                                .left_stride = kTileDepth,
+                                .scales = correction_,
+                                .out = sums_,
+                                .out_stride = sums_stride(),
+                                .group_stride = kStrip * kTileDepth});
+  }
+
+  void weigh(int64_t tile, int64_t first, int64_t last, int64_t vectors) {
     Softmax<Isa>::strip({.rows = last - first,
                          .vectors = vectors,
                          .tile = tile,
@@ -147,9 +201,6 @@ class Flash {
                          .totals = sums_ + first * sums_stride() + value_width(),
                          .totals_stride = sums_stride(),
                          .weights = weights_});
-    for (int64_t row = first; row < last; row += Isa::kRows) {
-      accumulate(row, row - first, std::min<int64_t>(Isa::kRows, last - row), vectors);
-    }
   }
 
   void score(int64_t row, int64_t rows, int64_t vectors, float* out) {

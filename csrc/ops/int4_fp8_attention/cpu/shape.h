@@ -32,9 +32,12 @@ struct Shape {
   bool int4() const { return format == CacheFormat::kInt4; }
 };
 
+inline constexpr int64_t kWordsPerStep = 8;    // of K, decoded together
+inline constexpr int64_t kCodesPerLane = 4;    // of V: one 16-bit lane
+
 template <class Isa>
 Shape shape_of(const Problem& p) {
-  constexpr int64_t kCodesPerWord = 8, kHalvesPerWord = 2, kCodesPerLane = 4;
+  constexpr int64_t kCodesPerWord = 8, kHalvesPerWord = 2;
   Shape s{};
   s.format = p.cache.format;
   s.head_dim = p.cache.head_dim;
@@ -52,7 +55,18 @@ Shape shape_of(const Problem& p) {
   return s;
 }
 
-// Tokens whose K and V rows are decoded together.
+// Tokens whose K rows are decoded together.
 inline constexpr int64_t kTokensPerStep = 16;
+
+// The K or V rows of a tile. Past the tokens held they read as zeros, so that no other memory is touched.
+struct Rows {
+  static constexpr uint8_t kZeros[2 * kMaxHeadDim] = {};
+  const uint8_t* first;
+  int64_t stride;   // bytes
+  int64_t held;
+  int64_t bytes;    // of a row
+
+  const uint8_t* operator[](int64_t token) const { return token < held ? first + token * stride : kZeros; }
+};
 
 }  // namespace tilewright::int4_fp8_attention
