@@ -15,6 +15,7 @@ from tilewright.models.rope import RopeScaling
 
 if TYPE_CHECKING:
     from tilewright.models.checkpoint import save
+    from tilewright.models.generation import EngineForCausalLM
     from tilewright.models.hf import to_transformers
     from tilewright.models.int4_cache import Int4KVCache
     from tilewright.models.language_model import LanguageModel, linear_names
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CheckpointError",
+    "EngineForCausalLM",
     "Int4KVCache",
     "LanguageModel",
     "LlamaConfig",
@@ -33,6 +35,7 @@ __all__ = [
 ]
 
 _LAZY = {
+    "EngineForCausalLM": "generation",
     "Int4KVCache": "int4_cache",
     "LanguageModel": "language_model",
     "linear_names": "language_model",

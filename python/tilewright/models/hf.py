@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from tilewright.formats.int4 import Int4Weight
+from tilewright.models.config import LlamaConfig
 from tilewright.models.language_model import LanguageModel
 from tilewright.nn.linear import Activation, Mode, W4A8Linear
 
@@ -51,19 +52,19 @@ def to_transformers(
     if model.config.tie_word_embeddings:
         theirs.lm_head.weight = theirs.model.embed_tokens.weight
     theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)
-    theirs.generation_config.bos_token_id = model.config.bos_token_id
-    theirs.generation_config.eos_token_id = list(model.config.eos_token_ids) or None
-    theirs.generation_config.pad_token_id = _pad_token(model)
+    generation_defaults(theirs, model.config)
     left = [n for n, t in [*theirs.named_parameters(), *theirs.named_buffers()] if t.is_meta]
     assert not left, f"parameters without a value: {left[:3]}"
     return theirs.eval().requires_grad_(False)
 
 
-def _pad_token(model: LanguageModel) -> int | None:
-    config = model.config
-    if config.pad_token_id is not None:
-        return config.pad_token_id
-    return config.eos_token_ids[0] if config.eos_token_ids else None
+def generation_defaults(theirs: PreTrainedModel, config: LlamaConfig) -> None:
+    """Tell transformers where a text begins and ends; padding falls back to an end token, so that batches work."""
+    ends = list(config.eos_token_ids)
+    defaults = theirs.generation_config
+    assert defaults is not None
+    defaults.bos_token_id, defaults.eos_token_id = config.bos_token_id, ends or None
+    defaults.pad_token_id = ends[0] if config.pad_token_id is None and ends else config.pad_token_id
 
 
 def _place(
