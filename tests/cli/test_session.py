@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 
 from tilewright.cli.chat import Conversation
@@ -29,16 +31,17 @@ class Letters:
 class Playback:
     """An engine that answers with fixed text and remembers its prompts."""
 
-    def __init__(self, text: str) -> None:
-        self.text, self.prompts = text, []
+    def __init__(self, text: str, max_length: int) -> None:
+        self.text, self.max_length, self.prompts = text, max_length, []
 
-    def generate(self, ids, _, *, max_new_tokens):
+    def generate(self, ids, _, *, max_new_tokens, **__):
         self.prompts.append("".join(map(chr, ids)))
         yield from [ord(c) for c in self.text][:max_new_tokens]
 
 
 def session(text: str, context: int = 100) -> Session:
-    return Session("model", Playback(text), Letters(), context, frozenset({STOP}))
+    config = SimpleNamespace(eos_token_ids=(STOP,), max_position_embeddings=2048)
+    return Session("model", SimpleNamespace(config=config), Letters(), engine=Playback(text, context))
 
 
 def test_text_streams_until_the_stop_token():

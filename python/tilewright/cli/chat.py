@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from tilewright.cli.session import Session
     from tilewright.models.engine import SamplingConfig
 
+DEFAULT_CONTEXT = 4096
 HELP = "/reset forgets the conversation, /quit or end of input leaves; Ctrl-C stops an answer."
 
 
@@ -73,8 +74,9 @@ def chat(
     """Talk with a model. With --json, or without a terminal, each line of standard input is one message."""
     from tilewright.cli.session import open_session
 
-    session = open_session(model, act, kv, threads, context)
     settings = sampling(temperature, top_k, top_p, seed)
+    session = open_session(model, act, kv, threads)
+    session.start(context or min(session.limit, DEFAULT_CONTEXT))
     talk = Conversation(session, valid_text(system, "--system") if system else None, max_new_tokens)
     interactive = sys.stdin.isatty() and not as_json
     if interactive:

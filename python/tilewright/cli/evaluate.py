@@ -34,9 +34,10 @@ def evaluate(
     from tilewright.evaluate import perplexity, tokenize
 
     words = corpus(text, "evaluation") if text in CORPORA else read_text(Path(text), "the text")
-    session = open_session(model, act, kv, threads, context=window)
+    session = open_session(model, act, kv, threads)
     # One token more than will be used tells perplexity() that the text went on.
     tokens = tokenize(session.tokenizer, words, max_tokens=max_tokens + 1 if max_tokens else None)
+    session.start(window)
     result = perplexity(session.engine.logits, tokens, window=window, stride=stride, max_tokens=max_tokens)
     if as_json:
         print_json(

@@ -19,9 +19,7 @@ TopK = Annotated[int, typer.Option("--top-k", help="Sample among this many likel
 TopP = Annotated[float, typer.Option("--top-p", help="Sample among the likeliest tokens of this total probability.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same text.")]
 NewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Most tokens to generate.")]
-Context = Annotated[
-    int | None, typer.Option("--context", min=1, help="Longest sequence; the model's own limit, at most 8192.")
-]
+Context = Annotated[int | None, typer.Option("--context", min=1, help="Longest sequence; what is needed if not given.")]
 
 
 def sampling(temperature: float, top_k: int, top_p: float, seed: int) -> SamplingConfig:
@@ -68,9 +66,11 @@ def generate(
 
     text = read_prompt(prompt, prompt_file)
     stops = [valid_text(one, "--stop") for one in stop or []]
-    session = open_session(model, act, kv, threads, context)
+    settings = sampling(temperature, top_k, top_p, seed)
+    session = open_session(model, act, kv, threads)
     ids = session.encode_chat([{"role": "user", "content": text}]) if chat else session.encode(text)
-    for piece in session.generate(ids, sampling(temperature, top_k, top_p, seed), max_new_tokens, stops):
+    session.start(context or min(len(ids) + max_new_tokens, session.limit))
+    for piece in session.generate(ids, settings, max_new_tokens, stops):
         if not as_json:
             print(piece, end="", flush=True)
     reply = session.last

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +12,10 @@ from tilewright.cli.shared import model_path, use_threads
 from tilewright.cli.stream import TextStream, stream_text
 
 if TYPE_CHECKING:
+    from tilewright.models import LanguageModel
     from tilewright.models.engine import SamplingConfig
 
-ACTIVATIONS = ("int8", "fp8")
+ACTIVATIONS = ("int8", "fp8", "fp8-fold")
 CACHES = {"int4": 4, "bf16": 16}
 
 
@@ -46,28 +47,47 @@ class Reply:
 
 @dataclass
 class Session:
-    """A loaded model with its engine; `generate` streams text."""
+    """A loaded model; `start` builds its engine, then `generate` streams text."""
 
     name: str
-    engine: Any
+    model: LanguageModel
     tokenizer: Any
-    context: int
-    stop_ids: frozenset[int]
+    act: str | None = None
+    kv_bits: int | None = None
+    engine: Any = None
     last: Reply = field(default_factory=Reply)
+
+    @property
+    def limit(self) -> int:
+        """Longest sequence that the model can hold."""
+        return self.model.config.max_position_embeddings
+
+    @property
+    def context(self) -> int:
+        """Longest sequence that the engine was started for."""
+        return int(self.engine.max_length)
+
+    def start(self, context: int) -> None:
+        """Build the engine for sequences of up to `context` tokens; the model's weights move into it."""
+        from tilewright.models.engine import Engine
+
+        act: Any = self.act
+        self.engine = Engine(self.model, max_length=context, act=act, kv_bits=self.kv_bits, release=True)
 
     def generate(
         self, ids: list[int], sampling: SamplingConfig, new_tokens: int, stop: Sequence[str] = ()
     ) -> Iterator[str]:
         """Pieces of text that follow `ids`; `last` describes the generation when the iterator is done.
 
-        Raises `ValueError` when prompt and new tokens do not fit the context.
+        What the engine still holds of the same beginning is not computed again. Raises `ValueError` when prompt and
+        new tokens do not fit the context.
         """
         if not ids:
             raise ValueError("the prompt is empty; give at least one character")
         if len(ids) + new_tokens > self.context:
             raise ValueError(
-                f"{len(ids)} prompt tokens and {new_tokens} new ones exceed the context of {self.context}; shorten the "
-                "prompt, lower --max-new-tokens or raise --context"
+                f"{len(ids)} prompt tokens and {new_tokens} new ones exceed the context of {self.context} (the model's "
+                f"limit is {self.limit}); shorten the prompt, lower --max-new-tokens or raise --context"
             )
         reply = self.last = Reply(prompt_tokens=len(ids))
         stream = TextStream(lambda some: str(self.tokenizer.decode(some, skip_special_tokens=True)), stop)
@@ -78,15 +98,16 @@ class Session:
             reply.stopped_by = "stop string"
 
     def _timed(self, ids: list[int], sampling: SamplingConfig, new_tokens: int, reply: Reply) -> Iterator[int]:
+        stop_ids = self.model.config.eos_token_ids
         start = time.perf_counter()
-        for token in self.engine.generate(ids, sampling, max_new_tokens=new_tokens):
+        for token in self.engine.generate(ids, sampling, max_new_tokens=new_tokens, reuse=True):
             now = time.perf_counter()
             if reply.new_tokens == 0:
                 reply.prefill_seconds, first = now - start, now
             else:
                 reply.decode_seconds = now - first
             reply.new_tokens += 1
-            if token in self.stop_ids:
+            if token in stop_ids:
                 reply.stopped_by = "stop token"
                 return
             yield token
@@ -103,28 +124,17 @@ class Session:
         return [int(i) for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
-def open_session(
-    model: str,
-    act: str | None = None,
-    kv: str | None = None,
-    threads: int | None = None,
-    context: int | None = None,
-    say: Callable[[str], None] = lambda _: None,
-) -> Session:
-    """Load a model and build its engine.
+def open_session(model: str, act: str | None = None, kv: str | None = None, threads: int | None = None) -> Session:
+    """Load a model; its engine is built by `Session.start`.
 
-    act, kv: override what the checkpoint says. context: longest sequence; the model's limit when None, at most 8192.
-    Errors are those of `tilewright.models.load` and `tilewright.models.engine.Engine`.
+    act, kv: override what the checkpoint says. Errors are those of `tilewright.models.load`, and `ValueError` for an
+    unknown format.
     """
     require_choice("--act", act, ACTIVATIONS)
     require_choice("--kv", kv, tuple(CACHES))
     path = model_path(model)
     use_threads(threads)
     from tilewright.models import load
-    from tilewright.models.engine import Engine
 
-    say(f"loading {path.name}")
     loaded = load(path)
-    length = context or min(loaded.config.max_position_embeddings, 8192)
-    engine = Engine(loaded, max_length=length, act=act, kv_bits=CACHES[kv] if kv else None)
-    return Session(path.name, engine, loaded.tokenizer, length, frozenset(loaded.config.eos_token_ids))
+    return Session(path.name, loaded, loaded.tokenizer, act, CACHES[kv] if kv else None)

@@ -35,11 +35,9 @@ Model = Annotated[
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; all cores when not given.")]
 Activations = Annotated[
-    str | None, typer.Option("--act", help="Activations of the linear layers: int8 or fp8. [default: the checkpoint's]")
+    str | None, typer.Option("--act", help="Activations: int8, fp8 or fp8-fold; the checkpoint's if not given.")
 ]
-Cache = Annotated[
-    str | None, typer.Option("--kv", help="Format of the KV cache: int4 or bf16. [default: the checkpoint's]")
-]
+Cache = Annotated[str | None, typer.Option("--kv", help="KV cache: int4 or bf16; the checkpoint's if not given.")]
 
 
 class Verbs(TyperGroup):
