@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""About 14,000 damaged files: each gives a CheckpointError or exactly the model that the file describes.
+"""About 15,000 damaged files: each gives a CheckpointError or exactly the model that the file describes.
 
 Damage to the bytes of a weight that leaves it finite cannot be seen in formats without checksums (GGUF,
 plain safetensors); there the loaded tensor must equal the independent reading of the damaged bytes and all

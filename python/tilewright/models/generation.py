@@ -52,7 +52,7 @@ class EngineCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i hold what row beam_idx[i] held."""
         wanted = [self.held[i] for i in beam_idx.tolist()]
-        kept = [_common(now, new) for now, new in zip(self.held, wanted, strict=True)]
+        kept = [_common(had, new) for had, new in zip(self.held, wanted, strict=True)]
         self.engine.truncate(kept)
         self._append([new[had:] for new, had in zip(wanted, kept, strict=True)])
         self.held = [list(new) for new in wanted]
