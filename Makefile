@@ -5,9 +5,11 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
+# Two threads beside other work are far slower than one; kernels' thread counts are varied inside the tests.
 ONE_THREAD := OMP_NUM_THREADS=1
+CXX_SOURCES := git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh'
 
-.PHONY: build demo test lint format sanitize bench peers wheel clean help
+.PHONY: help build demo test lint format sanitize bench peers wheel test-wheel clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1  /p' Makefile | expand -t 12
@@ -16,8 +18,7 @@ $(VENV)/.ready: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(PIP) install -q "pip>=25.1"
 	$(PIP) install -q "$(TORCH)"
-	$(PIP) install -q --group dev "transformers>=5" accelerate "safetensors>=0.5" "gguf>=0.17" "typer>=0.15" "rich>=13" \
-	  "matplotlib>=3.8" "psutil>=5.9"
+	$(PIP) install -q --group dev
 	touch $@
 
 build: $(VENV)/.ready  ## compile the native code and install the package, editable, into .venv
@@ -30,17 +31,32 @@ lint: $(VENV)/.ready  ## ruff, mypy, clang-format
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(BIN)/clang-format --dry-run --Werror
+	$(CXX_SOURCES) | xargs $(BIN)/clang-format --dry-run --Werror
 
 format: $(VENV)/.ready  ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format -q .
-	git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh' | xargs $(BIN)/clang-format -i
+	$(CXX_SOURCES) | xargs $(BIN)/clang-format -i
 
 test: build lint  ## what CI runs
+	$(BIN)/tw fetch
 	$(ONE_THREAD) $(BIN)/python -m pytest -q
 
+sanitize: build  ## the kernels' tests under the address and undefined-behaviour sanitizers
+	scripts/sanitize.sh
+
+bench: build  ## benchmarks against whatever peers are installed: bench/results, docs/benchmarks.md
+	$(BIN)/python -m bench.run
+	$(BIN)/python -m bench.report
+
+peers:  ## llama.cpp and ik_llama.cpp in an environment of their own
+	PYTHON=$(PYTHON) scripts/peers.sh
+
 wheel: $(VENV)/.ready  ## dist/tilewright-*.whl
+	rm -rf dist
 	$(PIP) wheel -q --no-build-isolation --no-deps -w dist .
+
+test-wheel: wheel  ## the wheel, installed beside the oldest supported torch (a large download), passes the tests
+	scripts/test_wheel.sh
 
 clean:  ## remove what the build made
 	rm -rf build dist

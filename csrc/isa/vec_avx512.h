@@ -78,7 +78,7 @@ struct Vec16 {
   }
 
  private:
-  static __mmask16 mask(int64_t n) { return n >= 16 ? 0xffff : static_cast<__mmask16>((1u << n) - 1u); }
+  static __mmask16 mask(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffffu : (1u << n) - 1u); }
 };
 
 }  // namespace
