@@ -24,10 +24,10 @@ def int4_fp8_attention(
     window: int | None = None,
     query: Literal["fp8", "float32"] = "fp8",
 ) -> Tensor:
-    """`softmax(scale * q k^T + mask) v` for the last tokens of each sequence, after `kv_append_` of their keys and values.
+    """`softmax(scale * q k^T + mask) v` for the last tokens of each sequence, once `kv_append_` has stored them.
 
-    Query i of the n_s queries of sequence s sits at position lengths[s] - n_s + i. Grouped queries: head h reads KV head
-    h // (H / H_kv).
+    Query i of the n_s queries of sequence s sits at position lengths[s] - n_s + i. Grouped queries: head h reads KV
+    head h // (H / H_kv).
 
     Args:
         q: `[T, H, D]`, any floating type, packed as cu_seqlens says; H a multiple of H_kv.

@@ -71,8 +71,10 @@ void attend(const Problem& p, const Item& item, int64_t row, Visible keys, float
     maximum = std::max(maximum, scores[j - keys.begin]);
   }
   for (int64_t j = keys.begin; j < keys.end; ++j) {
-    const float weight = std::exp2(scores[j - keys.begin] - maximum);
     decode_row(p.cache, p.cache.v, p.cache.v_scales, item, j, x);
+    // As at every level: a value that is not finite makes the queries that see it NaN.
+    const bool finite = std::all_of(x, x + d, [](float value) { return std::isfinite(value); });
+    const float weight = finite ? std::exp2(scores[j - keys.begin] - maximum) : std::nanf("");
     for (int64_t i = 0; i < d; ++i) sums[i] += weight * x[i];
     total += weight;
   }
