@@ -150,14 +150,27 @@ class FireQConfig:
     def from_dict(cls, raw: Any) -> FireQConfig:
         """The inverse of :meth:`to_dict`; missing keys take their defaults, unknown ones raise ValueError."""
         values = strict(cls, raw)
-        channels = values.get("channel_scaling", "auto")
-        if not isinstance(channels, str):
-            values["channel_scaling"] = tuple(
-                c if isinstance(c, ChannelScaling) else ChannelScaling(**strict(ChannelScaling, c)) for c in channels
-            )
+        if values.get("channel_scaling", "auto") != "auto":
+            values["channel_scaling"] = tuple(map(_channel_scaling, _listed("channel_scaling", values)))
         if "search" in values:
-            values["search"] = tuple(values["search"])
+            values["search"] = tuple(_listed("search", values))
         return cls(**values)
+
+
+def _listed(name: str, values: dict[str, Any]) -> list[Any] | tuple[Any, ...]:
+    value = values[name]
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"FireQConfig: {name}={value!r}; a list is needed")
+    return value
+
+
+def _channel_scaling(raw: Any) -> ChannelScaling:
+    if isinstance(raw, ChannelScaling):
+        return raw
+    values = strict(ChannelScaling, raw)
+    if "site" not in values:
+        raise ValueError(f"ChannelScaling: key 'site' is missing; need one of {', '.join(SITES)}")
+    return ChannelScaling(**values)
 
 
 LLAMA3_8B_RECIPE = FireQConfig(
