@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from records import digest
+from bench.records import digest
+from bench.timing import summary, time_in_turn
 from tilewright.ops import KVCache, int4_fp8_attention, kv_append_
-from timing import summary, time_in_turn
 
 
 def heads_first(x: torch.Tensor) -> torch.Tensor:

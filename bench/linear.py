@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 
-from peers import torch_eager
-from records import digest
+from bench.peers import torch_eager
+from bench.records import digest
+from bench.timing import copies_beyond_cache, summary, time_in_turn
 from tilewright import _host
 from tilewright.formats.int4 import Int4Weight, PackedInt4, quantize_int4
 from tilewright.ops import int4_fp8_linear, int4_int8_linear
-from timing import copies_beyond_cache, summary, time_in_turn
 
 OURS = {"int4_int8_linear": (int4_int8_linear, "int8"), "int4_fp8_linear": (int4_fp8_linear, "bf16")}
 CHECKED_ROWS = 4

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from peers import ik_llama_cpp, llama_cpp, torch_eager
+from bench.peers import ik_llama_cpp, llama_cpp, torch_eager
+from bench.timing import summary
 from tilewright import demo
 from tilewright.data import smollm2_gguf
 from tilewright.measure.launch import MeasureError, Method, run
 from tilewright.measure.protocol import Spec
-from timing import summary
 
 PEERS = {"torch": torch_eager, "llama.cpp": llama_cpp, "ik_llama.cpp": ik_llama_cpp}
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run the cases of cases.toml and write one JSON line a result: `python bench/run.py [--only GLOB] [--threads N]`.
+"""Run the cases of cases.toml and write one JSON line a result: `python -m bench.run [--only GLOB] [--threads N]`.
 
 Operator cases of one thread count run in a process of their own, pinned to as many cores; whole models run one process
 a method. Results replace `bench/results/<machine>.jsonl`; with --quick they only show that everything runs and go to
@@ -54,7 +54,7 @@ def operator_worker(threads: int, cases: list[dict[str, Any]], seconds: float) -
     records = []
     for case in cases:
         say(f"{case['name']}, {threads} threads")
-        found = importlib.import_module(case["kind"]).run_case(case, threads, seconds)
+        found = importlib.import_module(f"bench.{case['kind']}").run_case(case, threads, seconds)
         records += [{"kind": case["kind"], "case": case["name"], **record} for record in found]
     return records
 
@@ -64,11 +64,12 @@ def run_operators(threads: int, cases: list[dict[str, Any]], seconds: float) -> 
     cores = sorted(os.sched_getaffinity(0))[:threads]
     request = json.dumps({"threads": threads, "cases": cases, "seconds": seconds})
     done = subprocess.run(
-        [sys.executable, str(BENCH / "run.py"), "--worker"],
+        [sys.executable, "-m", "bench.run", "--worker"],
         input=request,
         stdout=subprocess.PIPE,
         text=True,
         check=False,
+        cwd=BENCH.parent,
         env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         preexec_fn=lambda: os.sched_setaffinity(0, cores),
     )
@@ -96,7 +97,7 @@ def is_variant(name: str, peer: str) -> bool:
 
 def collect(cases: list[dict[str, Any]], counts: list[int], quick: bool) -> list[dict[str, Any]]:
     """All records of all cases at all thread counts."""
-    from records import environment
+    from bench.records import environment
 
     seconds = QUICK_SECONDS if quick else SECONDS
     records = []
@@ -104,7 +105,7 @@ def collect(cases: list[dict[str, Any]], counts: list[int], quick: bool) -> list
         operators = [case for case in cases if case["kind"] in OPERATORS]
         found = run_operators(threads, operators, seconds) if operators else []
         for case in (case for case in cases if case["kind"] == "model"):
-            run_case: Callable[..., list[dict[str, Any]]] = importlib.import_module("models").run_case
+            run_case: Callable[..., list[dict[str, Any]]] = importlib.import_module("bench.models").run_case
             named = {"kind": "model", "case": case["name"]}
             found += [{**named, **record} for record in run_case(case, threads, quick, say)]
         for case in cases:
@@ -123,7 +124,7 @@ def thread_counts(asked: list[int] | None) -> list[int]:
 
 def save(records: list[dict[str, Any]], output: Path | None, quick: bool) -> Path:
     """Write the JSON lines; a partial run (--only) keeps the lines of cases it did not run."""
-    from records import ROOT, machine_slug
+    from bench.records import ROOT, machine_slug
     from tilewright._files import atomic_write
 
     folder = ROOT / "reports" if quick else BENCH / "results"
@@ -165,7 +166,7 @@ def main() -> None:
     if options.json:
         print(json.dumps(records, indent=2, ensure_ascii=False))
     else:
-        from report import tables
+        from bench.report import tables
 
         print(tables(records))
         print(f"saved {path}")

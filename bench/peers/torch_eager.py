@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch.nn.functional import linear
 
+from bench.timing import copies_beyond_cache
 from tilewright.measure.launch import Method, why_absent
-from timing import copies_beyond_cache
 
 FORMS = {"torch float32": "float32", "torch bfloat16": "bfloat16"}
 

@@ -36,14 +36,14 @@ def bench(
 ) -> None:
     """Measure operators and whole models beside their peers in one run; JSON lines into bench/results."""
     folder = bench_folder()
-    arguments = [sys.executable, str(folder / "run.py")]
+    arguments = [sys.executable, "-m", "bench.run"]
     for name, values in (("--only", only), ("--threads", threads)):
         for value in values or []:
             arguments += [name, str(value)]
     for flag, chosen in (("--list", list_cases), ("--quick", quick), ("--json", as_json)):
         arguments += [flag] if chosen else []
     if output is not None:
-        arguments += ["--output", os.fspath(output)]
-    done = subprocess.run(arguments, check=False)
+        arguments += ["--output", os.fspath(output.absolute())]
+    done = subprocess.run(arguments, cwd=folder.parent, check=False)
     if done.returncode:
         raise typer.Exit(done.returncode if done.returncode > 0 else 128 - done.returncode)
