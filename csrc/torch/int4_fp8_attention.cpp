@@ -1,6 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // int4_kv_append and int4_fp8_attention as torch operators.
+#include <algorithm>
+
 #include "ops/int4_fp8_attention/kernels.h"
+#include "ops/int4_fp8_attention/reference.h"
 #include "torch/tensors.h"
 
 namespace tilewright::torch_adapter {
@@ -9,12 +12,11 @@ namespace {
 using format::ScaleType;
 using int4_fp8_attention::Cache;
 using int4_fp8_attention::CacheFormat;
+using int4_fp8_attention::Problem;
 using int4_fp8_attention::Query;
 using int4_fp8_attention::Strides;
 
 constexpr const char* kAppend = "int4_kv_append";
-constexpr const char* kAttention = "int4_fp8_attention";
-constexpr const char* kHeads = "[T, heads, D]";
 
 // Enough tokens that waking a thread is worth it.
 constexpr int64_t kTokensPerThread = 16;
@@ -22,8 +24,8 @@ constexpr int64_t kTokensPerThread = 16;
 // The cache is written in place and never copied, hence strides of any kind but adjacent elements within a row.
 Strides strides_of(const Tensor& tensor, const char* op, const char* argument) {
   const int64_t size = static_cast<int64_t>(tensor.element_size());
-  require(tensor.size(3) <= 1 || tensor.stride(3) == 1, op, ": ", argument,
-          " has a last dimension of stride ", tensor.stride(3), ", needed 1; allocate it with KVCache.allocate()");
+  require(tensor.size(3) <= 1 || tensor.stride(3) == 1, op, ": ", argument, " has a last dimension of stride ",
+          tensor.stride(3), ", needed 1; allocate it with KVCache.allocate()");
   return {tensor.stride(0) * size, tensor.stride(1) * size, tensor.stride(2) * size};
 }
 
@@ -126,8 +128,8 @@ void require_lengths(const Tensor& lengths, int64_t sequences, const char* op) {
 }
 
 void int4_kv_append(const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, const Tensor& k_cache,
-                    const Tensor& v_cache, const std::optional<Tensor>& k_scales,
-                    const std::optional<Tensor>& v_scales, const Tensor& lengths) {
+                    const Tensor& v_cache, const std::optional<Tensor>& k_scales, const std::optional<Tensor>& v_scales,
+                    const Tensor& lengths) {
   require_cpu(k, kAppend, "k");
   require_cpu(v, kAppend, "v");
   require_dim(k, 3, kAppend, "k", "[T, H_kv, D]");
@@ -161,57 +163,96 @@ void int4_kv_append(const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, 
                               [&](int64_t first, int64_t last) { run(problem, first, last); });
 }
 
-Tensor int4_fp8_attention_forward(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache,
-                                  const std::optional<Tensor>& k_scales, const std::optional<Tensor>& v_scales,
-                                  const Tensor& lengths, const Tensor& cu_seqlens, double scale, bool causal,
-                                  std::optional<int64_t> window, bool fp8_query) {
-  require_cpu(q, kAttention, "q");
-  require_dim(q, 3, kAttention, "q", kHeads);
-  const int64_t tokens = q.size(0), heads = q.size(1), head_dim = q.size(2);
-  const Cache cache = cache_of({k_cache, v_cache, k_scales, v_scales}, head_dim, kAttention);
-  require(heads % cache.heads == 0, kAttention, ": q has H = ", heads, " heads, needed a multiple of the cache's H_kv = ",
-          cache.heads);
-  require(!window.has_value() || *window >= 1, kAttention, ": window = ", window.value_or(0),
+struct Options {
+  double scale;
+  bool causal;
+  std::optional<int64_t> window;
+  bool fp8_query;
+};
+
+// A checked call. The tensors keep alive what the problem points to; out and workspace are yet to be set.
+struct Call {
+  Tensor queries, offsets;
+  Problem problem;
+  int64_t rows;   // of q that belong to a sequence
+};
+
+Call check(const Tensor& q, const CacheTensors& tensors, const Tensor& lengths, const Tensor& cu_seqlens,
+           const Options& options, const char* op) {
+  require_cpu(q, op, "q");
+  require_dim(q, 3, op, "q", "[T, H, D]");
+  const int64_t heads = q.size(1), head_dim = q.size(2), sequences = tensors.k.size(0);
+  const Cache cache = cache_of(tensors, head_dim, op);
+  require(heads % cache.heads == 0, op, ": q has H = ", heads,
+          " heads, needed a multiple of the cache's H_kv = ", cache.heads);
+  require(!options.window.has_value() || *options.window >= 1, op, ": window = ", options.window.value_or(0),
           ", needed at least 1, or None for no window");
-  const int64_t sequences = k_cache.size(0);
-  const Tensor offsets = offsets_of(cu_seqlens, sequences, tokens, kAttention);
-  const auto* at = data<int64_t>(offsets);
-  require_lengths(lengths, sequences, kAttention);
+  Call call{as_float(q, op, "q"), offsets_of(cu_seqlens, sequences, q.size(0), op), {}, 0};
+  const auto* at = data<int64_t>(call.offsets);
+  require_lengths(lengths, sequences, op);
   const auto* held = data<int64_t>(lengths);
   for (int64_t s = 0; s < sequences; ++s) {
-    require(held[s] >= at[s + 1] - at[s] && held[s] <= cache.capacity, kAttention, ": sequence ", s, " has ",
-            at[s + 1] - at[s], " queries and a length of ", held[s], ", needed a length between that and max_length = ",
-            cache.capacity, "; append the keys and values of the queries first");
+    require(held[s] >= at[s + 1] - at[s] && held[s] <= cache.capacity, op, ": sequence ", s, " has ", at[s + 1] - at[s],
+            " queries and a length of ", held[s], ", needed a length between that and max_length = ", cache.capacity,
+            "; append the keys and values of the queries first");
   }
-  const Tensor input = as_float(q, kAttention, "q");
-  Tensor out = empty_cpu({tokens, heads, head_dim}, ScalarType::Float);
-  auto* result = mutable_data<float>(out);
-  std::fill(result + at[sequences] * heads * head_dim, result + tokens * heads * head_dim, 0.0f);
-  int4_fp8_attention::Problem problem{
+  call.rows = at[sequences];
+  call.problem = {
       .cache = cache,
       .packed = {sequences, at, held},
-      .q = data<float>(input),
+      .q = data<float>(call.queries),
       .q_token_stride = heads * head_dim,
       .q_head_stride = head_dim,
       .heads = heads,
-      .scale = static_cast<float>(scale),
-      .causal = causal,
-      .window = window.value_or(int4_fp8_attention::kNoWindow),
-      .query = fp8_query ? Query::kFp8 : Query::kFloat32,
-      .out = result,
+      .scale = static_cast<float>(options.scale),
+      .causal = options.causal,
+      .window = options.window.value_or(int4_fp8_attention::kNoWindow),
+      .query = options.fp8_query ? Query::kFp8 : Query::kFloat32,
+      .out = nullptr,
       .out_token_stride = heads * head_dim,
       .out_head_stride = head_dim,
       .workspace = nullptr,
   };
-  if (heads == 0) return torch::stable::to(out, q.scalar_type());
+  return call;
+}
+
+// [T, H, D], zero from the given row on.
+template <class T>
+Tensor output(const Tensor& q, int64_t rows, ScalarType type) {
+  Tensor out = empty_cpu({q.size(0), q.size(1), q.size(2)}, type);
+  const int64_t row = q.size(1) * q.size(2);
+  auto* values = mutable_data<T>(out);
+  std::fill(values + rows * row, values + q.size(0) * row, T{0});
+  return out;
+}
+
+Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const std::optional<Tensor>& k_scales,
+                 const std::optional<Tensor>& v_scales, const Tensor& lengths, const Tensor& cu_seqlens, double scale,
+                 bool causal, std::optional<int64_t> window, bool fp8_query) {
+  Call call = check(q, {k_cache, v_cache, k_scales, v_scales}, lengths, cu_seqlens, {scale, causal, window, fp8_query},
+                    "int4_fp8_attention");
+  const Tensor out = output<float>(q, call.rows, ScalarType::Float);
+  Problem& problem = call.problem;
+  if (problem.heads == 0) return torch::stable::to(out, q.scalar_type());
+  problem.out = mutable_data<float>(out);
   const int4_fp8_attention::Plan plan = int4_fp8_attention::choose_plan(problem);
   const Tensor workspace = empty_cpu({plan.workspace_bytes}, ScalarType::Byte);
   problem.workspace = mutable_data<uint8_t>(workspace);
   std::fill(problem.workspace, problem.workspace + plan.counter_bytes, uint8_t{0});
   const auto run = int4_fp8_attention::kernels().items;
-  torch::stable::parallel_for(0, plan.items, 1,
-                              [&](int64_t first, int64_t last) { run(problem, plan, first, last); });
+  torch::stable::parallel_for(0, plan.items, 1, [&](int64_t first, int64_t last) { run(problem, plan, first, last); });
   return torch::stable::to(out, q.scalar_type());
+}
+
+// The same function computed by the C++ oracle, in float64.
+Tensor reference(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, const std::optional<Tensor>& k_scales,
+                 const std::optional<Tensor>& v_scales, const Tensor& lengths, const Tensor& cu_seqlens, double scale,
+                 bool causal, std::optional<int64_t> window, bool fp8_query) {
+  const Call call = check(q, {k_cache, v_cache, k_scales, v_scales}, lengths, cu_seqlens,
+                          {scale, causal, window, fp8_query}, "int4_fp8_attention_reference");
+  const Tensor out = output<double>(q, call.rows, ScalarType::Double);
+  int4_fp8_attention::reference(call.problem, mutable_data<double>(out));
+  return out;
 }
 
 }  // namespace
@@ -223,11 +264,15 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tilewright, m) {
   m.def(
       "int4_fp8_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_scales, Tensor? v_scales, "
       "Tensor lengths, Tensor cu_seqlens, float scale, bool causal, SymInt? window, bool fp8_query) -> Tensor");
+  m.def(
+      "int4_fp8_attention_reference(Tensor q, Tensor k_cache, Tensor v_cache, Tensor? k_scales, Tensor? v_scales, "
+      "Tensor lengths, Tensor cu_seqlens, float scale, bool causal, int? window, bool fp8_query) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tilewright, CPU, m) {
   m.impl("int4_kv_append", TORCH_BOX(&int4_kv_append));
-  m.impl("int4_fp8_attention", TORCH_BOX(&int4_fp8_attention_forward));
+  m.impl("int4_fp8_attention", TORCH_BOX(&attention));
+  m.impl("int4_fp8_attention_reference", TORCH_BOX(&reference));
 }
 
 }  // namespace tilewright::torch_adapter

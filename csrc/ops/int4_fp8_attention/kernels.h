@@ -24,10 +24,10 @@ struct Kernels {
 const Kernels& kernels(isa::Level level);
 inline const Kernels& kernels() { return kernels(isa::active()); }
 
-#define TILEWRIGHT_INT4_FP8_ATTENTION_LEVEL(level)                         \
-  namespace level {                                                        \
-  void items(const Problem&, const Plan&, int64_t first, int64_t last);    \
-  void append(const Append&, int64_t first, int64_t last);                 \
+#define TILEWRIGHT_INT4_FP8_ATTENTION_LEVEL(level)                      \
+  namespace level {                                                     \
+  void items(const Problem&, const Plan&, int64_t first, int64_t last); \
+  void append(const Append&, int64_t first, int64_t last);              \
   }
 TILEWRIGHT_INT4_FP8_ATTENTION_LEVEL(generic)
 TILEWRIGHT_INT4_FP8_ATTENTION_LEVEL(avx2)

@@ -32,8 +32,7 @@ void combine_row(const Problem& p, const Item& item, int64_t row) {
 
 Partial partial_of(const Problem& p, const Item& item, int64_t chunk) {
   const int64_t rows = item.rows(p.group());
-  auto* base = reinterpret_cast<float*>(p.workspace + item.partials_at +
-                                        chunk * partial_bytes(rows, p.cache.head_dim));
+  auto* base = reinterpret_cast<float*>(p.workspace + item.partials_at + chunk * partial_bytes(rows, p.cache.head_dim));
   float* maximum = base + rows * p.cache.head_dim;
   return {base, maximum, maximum + rows};
 }

@@ -69,8 +69,7 @@ Plan choose_plan(const Problem& p) {
   for (Span& span : plan.spans) {
     if (span.chunks == 1) continue;
     span.partials_at = plan.workspace_bytes;
-    plan.workspace_bytes +=
-        p.cache.heads * span.chunks * partial_bytes(span.queries * group, p.cache.head_dim);
+    plan.workspace_bytes += p.cache.heads * span.chunks * partial_bytes(span.queries * group, p.cache.head_dim);
   }
   return plan;
 }

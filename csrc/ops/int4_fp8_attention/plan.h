@@ -15,7 +15,7 @@
 
 namespace tilewright::int4_fp8_attention {
 
-inline constexpr int64_t kKeysPerTile = 64;    // decoded at a time; tiles start at multiples of it
+inline constexpr int64_t kKeysPerTile = 64;  // decoded at a time; tiles start at multiples of it
 inline constexpr int64_t kKeysPerChunk = 256;  // chunks start at multiples of it
 inline constexpr int64_t kRowsPerBlock = 192;  // query tokens times heads per KV head, about
 
@@ -23,25 +23,25 @@ inline constexpr int64_t kRowsPerBlock = 192;  // query tokens times heads per K
 struct Span {
   int64_t sequence;
   int64_t first_item;
-  int64_t first_query;     // row of q
-  int64_t queries;         // n_s
+  int64_t first_query;  // row of q
+  int64_t queries;  // n_s
   int64_t length;
-  int64_t blocks;          // of queries
-  int64_t first_chunk;     // the chunk that holds the first visible key
-  int64_t chunks;          // 1: results go to out at once
-  int64_t partials_at;     // bytes into the workspace, when chunks > 1
-  int64_t counters_at;     // likewise: int32 [H_kv]
+  int64_t blocks;  // of queries
+  int64_t first_chunk;  // the chunk that holds the first visible key
+  int64_t chunks;  // 1: results go to out at once
+  int64_t partials_at;  // bytes into the workspace, when chunks > 1
+  int64_t counters_at;  // likewise: int32 [H_kv]
 };
 
 struct Plan {
-  std::vector<Span> spans;          // of sequences that have queries
+  std::vector<Span> spans;  // of sequences that have queries
   int64_t items;
   int64_t queries_per_block;
-  int64_t counter_bytes;            // the workspace begins with counters, zero before the first run; a run of all items
-                                    // leaves them zero, so that one workspace serves many runs
+  int64_t counter_bytes;  // the workspace begins with counters, zero before the first run; a run of all items
+  // leaves them zero, so that one workspace serves many runs
   int64_t workspace_bytes;
-  int64_t cache_bytes;              // read once per block of queries
-  int64_t operations;               // multiplications and additions on visible pairs
+  int64_t cache_bytes;  // read once per block of queries
+  int64_t operations;  // multiplications and additions on visible pairs
 };
 
 // Reads shapes, packed, causal and window of the problem; the pointers to data may still be null. The same plan serves
@@ -52,10 +52,10 @@ std::string describe(const Plan& plan);
 // What one item does.
 struct Item {
   int64_t sequence, kv_head;
-  int64_t first_query, queries;     // rows of q
-  int64_t first_position;           // of the first of them
+  int64_t first_query, queries;  // rows of q
+  int64_t first_position;  // of the first of them
   int64_t length;
-  int64_t key_begin, key_end;       // keys that at least one of its queries may see
+  int64_t key_begin, key_end;  // keys that at least one of its queries may see
   int64_t chunk, chunks;
   int64_t partials_at, counter_at;  // bytes into the workspace, when chunks > 1
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // AVX-512 without the bfloat16 dot product: panels of floats, everything in float.
-#include "ops/int4_fp8_attention/cpu/append.h"
 #include "ops/int4_fp8_attention/cpu/avx512.h"
+
+#include "ops/int4_fp8_attention/cpu/append.h"
 #include "ops/int4_fp8_attention/cpu/flash.h"
 #include "ops/int4_fp8_attention/kernels.h"
 

@@ -13,7 +13,7 @@ namespace {
 
 struct Avx512 {
   static constexpr int64_t kLanes = 16;
-  static constexpr int64_t kRows = 6;    // 6 x 4 accumulators, 4 vectors of the panel and the broadcasts: 32 registers
+  static constexpr int64_t kRows = 6;  // 6 x 4 accumulators, 4 vectors of the panel and the broadcasts: 32 registers
   static constexpr int64_t kCols = 4;
   static constexpr int64_t kDirectRows = 6;
   using F = __m512;
@@ -59,9 +59,9 @@ struct Avx512 {
     }
     for (int64_t t = 0; t < tokens; t += kLanes) {
       const Mask mask = range(0, tokens - t);
-      const __m512i bits = wide ? _mm512_maskz_loadu_epi32(mask, source + 4 * t)
-                                : _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, source + 2 * t)),
-                                                    16);
+      const __m512i bits =
+          wide ? _mm512_maskz_loadu_epi32(mask, source + 4 * t)
+               : _mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, source + 2 * t)), 16);
       _mm512_mask_storeu_ps(out + t, mask, _mm512_castsi512_ps(bits));
     }
   }

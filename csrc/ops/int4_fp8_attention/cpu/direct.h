@@ -20,14 +20,14 @@ struct Direct {
 
   struct Operands {
     const Shape& shape;
-    const Rows& rows;        // K or V of the tile
-    int64_t vectors;         // of the tile's keys
-    const Unit* left;        // queries [rows][terms][key_depth], or weights [scale_groups][strip][tile depth]
+    const Rows& rows;  // K or V of the tile
+    int64_t vectors;  // of the tile's keys
+    const Unit* left;  // queries [rows][terms][key_depth], or weights [scale_groups][strip][tile depth]
     int64_t left_stride;
-    const float* scales;     // scores: [scale_groups][kKeysPerTile]; values: correction [rows]
-    float* out;              // scores or sums
+    const float* scales;  // scores: [scale_groups][kKeysPerTile]; values: correction [rows]
+    float* out;  // scores or sums
     int64_t out_stride;
-    int64_t group_stride;    // values: units between the weights of scale groups
+    int64_t group_stride;  // values: units between the weights of scale groups
   };
 
   static void scores(int64_t rows, const Operands& o) {

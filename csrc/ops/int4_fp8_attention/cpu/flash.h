@@ -33,7 +33,7 @@ class Flash {
   using Unit = typename Isa::Unit;
   static constexpr int64_t kLanes = Isa::kLanes;
   static constexpr int64_t kTileDepth = kKeysPerTile / Isa::kDepthPerUnit;
-  static constexpr int64_t kAhead = 8;   // rows
+  static constexpr int64_t kAhead = 8;  // rows
   static constexpr int64_t kStrip = Softmax<Isa>::kRows;
 
   Flash(const Problem& p, const Plan& plan) : p_(p), shape_(shape_of<Isa>(p)) {
@@ -52,7 +52,7 @@ class Flash {
 
   void place(uint8_t* base, int64_t rows) {
     used_ = 0;
-    query_ = take<Unit>(base, rows * query_stride() + kCacheLine / 4);   // packing overruns a row by less than a line
+    query_ = take<Unit>(base, rows * query_stride() + kCacheLine / 4);  // packing overruns a row by less than a line
     keys_ = take<Unit>(base, shape_.key_depth * kKeysPerTile);
     values_ = take<Unit>(base, kTileDepth * value_width());
     key_scales_ = take<float>(base, shape_.scale_groups * kKeysPerTile);
@@ -68,7 +68,7 @@ class Flash {
 
   int64_t query_stride() const { return shape_.key_depth * shape_.query_terms; }
   int64_t value_width() const { return shape_.value_vectors * kLanes; }
-  int64_t sums_stride() const { return value_width() + kLanes; }   // the last vector holds the row's total
+  int64_t sums_stride() const { return value_width() + kLanes; }  // the last vector holds the row's total
   int64_t position(int64_t row) const { return item_.first_position + row / shape_.heads_per_group; }
 
   void run_item(const Item& item) {
@@ -114,9 +114,8 @@ class Flash {
     const int64_t tokens = round_up(k.held, kTokensPerStep);
     for (int64_t t = 0; t < tokens; t += kLanes) {
       for (int64_t word = 0; word < shape_.words; word += kWordsPerStep) {
-        Isa::keys(shape_, k, t, word, [&](int64_t unit, int64_t j, U x) {
-          Isa::store_units(keys_ + (unit + j) * kKeysPerTile + t, x);
-        });
+        Isa::keys(shape_, k, t, word,
+                  [&](int64_t unit, int64_t j, U x) { Isa::store_units(keys_ + (unit + j) * kKeysPerTile + t, x); });
       }
     }
     Unit* out = values_;
@@ -265,18 +264,18 @@ class Flash {
   Item item_{};
   int64_t rows_ = 0;
   int64_t used_ = 0;
-  Unit* query_ = nullptr;           // [rows][terms][key_depth]
-  Unit* keys_ = nullptr;            // [key_depth][tokens of a tile]
-  Unit* values_ = nullptr;          // [tokens / kDepthPerUnit][value_width]
-  float* key_scales_ = nullptr;     // [scale_groups][tokens]
+  Unit* query_ = nullptr;  // [rows][terms][key_depth]
+  Unit* keys_ = nullptr;  // [key_depth][tokens of a tile]
+  Unit* values_ = nullptr;  // [tokens / kDepthPerUnit][value_width]
+  float* key_scales_ = nullptr;  // [scale_groups][tokens]
   float* value_scales_ = nullptr;
-  float* scores_ = nullptr;         // [strip][tokens]
-  Unit* weights_ = nullptr;         // [scale_groups][strip][tokens / kDepthPerUnit]
-  float* sums_ = nullptr;           // [rows][value_width + kLanes]
-  float* factor_ = nullptr;         // [rows] what turns a raw score into base-2 units
-  float* maximum_ = nullptr;        // [rows] in base-2 units
-  float* correction_ = nullptr;     // [strip]
-  Visible* seen_ = nullptr;         // [rows]
+  float* scores_ = nullptr;  // [strip][tokens]
+  Unit* weights_ = nullptr;  // [scale_groups][strip][tokens / kDepthPerUnit]
+  float* sums_ = nullptr;  // [rows][value_width + kLanes]
+  float* factor_ = nullptr;  // [rows] what turns a raw score into base-2 units
+  float* maximum_ = nullptr;  // [rows] in base-2 units
+  float* correction_ = nullptr;  // [strip]
+  Visible* seen_ = nullptr;  // [rows]
 };
 
 }  // namespace tilewright::int4_fp8_attention

@@ -21,10 +21,8 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 struct Generic;
 
 // Decodes the row of K or V of one token.
-void decode_row(const Cache& c, const uint8_t* data, const uint8_t* scales, const Item& item, int64_t token,
-                float* x) {
-  const uint8_t* row =
-      data + item.sequence * c.data.sequence + item.kv_head * c.data.head + token * c.data.token;
+void decode_row(const Cache& c, const uint8_t* data, const uint8_t* scales, const Item& item, int64_t token, float* x) {
+  const uint8_t* row = data + item.sequence * c.data.sequence + item.kv_head * c.data.head + token * c.data.token;
   if (c.format == CacheFormat::kBFloat16) {
     for (int64_t d = 0; d < c.head_dim; ++d) {
       uint16_t bits = 0;

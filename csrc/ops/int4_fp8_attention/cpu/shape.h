@@ -48,8 +48,8 @@ Shape shape_of(const Problem& p) {
   s.key_depth = s.words * s.units_per_word;
   s.scale_groups = s.int4() ? format::Int4Kv::groups(s.head_dim) : 1;
   s.group_depth = s.int4() ? format::Int4Kv::kGroup / Isa::kDepthPerUnit : s.key_depth;
-  s.value_vectors = s.int4() ? kCodesPerLane * ceil_div(s.head_dim, kCodesPerLane * Isa::kLanes)
-                             : ceil_div(s.head_dim, Isa::kLanes);
+  s.value_vectors =
+      s.int4() ? kCodesPerLane * ceil_div(s.head_dim, kCodesPerLane * Isa::kLanes) : ceil_div(s.head_dim, Isa::kLanes);
   s.group_vectors = s.int4() ? format::Int4Kv::kGroup / Isa::kLanes : s.value_vectors;
   s.query_terms = p.query == Query::kFloat32 && Isa::kDepthPerUnit == 2 ? 2 : 1;
   return s;

@@ -30,7 +30,7 @@ struct Softmax {
     float* correction;           // [rows] out: what earlier sums are worth under the new maximum
     float* totals;               // [rows] vectors of running totals
     int64_t totals_stride;
-    Unit* weights;               // out [scale_groups][kRows][...]: 2^(x - maximum) times the value scale, 0 if unseen
+    Unit* weights;  // out [scale_groups][kRows][...]: 2^(x - maximum) times the value scale, 0 if unseen
   };
 
   static void strip(const Strip& s) {
