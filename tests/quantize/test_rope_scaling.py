@@ -215,3 +215,32 @@ def test_rows_scale_every_query_head_of_the_group():
     assert torch.equal(weights["a.k_proj.weight"][:, 0].view(2, 8), keys)
     assert torch.equal(weights["a.q_proj.weight"][:, 5].view(2, 3, 8), (1 / keys)[:, None].expand(2, 3, 8))
     assert torch.equal(weights["a.q_proj.bias"].view(2, 3, 8), (1 / keys)[:, None].expand(2, 3, 8))
+
+
+@pytest.mark.parametrize("what", [Simulation("fp4"), Simulation("fp8", activation_group=16), Simulation(query="fp4")])
+def test_unknown_roundings_are_refused(what):
+    module = to_transformers(small_model(), dequantize=True)
+    with pytest.raises(ValueError, match="activation"), simulated(module, what):
+        pass
+
+
+def test_grouped_activations_are_rounded_group_by_group():
+    module = to_transformers(small_model(), dequantize=True)
+    seen = {}
+    from tilewright.capture import tapped
+    from tilewright.reference.low_bit import fake_int8
+
+    name = "model.layers.0.mlp.down_proj@input"
+    with torch.no_grad(), tapped(module, {name: seen.__setitem__}):
+        with simulated(module, Simulation()):
+            module(tokens())
+        plain = seen[name]
+    with (
+        torch.no_grad(),
+        simulated(module, Simulation("int8", activation_group=16)),
+        tapped(module, {"**.down_proj@input": seen.__setitem__}),
+    ):
+        module(tokens())
+    rounded = seen[name]
+    assert torch.equal(rounded, fake_int8(rounded, 16))
+    assert not torch.equal(plain, fake_int8(plain, 16))

@@ -30,17 +30,24 @@ def fake_fp8(x: Tensor) -> Tensor:
     return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
 
-def fake_activations(kind: str) -> Callable[[Tensor], Tensor]:
-    """The activation quantizer called "fp8" or "int8" (per token), or "none"."""
-    quantizers: dict[str, Callable[[Tensor], Tensor]] = {"fp8": fake_fp8, "int8": fake_int8, "none": lambda x: x}
+def fake_activations(kind: str, group_size: int | None = None) -> Callable[[Tensor], Tensor]:
+    """The activation quantizer "fp8" (one scale a token), "int8" (one a token, or a group of columns) or "none"."""
+    quantizers: dict[str, Callable[[Tensor], Tensor]] = {
+        "fp8": fake_fp8,
+        "int8": lambda x: fake_int8(x, group_size),
+        "none": lambda x: x,
+    }
     if kind not in quantizers:
         raise ValueError(f"activations={kind!r}; need one of {', '.join(map(repr, quantizers))}")
+    if group_size is not None and kind != "int8":
+        raise ValueError(f"activation_group={group_size} with activations={kind!r}; only int8 has groups")
     return quantizers[kind]
 
 
 @dataclass(frozen=True)
 class Simulation:
-    """What to round. activations: inputs of the decoder's linears, "none", "fp8" or "int8" per token.
+    """What to round. activations: inputs of the decoder's linears, "none", "fp8" per token or "int8" per
+    token, or per ``activation_group`` columns (64 is what the decode engine does).
 
     query: "none" or "fp8" per token and head, after RoPE. key_bits, value_bits: None or a number of bits,
     symmetric, one scale per token, head and group of up to 128 channels. key_clip: the largest key of a
@@ -52,6 +59,7 @@ class Simulation:
     key_bits: int | None = None
     value_bits: int | None = None
     key_clip: float = 1.0
+    activation_group: int | None = None
 
 
 @contextlib.contextmanager
@@ -68,8 +76,8 @@ def simulated(module: nn.Module, what: Simulation, key_scales: list[Tensor] | No
     before = theirs.config._attn_implementation
     theirs.set_attn_implementation(ATTENTION)
     inputs: dict[str | Site, Transform] = {}
-    if what.activations != "none":
-        inputs[_LINEARS] = fake_activations(what.activations)
+    if what.activations != "none" or what.activation_group:
+        inputs[_LINEARS] = fake_activations(what.activations, what.activation_group)
     try:
         with intervened(module, inputs):
             yield

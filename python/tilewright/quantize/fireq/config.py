@@ -46,7 +46,7 @@ class FireQConfig:
     weights: "int4" rounds every linear to the symmetric INT4 grid; "keep" leaves weights that are
         already low-bit untouched, integers and scales; "auto" keeps if the model has INT4 weights.
     mode: "exact" (group scales on float32 partial sums) or the paper's "fold" (weights e4m3(q s)).
-    activations: "fp8" (the paper) or "int8", per token.
+    activations: "fp8" per token (the paper), or "int8", which the decode engine scales per 64 columns.
     group_size: columns that share a scale, a multiple of 16.
     scale_dtype: of group scales; "auto" is bfloat16 in exact mode and float8_e4m3fn in fold mode.
     per_tensor_scale: p against underflow of FP8 scales: "auto" (the largest power of two that cannot

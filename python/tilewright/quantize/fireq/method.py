@@ -22,6 +22,8 @@ from tilewright.quantize.fireq.search import SiteError, SiteInput, best_factors,
 from tilewright.quantize.simulate import fake_activations
 from tilewright.reducers import AbsMax
 
+ACTIVATION_GROUP = 64
+"""Columns that share a scale of INT8 activations in the decode engine."""
 DEFAULT_CHANNELS = (ChannelScaling("mlp_input"), ChannelScaling("mlp_output"))
 
 
@@ -220,7 +222,7 @@ class _Layers:
             scaling.site,
             inputs.sample,
             lambda w: round_weight(w, config).dequantize(),
-            fake_activations(config.activations),
+            fake_activations(config.activations, ACTIVATION_GROUP if config.activations == "int8" else None),
             self.model.config,
         )
         factor, winner = best_factors(error, factor, inputs.mean, config.search)

@@ -23,7 +23,7 @@ class RTNConfig:
     """weights: "int4" rounds, "keep" leaves low-bit weights as they are, "auto" keeps if there are any.
 
     group_size: columns that share a scale, a multiple of 16. symmetric: 15 levels around zero, or 16
-    levels with a minimum per group. activations: "fp8" or "int8" per token. kv_bits: 4 or 16.
+    levels with a minimum per group. activations: "fp8" or "int8". kv_bits: 4 or 16.
 
     Raises:
         ValueError: a field has a value that is not allowed; the message names it.
