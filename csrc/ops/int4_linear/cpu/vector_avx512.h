@@ -20,7 +20,7 @@ namespace {
 
 constexpr int kStrip = 2;              // blocks side by side: each broadcast activation serves both
 constexpr int kTokensPerTile = 5;      // 10 accumulators and 10 totals leave room for operands; 6 spill, 4 reuse less
-constexpr int kPrefetchBytes = 1024;   // a row block crosses pages, where the hardware prefetcher stops
+constexpr int kPrefetchBytes = 512;    // a row block crosses pages, where the hardware prefetcher stops
 
 inline __m512i broadcast(const void* codes, int64_t word) {
   int32_t value;
