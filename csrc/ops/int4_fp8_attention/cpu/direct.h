@@ -57,12 +57,14 @@ struct Direct {
   static void score_group(const Operands& o, int64_t v, int64_t first_word, int64_t g) {
     // Two sums a row, so that the latency of one hides behind the other.
     F sum[2][kRows];
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) sum[0][r] = sum[1][r] = Isa::zero();
     const int64_t last_word = std::min(o.shape.words, first_word + kWordsPerGroup);
     for (int64_t term = 0; term < o.shape.query_terms; ++term) {
       const Unit* left = o.left + term * o.shape.key_depth;
       for (int64_t word = first_word; word < last_word; word += kWordsPerStep) {
         Isa::keys(o.shape, o.rows, v * kLanes, word, [&](int64_t unit, int64_t j, U x) {
+#pragma GCC unroll 8
           for (int r = 0; r < kRows; ++r) {
             F& s = sum[j % 2][r];
             s = Isa::dot(s, Isa::broadcast_unit(left + r * o.left_stride + unit + j), x);
@@ -71,6 +73,7 @@ struct Direct {
       }
     }
     const F scale = Isa::load(o.scales + g * kKeysPerTile + v * kLanes);
+#pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
       float* out = o.out + r * o.out_stride + v * kLanes;
       const F product = Isa::mul(Isa::add(sum[0][r], sum[1][r]), scale);
@@ -83,8 +86,10 @@ struct Direct {
     const int64_t tokens = o.vectors * kLanes;
     for (int64_t n = 0; n < o.shape.value_vectors; n += kCodesPerLane) {
       F sum[kRows][kCodesPerLane];
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
         const F correction = Isa::set1(o.scales[r]);
+#pragma GCC unroll 8
         for (int64_t j = 0; j < kCodesPerLane; ++j) {
           sum[r][j] = Isa::mul(Isa::load(o.out + r * o.out_stride + (n + j) * kLanes), correction);
         }
@@ -92,12 +97,16 @@ struct Direct {
       const Unit* left = o.left + n / o.shape.group_vectors * o.group_stride;
       for (int64_t t = 0; t < tokens; t += Isa::kDepthPerUnit, ++left) {
         U weight[kRows];
+#pragma GCC unroll 8
         for (int r = 0; r < kRows; ++r) weight[r] = Isa::broadcast_unit(left + r * o.left_stride);
         Isa::value_codes(o.rows, t, n / kCodesPerLane * Isa::kPieceBytes, [&](int64_t j, U x) {
+#pragma GCC unroll 8
           for (int r = 0; r < kRows; ++r) sum[r][j] = Isa::dot(sum[r][j], weight[r], x);
         });
       }
+#pragma GCC unroll 8
       for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
         for (int64_t j = 0; j < kCodesPerLane; ++j) Isa::store(o.out + r * o.out_stride + (n + j) * kLanes, sum[r][j]);
       }
     }
