@@ -83,7 +83,7 @@ def falling(quantity: str, here: Iterable[float], *, paper: str = "") -> Row:
 class Experiment:
     """What a claim's run gets: how much time it has, where to keep numbers, how to say where it is.
 
-    quick: a form for continuous integration, under 90 seconds on two cores: less data, the same conditions.
+    quick: a form for continuous integration, under 90 seconds on two cores: less data.
     values: JSON values kept in the report and handed to the plot.
     """
 

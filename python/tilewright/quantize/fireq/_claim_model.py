@@ -59,7 +59,7 @@ class Bench:
         wanted: dict[str | Site, Callable[[], Reducer]] = {
             name: lambda: Reservoir(rows) for some in names.values() for name in some
         }
-        seen = observe(self.module, self.calibration[0][:2], wanted, description="sampling inputs")
+        seen = observe(self.module, self.calibration[0][:1], wanted, description="sampling inputs")
         return {site: [seen[name] for name in some] for site, some in names.items()}
 
     def perplexity(
