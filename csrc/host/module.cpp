@@ -8,6 +8,7 @@
 #include "format/ternary.h"
 #include "isa/isa.h"
 #include "microbench/microbench.h"
+#include "ops/int4_fp8_attention/plan.h"
 #include "ops/int4_linear/plan.h"
 
 namespace py = pybind11;
@@ -38,6 +39,38 @@ py::dict int4_linear_plan(int64_t m, int64_t n, int64_t k, int64_t group) {
   out["weight_bytes"] = plan.weight_bytes;
   out["operations"] = plan.operations;
   out["text"] = int4_linear::describe(plan);
+  return out;
+}
+
+// Items as (sequence, kv_head, first_query, queries, key_begin, key_end, chunk, chunks).
+py::dict int4_fp8_attention_plan(const std::vector<int64_t>& queries, const std::vector<int64_t>& lengths, int64_t heads,
+                                 int64_t kv_heads, int64_t head_dim, bool causal, std::optional<int64_t> window) {
+  using namespace int4_fp8_attention;
+  require(queries.size() == lengths.size(), "int4_fp8_attention_plan: ", queries.size(), " query counts for ",
+          lengths.size(), " lengths; needed one of each a sequence");
+  std::vector<int64_t> offsets{0};
+  for (const int64_t count : queries) offsets.push_back(offsets.back() + count);
+  Problem problem{};
+  problem.cache.scale_type = format::ScaleType::kBFloat16;
+  problem.cache.heads = kv_heads;
+  problem.cache.head_dim = head_dim;
+  problem.packed = {static_cast<int64_t>(lengths.size()), offsets.data(), lengths.data()};
+  problem.heads = heads;
+  problem.causal = causal;
+  problem.window = window.value_or(kNoWindow);
+  const Plan plan = choose_plan(problem);
+  py::list items;
+  for (int64_t i = 0; i < plan.items; ++i) {
+    const Item item = item_at(problem, plan, i);
+    items.append(py::make_tuple(item.sequence, item.kv_head, item.first_query, item.queries, item.key_begin,
+                                item.key_end, item.chunk, item.chunks));
+  }
+  py::dict out;
+  out["items"] = items;
+  out["workspace_bytes"] = plan.workspace_bytes;
+  out["cache_bytes"] = plan.cache_bytes;
+  out["operations"] = plan.operations;
+  out["text"] = describe(plan);
   return out;
 }
 
@@ -87,6 +120,8 @@ PYBIND11_MODULE(_host, m) {
   m.def("build_info", &build_info);
   m.def("isa_detected", [] { return std::string(isa::name(isa::detected())); });
   m.def("isa_active", [] { return std::string(isa::name(isa::active())); });
+  m.def("int4_fp8_attention_plan", &int4_fp8_attention_plan, py::arg("queries"), py::arg("lengths"), py::arg("heads"),
+        py::arg("kv_heads"), py::arg("head_dim"), py::arg("causal") = true, py::arg("window") = py::none());
   m.def("int4_linear_plan", &int4_linear_plan, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("group"));
   m.def("read_bandwidth", &read_bandwidth, py::arg("buffer"), py::arg("threads"), py::arg("seconds") = 0.5,
         "Bytes a second of a plain read of the whole buffer");

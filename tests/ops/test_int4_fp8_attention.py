@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tilewright import _host
 from tilewright.ops import KVCache, int4_fp8_attention, kv_append_
 from tilewright.testing import assert_within
 
@@ -279,6 +280,48 @@ def test_rows_past_the_last_offset_are_zero_and_empty_calls_work() -> None:
     assert torch.equal(got[:9], int4_fp8_attention(q[:9], cache, offsets_of([9, 0])))
     assert int4_fp8_attention(q[:0], cache, offsets_of([0, 0])).shape == (0, 4, 64)
     assert int4_fp8_attention(q[:9, :0], cache, offsets_of([9, 0])).shape == (9, 0, 64)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    parts=st.lists(st.tuples(st.integers(0, 150), st.integers(0, 700)), min_size=1, max_size=3),
+    group=st.sampled_from([1, 3, 8, 200]),
+    window=st.sampled_from([None, 1, 100]),
+    causal=st.booleans(),
+)
+def test_items_cover_each_visible_pair_once(
+    parts: list[tuple[int, int]], group: int, window: int | None, causal: bool
+) -> None:
+    counts, lengths = [count for count, _ in parts], [count + before for count, before in parts]
+    plan = _host.int4_fp8_attention_plan(counts, lengths, 2 * group, 2, 64, causal, window)
+    offsets = offsets_of(counts).tolist()
+    visits = [torch.zeros(2, count, length, dtype=torch.int64) for count, length in zip(counts, lengths, strict=True)]
+    for sequence, kv_head, first, queries, key_begin, key_end, _, _ in plan["items"]:
+        row = first - offsets[sequence]
+        visits[sequence][kv_head, row : row + queries, key_begin:key_end] += 1
+    pairs = 0
+    for visit, count, length in zip(visits, counts, lengths, strict=True):
+        position, key = torch.arange(length - count, length)[:, None], torch.arange(length)[None, :]
+        seen = (key > position - (window or length + 1)) & (key <= position if causal else key >= 0)
+        assert (visit[:, seen] == 1).all()
+        assert (visit <= 1).all()
+        pairs += int(seen.sum())
+    assert plan["operations"] == 4 * 2 * group * 64 * pairs
+
+
+def test_any_contiguous_half_of_a_prompt_is_about_half_of_the_work() -> None:
+    """What a parallel_for with two threads gets; blocks in their natural order would be 1 to 3."""
+    plan = _host.int4_fp8_attention_plan([1024], [1024], 3, 1, 64)
+    work = [queries * (first + queries / 2) for _, _, first, queries, *_ in plan["items"]]
+    half = len(work) // 2
+    assert 0.4 < sum(work[:half]) / sum(work) < 0.6
+
+
+def test_a_single_sequence_gives_several_items_when_decoding() -> None:
+    plan = _host.int4_fp8_attention_plan([1], [1000], 9, 3, 64)
+    assert len(plan["items"]) == 3 * 4
+    assert plan["cache_bytes"] == 1000 * 3 * 2 * (32 + 2)
+    assert "chunked_sequences=1" in plan["text"]
 
 
 def op_arguments(format: str = "int4", **changes: object) -> dict[str, object]:
