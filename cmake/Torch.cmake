@@ -30,6 +30,12 @@ set(TILEWRIGHT_TORCH_TARGET "0x020a000000000000" CACHE STRING "TORCH_TARGET_VERS
 add_library(tilewright_torch_headers INTERFACE)
 target_include_directories(tilewright_torch_headers SYSTEM INTERFACE "${TILEWRIGHT_TORCH_ROOT}/include")
 target_compile_definitions(tilewright_torch_headers INTERFACE TORCH_TARGET_VERSION=${TILEWRIGHT_TORCH_TARGET})
+# Checks record the file that they stand in; a binary should not name folders of the machine that built it.
+foreach(folder IN ITEMS "${TILEWRIGHT_TORCH_ROOT}/include=torch" "${PROJECT_SOURCE_DIR}=tilewright")
+  target_compile_options(tilewright_torch_headers INTERFACE
+    "$<$<COMPILE_LANGUAGE:CXX>:-ffile-prefix-map=${folder}>"
+    "$<$<COMPILE_LANGUAGE:CUDA>:-Xcompiler=-ffile-prefix-map=${folder}>")
+endforeach()
 
 add_library(tilewright_torch_stable INTERFACE)
 target_link_libraries(tilewright_torch_stable INTERFACE
