@@ -57,6 +57,7 @@ def record_of(name: str, method: Method, case: dict[str, Any], rounds: list[dict
         "bits_per_weight": first["bits_per_weight"],
         "cache_bytes": first.get("cache_bytes"),
         "resident_growth_bytes": first["resident_growth_bytes"],
+        "anonymous_growth_bytes": first["anonymous_growth_bytes"],
         "perplexity": first["perplexity"],
         "digest": hashlib.sha256(json.dumps(first["generated"]).encode()).hexdigest()[:16],
     }

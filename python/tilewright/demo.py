@@ -134,6 +134,7 @@ def finished_row(name: str, spec: Spec, found: dict[str, Any], decode: Callable[
         "decode_tokens_per_s": 1e9 * spec.decode / steps,
         "resident_growth_bytes": found["resident_growth_bytes"],
         "resident_baseline_bytes": found["resident_baseline_bytes"],
+        "anonymous_growth_bytes": found["anonymous_growth_bytes"],
         "peak_growth_bytes": found["peak_growth_bytes"],
         "cache_bytes": found.get("cache_bytes"),
         "load_seconds": found["load_seconds"],

@@ -30,6 +30,7 @@ FOUND = {
     "decode_ns": [100_000_000, 200_000_000, 50_000_000],
     "resident_growth_bytes": 6_000_000,
     "resident_baseline_bytes": 1,
+    "anonymous_growth_bytes": 5_500_000,
     "peak_growth_bytes": 7_000_000,
     "load_seconds": 0.5,
     "library": "made up",

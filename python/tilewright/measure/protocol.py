@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -13,6 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 WARM_STEPS = 8
+MEMORY = {"resident": "VmRSS", "anonymous": "RssAnon", "peak": "VmHWM"}
 
 
 class Runner(Protocol):
@@ -71,16 +71,10 @@ class Spec:
         return asdict(self)
 
 
-def resident_bytes() -> int:
-    """Resident set size of this process in bytes."""
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE")
-
-
-def peak_resident_bytes() -> int:
-    """Largest resident set size of this process so far, in bytes."""
+def memory_bytes(field: str) -> int:
+    """A field of this process's memory in bytes: "VmRSS" resident, "RssAnon" its part without a file, "VmHWM" peak."""
     status = Path("/proc/self/status").read_text()
-    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM:"))
+    return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith(f"{field}:"))
 
 
 def negative_log_likelihood(logits: np.ndarray, tokens: list[int]) -> float:
@@ -130,16 +124,15 @@ def speeds(runner: Runner, spec: Spec) -> dict[str, list[int]]:
 
 def measure(make: Callable[..., Runner], spec: Spec) -> dict[str, Any]:
     """All that `spec` asks for. `make` is the runner's class, its libraries imported already."""
-    baseline = resident_bytes()
+    before = {name: memory_bytes(field) for name, field in MEMORY.items()}
     start = time.perf_counter()
     runner = make(spec.model, threads=spec.threads, max_length=spec.max_length, **spec.options)
     result: dict[str, Any] = {"load_seconds": time.perf_counter() - start, **runner.facts()}
     if spec.prompt:
         runner.reset()
         decode_steps(runner, runner.prefill(spec.prompt), WARM_STEPS)
-        result["resident_baseline_bytes"] = baseline
-        result["resident_growth_bytes"] = resident_bytes() - baseline
-        result["peak_growth_bytes"] = peak_resident_bytes() - baseline
+        result["resident_baseline_bytes"] = before["resident"]
+        result |= {f"{name}_growth_bytes": memory_bytes(MEMORY[name]) - had for name, had in before.items()}
         result.update(speeds(runner, spec))
     result["perplexity"] = {text: perplexity(runner, windows) for text, windows in spec.windows.items()}
     result["generated"] = [greedy(runner, prompt, spec.new_tokens, spec.stop_ids) for prompt in spec.prompts]
