@@ -42,3 +42,13 @@ def test_wrong_settings_are_named_before_the_model_is_loaded(arguments, part, tm
     assert result.exit_code == ExitCode.BAD_INPUT
     assert part in result.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_other_files_is_refused_before_the_work(tmp_path):
+    model, output = tmp_path / "model.gguf", tmp_path / "out"
+    model.write_bytes(b"GGUF")
+    output.mkdir()
+    (output / "thesis.txt").write_text("mine")
+    result = CliRunner().invoke(app, ["quantize", str(model), "-o", str(output), "--method", "rtn"])
+    assert result.exit_code == ExitCode.BAD_INPUT
+    assert "thesis.txt" in result.stderr

@@ -62,10 +62,12 @@ def quantize(
     """Quantize a model and save it as a tilewright checkpoint (safetensors and a JSON header)."""
     from tilewright import quantize as quantizers
     from tilewright.models import load, save
+    from tilewright.models.checkpoint import require_replaceable
 
     chosen = quantizers.method(method)
     config = chosen.config.from_dict(parse_settings(settings or []))
     path = model_path(model)
+    require_replaceable(output)
     use_threads(threads)
     loaded = load(path)
     before = loaded.nbytes

@@ -59,7 +59,7 @@ def save(model: LanguageModel, directory: str | os.PathLike[str], *, tokenizer: 
         CheckpointError: the model's weights are not those of its configuration.
     """
     target = Path(directory)
-    _require_replaceable(target)
+    require_replaceable(target)
     check_weights(model.config, model.weights, model.source or "model")
     with_tokenizer = tokenizer and (model.tokenizer_factory is not None or "tokenizer" in model.__dict__)
     with atomic_directory(target) as partial:
@@ -69,7 +69,8 @@ def save(model: LanguageModel, directory: str | os.PathLike[str], *, tokenizer: 
     return target
 
 
-def _require_replaceable(target: Path) -> None:
+def require_replaceable(target: Path) -> None:
+    """Raise FileExistsError unless :func:`save` may put a checkpoint at ``target``: nothing, or a checkpoint, is there."""
     if not target.exists():
         return
     if not target.is_dir():
