@@ -70,7 +70,7 @@ def save(model: LanguageModel, directory: str | os.PathLike[str], *, tokenizer: 
 
 
 def require_replaceable(target: Path) -> None:
-    """Raise FileExistsError unless :func:`save` may put a checkpoint at ``target``: nothing, or a checkpoint, is there."""
+    """Raise FileExistsError unless nothing, or an earlier checkpoint, is at ``target``."""
     if not target.exists():
         return
     if not target.is_dir():
