@@ -3,29 +3,23 @@
 
 #include <algorithm>
 #include <atomic>
-#include <cmath>
-#include <limits>
 
 namespace tilewright::int4_fp8_attention {
 namespace {
 
+struct Baseline;
+
 void combine_row(const Problem& p, const Item& item, int64_t row) {
   const int64_t d = p.cache.head_dim;
   float* out = output_row(p, item, row);
-  float maximum = -std::numeric_limits<float>::infinity();
-  for (int64_t c = 0; c < item.chunks; ++c) maximum = std::max(maximum, partial_of(p, item, c).maximum[row]);
   std::fill(out, out + d, 0.0f);
-  float total = 0.0f;
+  Folded<Baseline> folded;
   for (int64_t c = 0; c < item.chunks; ++c) {
     const Partial part = partial_of(p, item, c);
-    if (part.maximum[row] == -std::numeric_limits<float>::infinity()) continue;
-    const float weight = std::exp2(part.maximum[row] - maximum);
-    const float* sums = part.sums + row * d;
-    for (int64_t i = 0; i < d; ++i) out[i] += weight * sums[i];
-    total += weight * part.total[row];
+    folded.add(d, part.sums + row * d, part.maximum[row], part.total[row], out);
   }
-  if (total == 0.0f) return;
-  for (int64_t i = 0; i < d; ++i) out[i] /= total;
+  const float normalizer = folded.normalizer();
+  for (int64_t i = 0; i < d; ++i) out[i] *= normalizer;
 }
 
 }  // namespace

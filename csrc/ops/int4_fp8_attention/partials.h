@@ -2,6 +2,7 @@
 // The results of one chunk of keys, and how the chunks of a block of queries become its output.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #include "ops/int4_fp8_attention/plan.h"
@@ -19,6 +20,33 @@ struct Partial {
 inline int64_t partial_bytes(int64_t rows, int64_t head_dim) {
   return round_up(rows * (head_dim + 2) * static_cast<int64_t>(sizeof(float)), kCacheLine);
 }
+
+// A row's chunks so far. Whether an item walks over several chunks itself or items for one chunk each are combined
+// afterwards, chunks are folded in the order of their keys with these operations: a query's result depends on its keys,
+// not on how many queries come with it. Level is a type of the including file, so that no two levels share the code.
+template <class Level>
+struct Folded {
+  float maximum = 0.0f;
+  float total = 0.0f;   // 0: no key seen yet
+
+  // sums[n]: of the chunk; out[n]: of all chunks so far.
+  void add(int64_t n, const float* sums, float chunk_maximum, float chunk_total, float* out) {
+    if (chunk_total == 0.0f) return;
+    if (total == 0.0f) {
+      for (int64_t i = 0; i < n; ++i) out[i] = sums[i];
+      maximum = chunk_maximum;
+      total = chunk_total;
+      return;
+    }
+    const float largest = maximum > chunk_maximum ? maximum : chunk_maximum;
+    const float before = std::exp2(maximum - largest);
+    const float now = std::exp2(chunk_maximum - largest);
+    for (int64_t i = 0; i < n; ++i) out[i] = out[i] * before + sums[i] * now;
+    maximum = largest;
+    total = total * before + chunk_total * now;
+  }
+  float normalizer() const { return total == 0.0f ? 0.0f : 1.0f / total; }
+};
 
 // Row r of an item is query r / group, head r % group of the KV head's group.
 Partial partial_of(const Problem& problem, const Item& item, int64_t chunk);

@@ -64,6 +64,8 @@ class Flash {
     maximum_ = take<float>(base, round_up(rows, kStrip));
     correction_ = take<float>(base, round_up(kStrip, kLanes));
     seen_ = take<Visible>(base, rows);
+    folded_ = take<Folded<Isa>>(base, rows);
+    folded_sums_ = take<float>(base, rows * value_width());
   }
 
   int64_t query_stride() const { return shape_.key_depth * shape_.query_terms; }
@@ -82,14 +84,16 @@ class Flash {
       seen_[row] = {std::max(all.begin, item.key_begin), std::min(all.end, item.key_end)};
     }
     std::fill(sums_, sums_ + rows_ * sums_stride(), 0.0f);
-    for (int64_t tile = item.key_begin / kKeysPerTile * kKeysPerTile; tile < item.key_end; tile += kKeysPerTile) {
+    std::fill(folded_, folded_ + rows_, Folded<Isa>{});
+    folds_ = item.key_begin / kKeysPerChunk < (item.key_end - 1) / kKeysPerChunk;
+    const int64_t first_tile = item.key_begin / kKeysPerTile * kKeysPerTile;
+    for (int64_t tile = first_tile; tile < item.key_end; tile += kKeysPerTile) {
+      if (tile % kKeysPerChunk == 0 && tile != first_tile) fold();
       load_scales(tile, p_.cache.k_scales, key_scales_);
       load_scales(tile, p_.cache.v_scales, value_scales_);
-      if constexpr (Isa::kDirectRows > 0) {
-        if (direct()) {
-          attend_directly(tile);
-          continue;
-        }
+      if (direct()) {
+        attend_directly(tile);
+        continue;
       }
       decode(tile);
       for (int64_t row = 0; row < rows_; row += kStrip) attend(tile, row, std::min(rows_, row + kStrip));
@@ -241,12 +245,29 @@ class Flash {
     }
   }
 
+  // An item that spans several chunks: adds the chunk that ends here to those before.
+  void fold() {
+    for (int64_t row = 0; row < rows_; ++row) {
+      float* sums = sums_ + row * sums_stride();
+      const float total = Isa::reduce_add(Isa::load(sums + value_width()));
+      folded_[row].add(value_width(), sums, maximum_[row], total, folded_sums_ + row * value_width());
+      std::fill(sums, sums + sums_stride(), 0.0f);
+      maximum_[row] = -std::numeric_limits<float>::infinity();
+    }
+  }
+
   void finish() {
+    if (folds_) fold();
     const bool whole = item_.chunks == 1;
     const Partial part = whole ? Partial{} : partial_of(p_, item_, item_.chunk);
     for (int64_t row = 0; row < rows_; ++row) {
       if (whole) prefetch(output_row(p_, item_, std::min(row + kAhead, rows_ - 1)));
       const float* sums = sums_ + row * sums_stride();
+      if (folds_) {
+        const float* folded = folded_[row].total == 0.0f ? sums : folded_sums_ + row * value_width();
+        Isa::write_row(shape_, folded, folded_[row].normalizer(), output_row(p_, item_, row));
+        continue;
+      }
       const float total = Isa::reduce_add(Isa::load(sums + value_width()));
       if (whole) {
         Isa::write_row(shape_, sums, total == 0.0f ? 0.0f : 1.0f / total, output_row(p_, item_, row));
@@ -276,6 +297,9 @@ class Flash {
   float* maximum_ = nullptr;  // [rows] in base-2 units
   float* correction_ = nullptr;  // [strip]
   Visible* seen_ = nullptr;  // [rows]
+  Folded<Isa>* folded_ = nullptr;  // [rows] the chunks before the present one, of an item that spans several
+  float* folded_sums_ = nullptr;  // [rows][value_width]
+  bool folds_ = false;
 };
 
 }  // namespace tilewright::int4_fp8_attention

@@ -78,26 +78,39 @@ void attend(const Problem& p, const Item& item, int64_t row, Visible keys, float
   }
 }
 
-void run_item(const Problem& p, const Item& item) {
+// One row against all keys of its item, chunk by chunk: writes its output, or its part of the one chunk.
+void run_row(const Problem& p, const Item& item, int64_t row, float* buffer) {
   const int64_t d = p.cache.head_dim;
-  const int64_t keys = std::max<int64_t>(0, item.key_end - item.key_begin);
-  auto* buffer = reinterpret_cast<float*>(scratch((2 * d + keys) * static_cast<int64_t>(sizeof(float))));
-  for (int64_t row = 0; row < item.rows(p.group()); ++row) {
-    const bool whole = item.chunks == 1;
-    const Partial part = whole ? Partial{} : partial_of(p, item, item.chunk);
-    float* sums = whole ? output_row(p, item, row) : part.sums + row * d;
-    Visible seen = visible_keys(p, item.first_position + row / p.group(), item.length);
-    seen = {std::max(seen.begin, item.key_begin), std::min(seen.end, item.key_end)};
+  float* chunk = buffer + 2 * d + kKeysPerChunk;
+  Visible seen = visible_keys(p, item.first_position + row / p.group(), item.length);
+  seen = {std::max(seen.begin, item.key_begin), std::min(seen.end, item.key_end)};
+  const bool whole = item.chunks == 1;
+  const Partial part = whole ? Partial{} : partial_of(p, item, item.chunk);
+  float* sums = whole ? output_row(p, item, row) : part.sums + row * d;
+  std::fill(sums, sums + d, 0.0f);
+  Folded<Generic> folded;
+  folded.maximum = kMinusInfinity;
+  for (int64_t begin = seen.begin; begin < seen.end;) {
+    const int64_t end = std::min(seen.end, (begin / kKeysPerChunk + 1) * kKeysPerChunk);
     float maximum = kMinusInfinity, total = 0.0f;
-    std::fill(sums, sums + d, 0.0f);
-    attend(p, item, row, seen, buffer, sums, maximum, total);
-    if (!whole) {
-      part.maximum[row] = maximum;
-      part.total[row] = total;
-    } else if (total != 0.0f) {
-      for (int64_t i = 0; i < d; ++i) sums[i] /= total;
-    }
+    std::fill(chunk, chunk + d, 0.0f);
+    attend(p, item, row, {begin, end}, buffer, chunk, maximum, total);
+    folded.add(d, chunk, maximum, total, sums);
+    begin = end;
   }
+  if (whole) {
+    const float normalizer = folded.normalizer();
+    for (int64_t i = 0; i < d; ++i) sums[i] *= normalizer;
+  } else {
+    part.maximum[row] = folded.maximum;
+    part.total[row] = folded.total;
+  }
+}
+
+void run_item(const Problem& p, const Item& item) {
+  const int64_t floats = 3 * p.cache.head_dim + kKeysPerChunk;
+  auto* buffer = reinterpret_cast<float*>(scratch(floats * static_cast<int64_t>(sizeof(float))));
+  for (int64_t row = 0; row < item.rows(p.group()); ++row) run_row(p, item, row, buffer);
   if (item.chunks > 1) arrive(p, item);
 }
 
