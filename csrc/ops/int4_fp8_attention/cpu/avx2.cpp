@@ -14,7 +14,7 @@ struct Isa {
   static constexpr int64_t kRows = 6;    // 6 x 2 accumulators, 2 vectors of the panel and a broadcast: 16 registers
   static constexpr int64_t kCols = 2;
   static constexpr int64_t kDepthPerUnit = 1;
-  static constexpr int64_t kDirectRows = 0;   // too few registers to decode and multiply at once
+  static constexpr int64_t kDirectRows = 3;  // more would not fit into 16 registers
   using F = __m256;
   using U = __m256;
   using Unit = float;
@@ -76,22 +76,27 @@ struct Isa {
     for (int64_t t = 0; t < tokens; ++t) out[t] = format::load_scale(source + t * stride, 0, type);
   }
 
-  static constexpr int64_t kPieceBytes = 16;   // of V
+  static constexpr int64_t kPieceBytes = 16;  // of V
 
-  // At most 32 bytes of a row from an offset; zeros past its end.
-  static __m256i piece(const uint8_t* row, int64_t offset, int64_t row_bytes) {
-    constexpr int64_t kBytes = 32;
-    const int64_t left = row_bytes - offset;
-    if (left >= kBytes) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(row + offset));
-    alignas(32) uint8_t bytes[kBytes] = {};
-    if (left > 0) std::memcpy(bytes, row + offset, static_cast<size_t>(left));
-    return _mm256_load_si256(reinterpret_cast<const __m256i*>(bytes));
+  // At most sizeof(Bytes) bytes of a row from an offset; zeros past its end.
+  template <class Bytes>
+  static Bytes piece(const uint8_t* row, int64_t offset, int64_t row_bytes) {
+    constexpr auto kBytes = static_cast<int64_t>(sizeof(Bytes));
+    alignas(Bytes) uint8_t tail[kBytes] = {};
+    const uint8_t* source = row + offset;
+    if (row_bytes - offset < kBytes) {
+      std::memcpy(tail, source, static_cast<size_t>(std::max<int64_t>(0, row_bytes - offset)));
+      source = tail;
+    }
+    Bytes bytes;
+    std::memcpy(&bytes, source, sizeof(Bytes));
+    return bytes;
   }
 
   // Eight 4-byte words of 8 rows from a token, transposed: lane t of out[c] is word first_word + c of row token + t.
   static void transpose_words(const Rows& rows, int64_t token, int64_t first_word, __m256i (&out)[8]) {
     __m256i r[8], pairs[8], quads[8];
-    for (int i = 0; i < 8; ++i) r[i] = piece(rows[token + i], 4 * first_word, rows.bytes);
+    for (int i = 0; i < 8; ++i) r[i] = piece<__m256i>(rows[token + i], 4 * first_word, rows.bytes);
     for (int i = 0; i < 8; i += 2) {
       pairs[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
       pairs[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
@@ -137,8 +142,7 @@ struct Isa {
 
   // 16-bit lanes of 16 bytes of a row, widened.
   static __m256i lanes_of(const Rows& rows, int64_t token, int64_t offset) {
-    const int64_t end = std::min(rows.bytes, offset + kPieceBytes);
-    return _mm256_cvtepu16_epi32(_mm256_castsi256_si128(piece(rows[token], offset, end)));
+    return _mm256_cvtepu16_epi32(piece<__m128i>(rows[token], offset, rows.bytes));
   }
 
   // INT4 values of one token from a byte of the row: sink(j, vector j), j = 0..3.
