@@ -28,7 +28,7 @@ class SamplingConfig:
         top_k: keep the k most probable tokens; 0 keeps all.
         top_p: of those keep the fewest whose probabilities reach p, at least one.
         seed: the same seed gives the same text, at any batch size and number of threads.
-        max_new_tokens: where generation ends without a stop token.
+        max_new_tokens: where generation ends without a stop token; None: where the engine's max_length is reached.
 
     Raises:
         ValueError: a value is out of range.
@@ -38,7 +38,7 @@ class SamplingConfig:
     top_k: int = 0
     top_p: float = 1.0
     seed: int = 0
-    max_new_tokens: int = 256
+    max_new_tokens: int | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < float("inf"):
@@ -49,7 +49,7 @@ class SamplingConfig:
             raise ValueError(f"top_p = {self.top_p}, needed a number in (0, 1]")
         if not -(2**63) <= self.seed < 2**63:
             raise ValueError(f"seed = {self.seed}, needed a 64-bit integer")
-        if self.max_new_tokens < 1:
+        if self.max_new_tokens is not None and self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens = {self.max_new_tokens}, needed >= 1")
 
     def choose(self, logits: Tensor, step: int) -> list[int]:
@@ -94,7 +94,7 @@ class Engine:
         if batch < 1:
             raise ValueError(f"Engine: batch = {batch}, needed at least 1")
         if isinstance(model, LanguageModel):
-            image = compile(model, *_formats(model, act, kv_bits), release=release)
+            image = compile(model, *decided_formats(model, act, kv_bits), release=release)
         elif act is None and kv_bits is None:
             image = model
         else:
@@ -209,7 +209,7 @@ class Engine:
         Args:
             prompt: token ids, at least one.
             sampling: greedy when None.
-            max_new_tokens: instead of the sampling's.
+            max_new_tokens: instead of the sampling's limit.
             stop_tokens: instead of the model's end-of-text tokens; empty: none.
             reuse: start from what sequence 0 still holds of the same beginning (the next turn of a conversation).
 
@@ -219,7 +219,7 @@ class Engine:
         if self.batch != 1:
             raise ValueError(f"Engine: batch = {self.batch}; use generate_batch()")
         for (token,) in self._generate(
-            [list(prompt)], sampling, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens, reuse=reuse
+            [prompt], sampling, max_new_tokens=max_new_tokens, stop_tokens=stop_tokens, reuse=reuse
         ):
             assert token is not None
             yield token
@@ -241,7 +241,7 @@ class Engine:
 
     def _generate(
         self,
-        prompts: list[list[int]],
+        prompts: Sequence[Sequence[int]],
         sampling: SamplingConfig | None,
         *,
         max_new_tokens: int | None,
@@ -251,14 +251,15 @@ class Engine:
         sampling = sampling or SamplingConfig()
         count = sampling.max_new_tokens if max_new_tokens is None else max_new_tokens
         stop = frozenset(self.image.config.eos_token_ids if stop_tokens is None else stop_tokens)
-        kept = self._keep_common(prompts) if reuse else self._keep_nothing()
+        lists = self._per_sequence(prompts)
+        kept = self._keep_common(lists) if reuse else self._keep_nothing()
         # The last token is given out, never appended.
-        self._require_room(
-            [len(ids) - had + max(count - 1, 0) for ids, had in zip(prompts, kept, strict=True)],
-            "prompt and new tokens",
-        )
-        self._held = [list(ids) for ids in prompts]
-        logits = self.prefill([ids[had:] for ids, had in zip(prompts, kept, strict=True)])
+        longest = max(len(ids) for ids in lists)
+        count = max(self.max_length - longest + 1, 1) if count is None else count
+        added = [len(ids) - had + max(count - 1, 0) for ids, had in zip(lists, kept, strict=True)]
+        self._require_room(added, "prompt and new tokens")
+        self._held = [list(ids) for ids in lists]
+        logits = self.prefill([ids[had:] for ids, had in zip(lists, kept, strict=True)])
         live = [True] * self.batch
         for index in range(count):
             tokens = self._choose(logits, sampling, index, live)
@@ -308,13 +309,16 @@ class Engine:
             if held + more > self.max_length:
                 before = f"{held} tokens held and " if held else ""
                 raise ValueError(
-                    f"Engine: sequence {s}: {before}{more} of {what} exceed max_length = {self.max_length}; shorten the "
-                    f"prompt, ask for fewer new tokens, or make the engine with a larger max_length (the model's limit "
-                    f"is {self.image.config.max_position_embeddings})"
+                    f"Engine: sequence {s}: {before}{more} of {what} exceed max_length = {self.max_length}; shorten "
+                    f"the prompt, ask for fewer new tokens, or make the engine with a larger max_length (the model's "
+                    f"limit is {self.image.config.max_position_embeddings})"
                 )
 
 
-def _formats(model: LanguageModel, act: Activation | None, kv_bits: int | None) -> tuple[Activation, CacheFormat]:
+def decided_formats(
+    model: LanguageModel, act: Activation | None, kv_bits: int | None
+) -> tuple[Activation, CacheFormat]:
+    """Activations and cache: what is given, else what the model's quantizer decided, else "int8" and bfloat16."""
     decided = model.settings
     if act is None:
         act = decided.get("activations", "int8")
@@ -322,5 +326,5 @@ def _formats(model: LanguageModel, act: Activation | None, kv_bits: int | None) 
             act = "fp8-fold"
     bits = decided.get("kv_bits", 16) if kv_bits is None else kv_bits
     if bits not in _CACHES:
-        raise ValueError(f"Engine: kv_bits = {bits}, needed 4 or 16")
+        raise ValueError(f"kv_bits = {bits}, needed 4 or 16")
     return act, _CACHES[bits]

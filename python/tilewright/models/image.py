@@ -100,13 +100,14 @@ def compile(
         if value not in known:
             raise ValueError(f"compile: {name} = {value!r}, needed one of {', '.join(map(repr, known))}")
     weights = model.weights if release else dict(model.weights)
-    group = _scale_group(act, scale_group, weights)
+    group = activation_scale_group(act, scale_group, weights)
     compiler = _Compiler(model.config, weights, _ACTIVATIONS[act], group, _CACHES[kv], _QUERIES[query])
     program, arena = compiler.compile()
     return ModelImage(program, arena, model.config, act, kv, query, group, tuple(compiler.notes))
 
 
-def _scale_group(act: Activation, wanted: int | None, weights: dict[str, Weight]) -> int:
+def activation_scale_group(act: Activation, wanted: int | None, weights: dict[str, Weight]) -> int:
+    """Columns of an INT8 activation that share a scale (0: all of a token), as :func:`compile` decides."""
     if act != "int8":
         if wanted:
             raise ValueError(
@@ -177,7 +178,7 @@ class _Compiler:
         # Matrices that read the same quantized input share a record; a checkpoint may mix formats within a layer.
         kinds: dict[tuple[object, ...], list[tuple[str, int]]] = {}
         for name, target in outputs:
-            kinds.setdefault(_input_kind(self.weights[name + ".weight"]), []).append((name, target))
+            kinds.setdefault(input_kind(self.weights[name + ".weight"]), []).append((name, target))
         for members in kinds.values():
             record = [source, *norm, *self._activation(), len(members)]
             for name, target in members:
@@ -185,7 +186,7 @@ class _Compiler:
             self._record(_LINEAR, record)
 
     def _gated(self, norm: Sequence[int], gate: str, up: str) -> None:
-        if _input_kind(self.weights[gate + ".weight"]) != _input_kind(self.weights[up + ".weight"]):
+        if input_kind(self.weights[gate + ".weight"]) != input_kind(self.weights[up + ".weight"]):
             for name in (gate, up):
                 weight = self.weights[name + ".weight"]
                 if not isinstance(weight, Tensor):
@@ -289,7 +290,8 @@ def _bits(value: float) -> int:
     return bits
 
 
-def _input_kind(weight: Weight) -> tuple[object, ...]:
+def input_kind(weight: Weight) -> tuple[object, ...]:
+    """Matrices of one kind read the same quantized input."""
     if isinstance(weight, Int4Weight):
         return ("int4", weight.group_size)
     return ("int8", INT8_GROUP) if isinstance(weight, Int8Weight) else ("bfloat16",)

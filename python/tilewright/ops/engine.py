@@ -65,8 +65,8 @@ def engine_forward(
         all_logits: logits of all tokens, not only of each sequence's last one.
 
     Returns:
-        float32 `[sequences, vocabulary]` (zeros for a sequence without tokens), or `[T, vocabulary]`. The same bits for a
-        token in whatever block, batch and number of threads it is computed.
+        float32 `[sequences, vocabulary]` (zeros for a sequence without tokens), or `[T, vocabulary]`. The same bits for
+        a token in whatever block, batch and number of threads it is computed.
 
     Raises:
         RuntimeError: an arena is damaged or belongs to another model, a token is outside the vocabulary, or a sequence
