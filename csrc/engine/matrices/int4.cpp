@@ -12,13 +12,14 @@ class Int4Matrix final : public Matrix {
         activation_(activation.type == ActivationType::kInt8 ? int4_linear::Activation::kInt8
                                                              : int4_linear::Activation::kFp8),
         mode_(activation.type == ActivationType::kFp8Fold ? int4_linear::Mode::kFold : int4_linear::Mode::kExact),
-        cut_{view.k, view.group,
-             activation.scale_group == 0 ? round_up(view.k, view.group) : activation.scale_group} {
+        cut_{view.k, view.group, activation.scale_group == 0 ? round_up(view.k, view.group) : activation.scale_group} {
     rows = view.n;
     columns = view.k;
     // Both FP8 modes read the same activations.
     const bool int8 = activation.type == ActivationType::kInt8;
-    input = {format::FormatId::kInt4, {int8 ? ActivationType::kInt8 : ActivationType::kFp8, cut_.scale_group}, view.k,
+    input = {format::FormatId::kInt4,
+             {int8 ? ActivationType::kInt8 : ActivationType::kFp8, cut_.scale_group},
+             view.k,
              view.group};
     code_bytes = int4_linear::code_bytes(activation_, view);
     sum_bytes = int4_linear::group_sum_bytes(view);
@@ -35,8 +36,7 @@ class Int4Matrix final : public Matrix {
     const auto& kernels = int4_linear::kernels();
     const auto prepare_token =
         activation_ == int4_linear::Activation::kInt8 ? kernels.prepare_int8 : kernels.prepare_fp8;
-    prepare_token(x, cut_, to.codes + token * code_bytes, to.scales + token * scale_count,
-                  to.sums + token * sum_bytes);
+    prepare_token(x, cut_, to.codes + token * code_bytes, to.scales + token * scale_count, to.sums + token * sum_bytes);
   }
 
   void run(const Input& from, int64_t tokens, int64_t first, int64_t last, float* y, int64_t stride) const override {
@@ -53,25 +53,14 @@ class Int4Matrix final : public Matrix {
     };
     const auto& kernels = int4_linear::kernels();
     (activation_ == int4_linear::Activation::kInt8 ? kernels.int8_items : kernels.fp8_items)(problem, plan_, first,
-                                                                                              last);
+                                                                                             last);
   }
 
   void row(int64_t n, float* out) const override {
-    using format::OffsetKind;
-    const uint8_t* block = view_.block(n / format::Int4::kRowsPerBlock);
     for (int64_t k = 0; k < view_.k; ++k) {
-      const int64_t lane = (k / view_.group) * format::Int4::kRowsPerBlock + n % format::Int4::kRowsPerBlock;
-      const float scale = format::load_scale(block + view_.scales_at, lane, view_.scale_type);
-      const auto code = static_cast<float>(format::int4_code(view_, n, k));
-      float value = 0.0f;
-      switch (view_.offset_kind) {
-        case OffsetKind::kSymmetric: value = (code - format::Int4::kSymmetricZero) * scale; break;
-        case OffsetKind::kZeroPoint: value = (code - static_cast<float>((block + view_.offsets_at)[lane])) * scale; break;
-        case OffsetKind::kMinimum:
-          value = code * scale + format::load_scale(block + view_.offsets_at, lane, view_.scale_type);
-          break;
-      }
-      out[k] = value / view_.per_tensor_scale;
+      const format::Int4Lane lane = format::int4_lane(view_, n, k / view_.group);
+      const auto code = static_cast<float>(format::int4_code(view_, n, k) - lane.zero);
+      out[k] = (code * lane.scale + lane.minimum) / view_.per_tensor_scale;
     }
   }
 

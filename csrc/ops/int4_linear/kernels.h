@@ -43,12 +43,12 @@ inline int64_t token_scales(const format::Int4View& weight, int64_t scale_group)
   return ceil_div(weight.k, scale_group);
 }
 
-#define TILEWRIGHT_INT4_LINEAR_LEVEL(level)                                                     \
-  namespace level {                                                                             \
-  void int8_items(const Problem&, const Plan&, int64_t first, int64_t last);                    \
-  void fp8_items(const Problem&, const Plan&, int64_t first, int64_t last);                     \
-  void prepare_int8(const float* x, const TokenCut&, void* codes, float* scales, void* sums);   \
-  void prepare_fp8(const float* x, const TokenCut&, void* codes, float* scales, void* sums);    \
+#define TILEWRIGHT_INT4_LINEAR_LEVEL(level)                                                   \
+  namespace level {                                                                           \
+  void int8_items(const Problem&, const Plan&, int64_t first, int64_t last);                  \
+  void fp8_items(const Problem&, const Plan&, int64_t first, int64_t last);                   \
+  void prepare_int8(const float* x, const TokenCut&, void* codes, float* scales, void* sums); \
+  void prepare_fp8(const float* x, const TokenCut&, void* codes, float* scales, void* sums);  \
   }
 TILEWRIGHT_INT4_LINEAR_LEVEL(generic)
 TILEWRIGHT_INT4_LINEAR_LEVEL(avx2)

@@ -10,10 +10,10 @@
 namespace tilewright::int4_linear {
 
 struct Plan {
-  int64_t blocks_per_item;   // 16-row blocks of one item
-  int64_t items;             // independent pieces of work; any thread may run any of them
-  int64_t weight_bytes;      // read once
-  int64_t operations;        // multiplications and additions
+  int64_t blocks_per_item;  // 32-row blocks of one item
+  int64_t items;  // independent pieces of work; any thread may run any of them
+  int64_t weight_bytes;  // read once
+  int64_t operations;  // multiplications and additions
 };
 
 Plan choose_plan(int64_t m, const format::Int4View& weight);

@@ -18,20 +18,10 @@ double activation_code(const Problem& p, int64_t m, int64_t k) {
 }
 
 double weight_value(const Problem& p, int64_t n, int64_t k) {
-  using format::Int4;
-  using format::OffsetKind;
-  const format::Int4View& w = p.weight;
-  const uint8_t* block = w.block(n / Int4::kRowsPerBlock);
-  const int64_t lane = (k / w.group) * Int4::kRowsPerBlock + n % Int4::kRowsPerBlock;
-  const double scale = format::load_scale(block + w.scales_at, lane, w.scale_type);
-  const double code = format::int4_code(w, n, k);
-  if (w.offset_kind == OffsetKind::kMinimum) {
-    return code * scale + format::load_scale(block + w.offsets_at, lane, w.scale_type);
-  }
-  const double zero =
-      w.offset_kind == OffsetKind::kZeroPoint ? (block + w.offsets_at)[lane] : double{Int4::kSymmetricZero};
-  if (p.mode == Mode::kFold) return format::E4M3::round(static_cast<float>((code - zero) * scale));
-  return (code - zero) * scale;
+  const format::Int4Lane lane = format::int4_lane(p.weight, n, k / p.weight.group);
+  const double value = static_cast<double>(format::int4_code(p.weight, n, k) - lane.zero) * lane.scale;
+  if (p.mode == Mode::kFold) return format::E4M3::round(static_cast<float>(value));
+  return value + lane.minimum;
 }
 
 }  // namespace

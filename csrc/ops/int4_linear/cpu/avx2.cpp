@@ -21,51 +21,56 @@ __m256i broadcast4(const int8_t* p) {
 template <ScaleType kScale, OffsetKind kOffset, int kTokens>
 void int8_tile(const Problem& p, int64_t m, int64_t b, int first_row) {
   const Int4View& w = p.weight;
-  const uint8_t* block = w.block(b);
   const auto* x = static_cast<const int8_t*>(p.x.codes) + m * w.padded_k();
   const auto* sums = static_cast<const int32_t*>(p.x.group_sums) + m * w.groups;
   const __m256i nibble = _mm256_set1_epi8(Int4::kMaxCode);
   const __m256i ones = _mm256_set1_epi16(1);
   __m256 total[kTokens], part[kTokens];
   for (int t = 0; t < kTokens; ++t) total[t] = part[t] = V::zero();
-  each_run(p, m, [&](int64_t g) {
-    const int64_t lane = g * Int4::kRowsPerBlock + first_row;
-    __m256i zero = _mm256_set1_epi32(kOffset == OffsetKind::kSymmetric ? Int4::kSymmetricZero : 0);
-    if constexpr (kOffset == OffsetKind::kZeroPoint) zero = V::load_zero_points(block + w.offsets_at + lane);
-    __m256i wide[kTokens];
-    for (int t = 0; t < kTokens; ++t) {
-      wide[t] = V::subi(_mm256_setzero_si256(), V::muli(zero, V::set1i(sums[t * w.groups + g])));
-    }
-    const int64_t end = g * w.steps_per_group + group_steps(w, g);
-    for (int64_t s = g * w.steps_per_group; s < end; s += kStepsPerWiden) {
-      __m256i narrow[kTokens];
-      for (auto& t : narrow) t = _mm256_setzero_si256();
-      for (int64_t step = s; step < std::min(end, s + kStepsPerWiden); ++step) {
-        const __m256i codes = V::loadi(block + step * Int4::kBytesPerStep + first_row * 4);
-        const __m256i low = _mm256_and_si256(codes, nibble);
-        const __m256i high = _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble);
+  each_run(
+      p, m,
+      [&](int64_t g) {
+        const uint8_t* packed = w.codes(b, g);
+        const uint8_t* scales = w.scales(b, g);
+        const uint8_t* offsets = w.offsets(b, g);
+        __m256i zero = _mm256_set1_epi32(kOffset == OffsetKind::kSymmetric ? Int4::kSymmetricZero : 0);
+        if constexpr (kOffset == OffsetKind::kZeroPoint) zero = V::load_zero_points(offsets + first_row);
+        __m256i wide[kTokens];
         for (int t = 0; t < kTokens; ++t) {
-          const int8_t* at = x + t * w.padded_k() + step * Int4::kColsPerStep;
-          narrow[t] = _mm256_add_epi16(narrow[t], _mm256_maddubs_epi16(low, broadcast4(at)));
-          narrow[t] = _mm256_add_epi16(narrow[t], _mm256_maddubs_epi16(high, broadcast4(at + 4)));
+          wide[t] = V::subi(_mm256_setzero_si256(), V::muli(zero, V::set1i(sums[t * w.groups + g])));
         }
-      }
-      for (int t = 0; t < kTokens; ++t) wide[t] = V::addi(wide[t], _mm256_madd_epi16(narrow[t], ones));
-    }
-    const __m256 scale = V::load_scales<kScale>(block + w.scales_at, lane);
-    for (int t = 0; t < kTokens; ++t) {
-      part[t] = V::fma(scale, V::to_float(wide[t]), part[t]);
-      if constexpr (kOffset == OffsetKind::kMinimum) {
-        const __m256 minimum = V::load_scales<kScale>(block + w.offsets_at, lane);
-        part[t] = V::fma(minimum, V::set1(static_cast<float>(sums[t * w.groups + g])), part[t]);
-      }
-    }
-  }, [&](const auto& scale) {
-    for (int t = 0; t < kTokens; ++t) {
-      total[t] = V::fma(V::set1(scale(t)), part[t], total[t]);
-      part[t] = V::zero();
-    }
-  });
+        const int8_t* x_group = x + g * w.group;
+        const int64_t end = w.group_steps(g);
+        for (int64_t s = 0; s < end; s += kStepsPerWiden) {
+          __m256i narrow[kTokens];
+          for (auto& t : narrow) t = _mm256_setzero_si256();
+          for (int64_t step = s; step < std::min(end, s + kStepsPerWiden); ++step) {
+            const __m256i codes = V::loadi(packed + step * Int4::kBytesPerStep + first_row * 4);
+            const __m256i low = _mm256_and_si256(codes, nibble);
+            const __m256i high = _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble);
+            for (int t = 0; t < kTokens; ++t) {
+              const int8_t* at = x_group + t * w.padded_k() + step * Int4::kColsPerStep;
+              narrow[t] = _mm256_add_epi16(narrow[t], _mm256_maddubs_epi16(low, broadcast4(at)));
+              narrow[t] = _mm256_add_epi16(narrow[t], _mm256_maddubs_epi16(high, broadcast4(at + 4)));
+            }
+          }
+          for (int t = 0; t < kTokens; ++t) wide[t] = V::addi(wide[t], _mm256_madd_epi16(narrow[t], ones));
+        }
+        const __m256 scale = V::load_scales<kScale>(scales, first_row);
+        for (int t = 0; t < kTokens; ++t) {
+          part[t] = V::fma(scale, V::to_float(wide[t]), part[t]);
+          if constexpr (kOffset == OffsetKind::kMinimum) {
+            const __m256 minimum = V::load_scales<kScale>(offsets, first_row);
+            part[t] = V::fma(minimum, V::set1(static_cast<float>(sums[t * w.groups + g])), part[t]);
+          }
+        }
+      },
+      [&](const auto& scale) {
+        for (int t = 0; t < kTokens; ++t) {
+          total[t] = V::fma(V::set1(scale(t)), part[t], total[t]);
+          part[t] = V::zero();
+        }
+      });
   for (int t = 0; t < kTokens; ++t) finish<V>(p, m + t, b * Int4::kRowsPerBlock + first_row, total[t]);
 }
 

@@ -10,7 +10,7 @@ namespace tilewright::int4_linear::avx512_bf16 {
 namespace {
 
 struct Bf16Dot {
-  static constexpr int kVectors = 4;     // column pairs {0,2}, {1,3}, {4,6}, {5,7}: the pair order of activation.h
+  static constexpr int kVectors = 4;  // column pairs {0,2}, {1,3}, {4,6}, {5,7}: the pair order of activation.h
   static constexpr int kCodeBytes = 2;
   using Acc = __m512;
   using Sum = float;
@@ -26,10 +26,10 @@ struct Bf16Dot {
   }
 
   template <OffsetKind kOffset>
-  static Acc start(Sum) { return _mm512_setzero_ps(); }
-  static Acc start(Sum sum, __m512i zero) {
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(zero), _mm512_set1_ps(-sum));
+  static Acc start(Sum) {
+    return _mm512_setzero_ps();
   }
+  static Acc start(Sum sum, __m512i zero) { return _mm512_mul_ps(_mm512_cvtepi32_ps(zero), _mm512_set1_ps(-sum)); }
   void decode(__m512i packed, __m512i* vectors) const {
     vectors[0] = _mm512_permutexvar_epi16(packed, table);
     vectors[1] = _mm512_permutexvar_epi16(_mm512_srli_epi16(packed, 8), table);

@@ -15,8 +15,6 @@ using format::Int4;
 using format::Int4View;
 using format::OffsetKind;
 
-constexpr int kRows = Int4::kRowsPerBlock;
-
 // One group of one row against one token. Columns past K hold code 0 against activation 0.
 template <class Code, class Sum>
 Sum group_dot(const Int4View& w, int64_t row, const Code* x, int64_t k_first, int64_t k_last, int zero) {
@@ -25,25 +23,6 @@ Sum group_dot(const Int4View& w, int64_t row, const Code* x, int64_t k_first, in
     sum += static_cast<Sum>(static_cast<int>(format::int4_code(w, row, k)) - zero) * static_cast<Sum>(x[k]);
   }
   return sum;
-}
-
-struct Lane {
-  float scale;
-  float minimum;   // kMinimum only
-  int zero;        // subtracted from the code
-};
-
-Lane lane_of(const Int4View& w, int64_t row, int64_t g) {
-  const uint8_t* block = w.block(row / kRows);
-  const int64_t index = g * kRows + row % kRows;
-  Lane lane{format::load_scale(block + w.scales_at, index, w.scale_type), 0.0f, Int4::kSymmetricZero};
-  if (w.offset_kind == OffsetKind::kMinimum) {
-    lane.minimum = format::load_scale(block + w.offsets_at, index, w.scale_type);
-    lane.zero = 0;
-  } else if (w.offset_kind == OffsetKind::kZeroPoint) {
-    lane.zero = (block + w.offsets_at)[index];
-  }
-  return lane;
 }
 
 float finish(const Problem& p, int64_t n, float sum) {
@@ -60,7 +39,7 @@ float sum_groups(const Problem& p, int64_t m, int64_t n, const AddGroup& add) {
   for (int64_t g = 0; g < w.groups;) {
     const int64_t run = g * w.group / p.scale_group;
     float part = 0.0f;
-    for (; g < w.groups && g * w.group / p.scale_group == run; ++g) part = add(lane_of(w, n, g), g, part);
+    for (; g < w.groups && g * w.group / p.scale_group == run; ++g) part = add(format::int4_lane(w, n, g), g, part);
     total = std::fma(scales[run], part, total);
   }
   return finish(p, n, total);
@@ -70,7 +49,7 @@ float int8_element(const Problem& p, int64_t m, int64_t n) {
   const Int4View& w = p.weight;
   const auto* x = static_cast<const int8_t*>(p.x.codes) + m * w.padded_k();
   const auto* sums = static_cast<const int32_t*>(p.x.group_sums) + m * w.groups;
-  return sum_groups(p, m, n, [&](const Lane& lane, int64_t g, float part) {
+  return sum_groups(p, m, n, [&](const format::Int4Lane& lane, int64_t g, float part) {
     const int64_t last = std::min(w.k, (g + 1) * w.group);
     const auto dot = group_dot<int8_t, int32_t>(w, n, x, g * w.group, last, lane.zero);
     part = std::fma(lane.scale, static_cast<float>(dot), part);
@@ -83,7 +62,7 @@ float fp8_element(const Problem& p, int64_t m, int64_t n) {
   const Int4View& w = p.weight;
   const auto* x = static_cast<const uint16_t*>(p.x.codes) + m * w.padded_k();
   const auto* sums = static_cast<const float*>(p.x.group_sums) + m * w.groups;
-  return sum_groups(p, m, n, [&](const Lane& lane, int64_t g, float part) {
+  return sum_groups(p, m, n, [&](const format::Int4Lane& lane, int64_t g, float part) {
     float dot = 0.0f;
     for (int64_t s = g * w.steps_per_group; s < std::min(w.steps, (g + 1) * w.steps_per_group); ++s) {
       for (int slot = 0; slot < Int4::kColsPerStep; ++slot) {
@@ -100,7 +79,7 @@ float fp8_element(const Problem& p, int64_t m, int64_t n) {
 
 template <float (*element)(const Problem&, int64_t, int64_t)>
 void run(const Problem& p, const Plan& plan, int64_t first, int64_t last) {
-  const int64_t rows = plan.blocks_per_item * kRows;
+  const int64_t rows = plan.blocks_per_item * Int4::kRowsPerBlock;
   for (int64_t n = first * rows; n < std::min(p.weight.n, last * rows); ++n) {
     for (int64_t m = 0; m < p.m; ++m) p.y[m * p.y_stride + n] = element(p, m, n);
   }

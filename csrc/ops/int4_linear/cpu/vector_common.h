@@ -2,6 +2,8 @@
 // What the vector kernels share: picking the instantiation for a weight, group scaling, and the last step of an output.
 #pragma once
 
+#include <immintrin.h>
+
 #include <algorithm>
 #include <type_traits>
 
@@ -59,6 +61,11 @@ void finish(const Problem& p, int64_t m, int64_t n, typename V::F total) {
   V::store_first(p.y + m * p.y_stride + n, y, rows);
 }
 
+// Weights are one forward stream; asked for a little ahead of the hardware prefetcher, which stops at each page.
+constexpr int64_t kPrefetchBytes = 1024;
+
+inline void prefetch(const uint8_t* at) { _mm_prefetch(reinterpret_cast<const char*>(at), _MM_HINT_T0); }
+
 // Adds up a tile's groups, a run of groups that share an activation scale at a time: add_group(g) adds group g to the
 // parts, end_run(scale(t)) moves the parts to the totals and clears them.
 template <class AddGroup, class EndRun>
@@ -73,10 +80,6 @@ inline __attribute__((always_inline)) void each_run(const Problem& p, int64_t m,
     for (int64_t g = run * groups_per_run; g < last; ++g) add_group(g);
     end_run([&](int t) { return scales[t * runs + run]; });
   }
-}
-
-inline int64_t group_steps(const Int4View& w, int64_t g) {
-  return std::min(w.steps_per_group, w.steps - g * w.steps_per_group);
 }
 
 }  // namespace

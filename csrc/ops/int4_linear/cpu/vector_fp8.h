@@ -17,43 +17,47 @@ inline float bf16_at(const uint16_t* p) { return format::bf16_to_float(*p); }
 template <class V, ScaleType kScale, OffsetKind kOffset, bool kFold, int kTokens>
 void fp8_fma_tile(const Problem& p, int64_t m, int64_t b, int first_row) {
   const Int4View& w = p.weight;
-  const uint8_t* block = w.block(b);
   const auto* x = static_cast<const uint16_t*>(p.x.codes) + m * w.padded_k();
   const auto* sums = static_cast<const float*>(p.x.group_sums) + m * w.groups;
   typename V::F total[kTokens], part[kTokens], dot[kTokens];
   for (int t = 0; t < kTokens; ++t) total[t] = part[t] = V::zero();
-  each_run(p, m, [&](int64_t g) {
-    const int64_t lane = g * Int4::kRowsPerBlock + first_row;
-    const auto scale = V::template load_scales<kScale>(block + w.scales_at, lane);
-    auto zero = V::set1i(kOffset == OffsetKind::kSymmetric ? Int4::kSymmetricZero : 0);
-    if constexpr (kOffset == OffsetKind::kZeroPoint) zero = V::load_zero_points(block + w.offsets_at + lane);
-    for (auto& t : dot) t = V::zero();
-    const int64_t first = g * w.steps_per_group;
-    for (int64_t s = first; s < first + group_steps(w, g); ++s) {
-      auto codes = V::loadi(block + s * Int4::kBytesPerStep + first_row * 4);
-      for (int nibble = 0; nibble < Int4::kColsPerStep; ++nibble) {
-        auto weight = V::to_float(V::subi(V::andi(codes, V::set1i(Int4::kMaxCode)), zero));
-        if constexpr (kFold) weight = round_e4m3<V>(V::mul(weight, scale));
-        codes = V::template shift_right<4>(codes);
-        for (int t = 0; t < kTokens; ++t) {
-          const uint16_t* code = x + t * w.padded_k() + s * Int4::kColsPerStep + kSlotOfNibble[nibble];
-          dot[t] = V::fma(weight, V::set1(bf16_at(code)), dot[t]);
+  each_run(
+      p, m,
+      [&](int64_t g) {
+        const uint8_t* packed = w.codes(b, g);
+        const uint8_t* scales = w.scales(b, g);
+        const uint8_t* offsets = w.offsets(b, g);
+        const auto scale = V::template load_scales<kScale>(scales, first_row);
+        auto zero = V::set1i(kOffset == OffsetKind::kSymmetric ? Int4::kSymmetricZero : 0);
+        if constexpr (kOffset == OffsetKind::kZeroPoint) zero = V::load_zero_points(offsets + first_row);
+        for (auto& t : dot) t = V::zero();
+        const uint16_t* x_group = x + g * w.group;
+        for (int64_t s = 0; s < w.group_steps(g); ++s) {
+          auto codes = V::loadi(packed + s * Int4::kBytesPerStep + first_row * 4);
+          for (int nibble = 0; nibble < Int4::kColsPerStep; ++nibble) {
+            auto weight = V::to_float(V::subi(V::andi(codes, V::set1i(Int4::kMaxCode)), zero));
+            if constexpr (kFold) weight = round_e4m3<V>(V::mul(weight, scale));
+            codes = V::template shift_right<4>(codes);
+            for (int t = 0; t < kTokens; ++t) {
+              const uint16_t* code = x_group + t * w.padded_k() + s * Int4::kColsPerStep + kSlotOfNibble[nibble];
+              dot[t] = V::fma(weight, V::set1(bf16_at(code)), dot[t]);
+            }
+          }
         }
-      }
-    }
-    for (int t = 0; t < kTokens; ++t) {
-      part[t] = kFold ? V::add(part[t], dot[t]) : V::fma(scale, dot[t], part[t]);
-      if constexpr (kOffset == OffsetKind::kMinimum) {
-        const auto minimum = V::template load_scales<kScale>(block + w.offsets_at, lane);
-        part[t] = V::fma(minimum, V::set1(sums[t * w.groups + g]), part[t]);
-      }
-    }
-  }, [&](const auto& scale) {
-    for (int t = 0; t < kTokens; ++t) {
-      total[t] = V::fma(V::set1(scale(t)), part[t], total[t]);
-      part[t] = V::zero();
-    }
-  });
+        for (int t = 0; t < kTokens; ++t) {
+          part[t] = kFold ? V::add(part[t], dot[t]) : V::fma(scale, dot[t], part[t]);
+          if constexpr (kOffset == OffsetKind::kMinimum) {
+            const auto minimum = V::template load_scales<kScale>(offsets, first_row);
+            part[t] = V::fma(minimum, V::set1(sums[t * w.groups + g]), part[t]);
+          }
+        }
+      },
+      [&](const auto& scale) {
+        for (int t = 0; t < kTokens; ++t) {
+          total[t] = V::fma(V::set1(scale(t)), part[t], total[t]);
+          part[t] = V::zero();
+        }
+      });
   for (int t = 0; t < kTokens; ++t) finish<V>(p, m + t, b * Int4::kRowsPerBlock + first_row, total[t]);
 }
 

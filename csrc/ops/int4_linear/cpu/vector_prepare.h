@@ -23,8 +23,7 @@ typename V::F round_e4m3(typename V::F value) {
   const auto magnitude = V::from_bits(V::andi(V::bits(value), V::set1i(0x7fffffff)));
   const auto bits = V::bits(magnitude);
   const auto odd = V::andi(V::template shift_right<20>(bits), V::set1i(1));
-  const auto normal =
-      V::from_bits(V::andi(V::addi(V::addi(bits, V::set1i(0x7ffff)), odd), V::set1i(~0xfffff)));
+  const auto normal = V::from_bits(V::andi(V::addi(V::addi(bits, V::set1i(0x7ffff)), odd), V::set1i(~0xfffff)));
   const auto anchor = V::set1(0x1.8p14f);
   const auto subnormal = V::sub(V::add(magnitude, anchor), anchor);
   const auto rounded = V::select_less(magnitude, V::set1(0x1p-6f), subnormal, normal);
@@ -105,8 +104,7 @@ void vector_prepare_fp8(const float* x, const TokenCut& cut, void* codes, float*
   auto sum = V::zero();
   each_quotient<V>(x, cut, scales, finite, [&](int64_t i, typename V::F quotient) {
     const auto value = round_e4m3<V>(quotient);
-    store_within<V>(static_cast<uint16_t*>(codes), i, kp,
-                    [&](uint16_t* p) { V::store_bf16_pairs(p, V::bits(value)); });
+    store_within<V>(static_cast<uint16_t*>(codes), i, kp, [&](uint16_t* p) { V::store_bf16_pairs(p, V::bits(value)); });
     sum = V::add(sum, value);
     if ((i + V::kLanes) % cut.group == 0 || i + V::kLanes >= cut.k) {
       sums[i / cut.group] = V::reduce_add(sum);
