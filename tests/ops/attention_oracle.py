@@ -7,13 +7,14 @@ Bound, for one query and one output element d, with w the exact weights, v the v
   |scale| * sum |q_d k_d| of the keys it sees. Where the float query is a sum of two bfloat16 (level avx512_bf16), what
   the two leave over adds 2^-16 A. The argument of the exponential, a difference of two such numbers, rounds once more.
   So a weight is off by a factor e^(+-E) with E = 2 (gamma_{D+10} + 2^-16) A; a shift common to all keys cancels.
-- The exponential is off by 2^-22 of itself (1.5e-7 from the polynomial, the rest to spare).
+- The exponential is off by 2^-22 of itself (1.5e-7 from the polynomial, the rest to spare). It enters a weight once, and
+  once more for each later tile or chunk of keys that raises the maximum: 2 + n/32 times at most.
 - At avx512_bf16 a weight times its value scale is rounded to bfloat16: 2^-8 of itself, in the numerator only.
 - Sums over n keys, with a correction for each of the tiles: gamma_{n + n/32 + 16} in numerator and denominator.
 
 Numerator and denominator are sums of positive multiples of |v| and 1, and |out| <= sum w |v|, hence
 
-    |error| <= (2 (e^E - 1 + 2^-22) + 2^-8 [bf16] + 2 gamma_n) (1 + 2^-6) sum_j w_j |v_jd|
+    |error| <= (2 (e^E - 1 + (2 + n/32) 2^-22) + 2^-8 [bf16] + 2 gamma) (1 + 2^-6) sum_j w_j |v_jd|
 
 where the last factor covers second-order terms. Below 2^-126 weights become zero: n 2^-120 max(1, max|v|) more.
 """
@@ -74,7 +75,9 @@ def sequence_oracle(q: Tensor, k: Tensor, v: Tensor, options: Options, level: st
     bf16 = level == "avx512_bf16"
     split = 2.0**-16 if bf16 and options.query == "float32" else 0.0
     exponent = 2 * (gamma(d + 10) + split) * largest
-    relative = 2 * (torch.expm1(exponent) + 2.0**-22) + (2.0**-8 if bf16 else 0.0) + 2 * gamma(length * 33 / 32 + 16)
+    exponentials = (2 + length / 32) * 2.0**-22
+    rounding = 2 * gamma(length * 33 / 32 + 16) + (2.0**-8 if bf16 else 0.0)
+    relative = 2 * (torch.expm1(exponent) + exponentials) + rounding
     out = torch.einsum("hnl,lhd->nhd", weights, v)
     underflow = length * 2.0**-120 * max(1.0, float(v.abs().max()))
     return out, relative * (1 + 2.0**-6) * torch.einsum("hnl,lhd->nhd", weights, v.abs()) + underflow

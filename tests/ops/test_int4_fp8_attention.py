@@ -180,19 +180,27 @@ def test_the_oracle_in_cpp_agrees(format: str, scale_dtype: torch.dtype, query: 
         assert_within(got, want, 2.0**-40)
 
 
-@pytest.mark.parametrize("format", ["int4", "bf16"])
-def test_decoding_token_by_token_gives_the_rows_of_a_prefill(level: str, format: str) -> None:
-    total, prompt = 290, 280
-    k, v, q = torch.randn(total, 2, 64), torch.randn(total, 2, 64), torch.randn(total, 6, 64)
-    whole, grown = (KVCache.allocate(1, 2, 64, total, format) for _ in range(2))
+@pytest.mark.usefixtures("level")
+@pytest.mark.parametrize("query", ["fp8", "float32"])
+@pytest.mark.parametrize(("format", "head_dim"), [("int4", 64), ("int4", 200), ("bf16", 64)])
+@pytest.mark.parametrize("window", [None, 270])
+def test_how_many_queries_come_at_once_changes_no_bit(
+    format: str, head_dim: int, query: str, window: int | None
+) -> None:
+    """A prompt at once, in pieces, and token by token: panels or registers, one chunk of keys an item or several."""
+    total = 530
+    k, v, q = torch.randn(total, 2, head_dim), torch.randn(total, 2, head_dim), torch.randn(total, 6, head_dim)
+    whole, grown = (KVCache.allocate(1, 2, head_dim, total, format) for _ in range(2))
     kv_append_(whole, k, v, offsets_of([total]))
-    prefill = int4_fp8_attention(q, whole, offsets_of([total]))
-    _, bound = oracle(q, whole, offsets_of([total]), Options(), level)
-    kv_append_(grown, k[:prompt], v[:prompt], offsets_of([prompt]))
-    for t in range(prompt, total):
-        kv_append_(grown, k[t : t + 1], v[t : t + 1], offsets_of([1]))
-        step = int4_fp8_attention(q[t : t + 1], grown, offsets_of([1]))
-        assert_within(step, prefill[t : t + 1].double(), 2 * bound[t : t + 1], f"token {t}")
+    prefill = int4_fp8_attention(q, whole, offsets_of([total]), query=query, window=window)
+    done = 0
+    for count in (1, 2, 61, 190, 1, 1, 5, 250, 1, 1, 2, 15):
+        part = slice(done, done + count)
+        kv_append_(grown, k[part], v[part], offsets_of([count]))
+        got = int4_fp8_attention(q[part], grown, offsets_of([count]), query=query, window=window)
+        assert torch.equal(got, prefill[part])
+        done += count
+    assert done == total
 
 
 @pytest.mark.usefixtures("level")

@@ -72,6 +72,8 @@ struct Isa {
     return _mm256_andnot_ps(_mm256_cmp_ps(x, lowest, _CMP_LT_OQ), mul(y, power));
   }
 
+  static float exp2_of(float x) { return _mm256_cvtss_f32(exp2(set1(x))); }
+
   static void load_scales(const uint8_t* source, int64_t stride, format::ScaleType type, int64_t tokens, float* out) {
     for (int64_t t = 0; t < tokens; ++t) out[t] = format::load_scale(source + t * stride, 0, type);
   }
@@ -113,29 +115,34 @@ struct Isa {
     }
   }
 
-  // sink(j, code j of every lane), j < kCodes.
-  template <int kCodes, class Sink>
-  static void each_code(__m256i codes, Sink sink) {
+  static U codes(__m256i lanes, int j) {
     const __m256i low = _mm256_set1_epi32(format::Int4::kMaxCode), zero = _mm256_set1_epi32(format::Int4Kv::kZero);
-    for (int j = 0; j < kCodes; ++j) {
-      sink(j, _mm256_cvtepi32_ps(_mm256_sub_epi32(_mm256_and_si256(codes, low), zero)));
-      codes = _mm256_srli_epi32(codes, format::Int4Kv::kBitsPerCode);
-    }
+    const __m256i code = _mm256_and_si256(_mm256_srli_epi32(lanes, j * format::Int4Kv::kBitsPerCode), low);
+    return _mm256_cvtepi32_ps(_mm256_sub_epi32(code, zero));
   }
 
-  // sink(first, j, keys of 8 tokens), for unit first + j, for the units of eight words or of those that are left.
-  template <class Sink>
+  // sink(first, j, keys), for unit first + j, for the units of eight words or of those that are left; keys[s] are those of
+  // 8 tokens from token + 8 s.
+  template <int kSteps, class Sink>
   static void keys(const Shape& shape, const Rows& rows, int64_t token, int64_t first_word, Sink sink) {
-    __m256i words[8];
-    transpose_words(rows, token, first_word, words);
-    const int64_t count = std::min<int64_t>(8, shape.words - first_word);
+    constexpr int kCodes = 8;
+    __m256i words[kSteps][kWordsPerStep];
+    for (int s = 0; s < kSteps; ++s) transpose_words(rows, token + s * kLanes, first_word, words[s]);
+    const int64_t count = std::min(kWordsPerStep, shape.words - first_word);
     const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
     for (int64_t c = 0; c < count; ++c) {
-      if (shape.int4()) {
-        each_code<8>(words[c], [&](int64_t j, U x) { sink((first_word + c) * 8, j, x); });
-      } else {
-        sink((first_word + c) * 2, 0, _mm256_castsi256_ps(_mm256_slli_epi32(words[c], 16)));
-        sink((first_word + c) * 2, 1, _mm256_castsi256_ps(_mm256_and_si256(words[c], upper)));
+      U x[kSteps];
+      if (!shape.int4()) {
+        for (int s = 0; s < kSteps; ++s) x[s] = _mm256_castsi256_ps(_mm256_slli_epi32(words[s][c], 16));
+        sink((first_word + c) * 2, 0, x);
+        for (int s = 0; s < kSteps; ++s) x[s] = _mm256_castsi256_ps(_mm256_and_si256(words[s][c], upper));
+        sink((first_word + c) * 2, 1, x);
+        continue;
+      }
+#pragma GCC unroll 8
+      for (int j = 0; j < kCodes; ++j) {
+        for (int s = 0; s < kSteps; ++s) x[s] = codes(words[s][c], j);
+        sink((first_word + c) * kCodes, j, x);
       }
     }
   }
@@ -148,7 +155,9 @@ struct Isa {
   // INT4 values of one token from a byte of the row: sink(j, vector j), j = 0..3.
   template <class Sink>
   static void value_codes(const Rows& rows, int64_t token, int64_t offset, Sink sink) {
-    each_code<4>(lanes_of(rows, token, offset), sink);
+    const __m256i lanes = lanes_of(rows, token, offset);
+#pragma GCC unroll 8
+    for (int j = 0; j < kCodesPerLane; ++j) sink(j, codes(lanes, j));
   }
 
   // bfloat16 values of one token. A weight of zero times an infinity is NaN, and would reach queries that do not see the

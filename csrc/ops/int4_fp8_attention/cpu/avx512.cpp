@@ -25,39 +25,47 @@ struct Isa : Avx512 {
                           6.0f, 7.0f);
   }
 
-  // sink(j, code j of every lane), j < kCodes; the lookup reads four bits of an index.
-  template <int kCodes, class Sink>
-  static void each_code(__m512i codes, __m512 table, Sink sink) {
-    for (int j = 0; j < kCodes; ++j) {
-      sink(j, _mm512_permutexvar_ps(codes, table));
-      codes = _mm512_srli_epi32(codes, format::Int4Kv::kBitsPerCode);
-    }
+  // The lookup reads four bits of an index.
+  static U codes(__m512i lanes, int j, __m512 table) {
+    const auto shift = static_cast<unsigned>(j * format::Int4Kv::kBitsPerCode);
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(lanes, shift), table);
   }
 
-  // sink(first, j, keys of 16 tokens), for unit first + j, for the units of eight words or of those that are left.
-  template <class Sink>
+  // sink(first, j, keys), for unit first + j, for the units of eight words or of those that are left; keys[s] are those of
+  // 16 tokens from token + 16 s.
+  template <int kSteps, class Sink>
   static void keys(const Shape& shape, const Rows& rows, int64_t token, int64_t first_word, Sink sink) {
-    __m512i words[8];
-    transpose_words(rows, token, first_word, words);
-    const int64_t count = std::min<int64_t>(8, shape.words - first_word);
-    if (shape.int4()) {
-      const __m512 table = code_values();
-      for (int64_t c = 0; c < count; ++c) {
-        each_code<8>(words[c], table, [&](int64_t j, U x) { sink((first_word + c) * 8, j, x); });
-      }
-      return;
-    }
+    constexpr int kCodes = 8;
+    __m512i words[kSteps][kWordsPerStep];
+    for (int s = 0; s < kSteps; ++s) transpose_words(rows, token + s * kLanes, first_word, words[s]);
+    const int64_t count = std::min(kWordsPerStep, shape.words - first_word);
+    const __m512 table = code_values();
     const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
     for (int64_t c = 0; c < count; ++c) {
-      sink((first_word + c) * 2, 0, _mm512_castsi512_ps(_mm512_slli_epi32(words[c], 16)));
-      sink((first_word + c) * 2, 1, _mm512_castsi512_ps(_mm512_and_si512(words[c], upper)));
+      U x[kSteps];
+      if (!shape.int4()) {
+        for (int s = 0; s < kSteps; ++s) x[s] = _mm512_castsi512_ps(_mm512_slli_epi32(words[s][c], 16));
+        sink((first_word + c) * 2, 0, x);
+        for (int s = 0; s < kSteps; ++s) x[s] = _mm512_castsi512_ps(_mm512_and_si512(words[s][c], upper));
+        sink((first_word + c) * 2, 1, x);
+        continue;
+      }
+#pragma GCC unroll 8
+      for (int j = 0; j < kCodes; ++j) {
+#pragma GCC unroll 8
+        for (int s = 0; s < kSteps; ++s) x[s] = codes(words[s][c], j, table);
+        sink((first_word + c) * kCodes, j, x);
+      }
     }
   }
 
   // INT4 values of one token from a byte of the row: sink(j, vector j), j = 0..3.
   template <class Sink>
   static void value_codes(const Rows& rows, int64_t token, int64_t offset, Sink sink) {
-    each_code<4>(_mm512_cvtepu16_epi32(piece(rows[token], offset, rows.bytes)), code_values(), sink);
+    const __m512i lanes = _mm512_cvtepu16_epi32(piece(rows[token], offset, rows.bytes));
+    const __m512 table = code_values();
+#pragma GCC unroll 8
+    for (int j = 0; j < kCodesPerLane; ++j) sink(j, codes(lanes, j, table));
   }
 
   // bfloat16 values of one token. A weight of zero times an infinity is NaN, and would reach queries that do not see the

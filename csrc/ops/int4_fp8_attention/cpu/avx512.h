@@ -50,6 +50,8 @@ struct Avx512 {
     return _mm512_scalef_ps(y, x);
   }
 
+  static float exp2_of(float x) { return _mm512_cvtss_f32(exp2(set1(x))); }
+
   // Scales of tokens, stride bytes apart, as floats.
   static void load_scales(const uint8_t* source, int64_t stride, format::ScaleType type, int64_t tokens, float* out) {
     const bool wide = type == format::ScaleType::kFloat32;

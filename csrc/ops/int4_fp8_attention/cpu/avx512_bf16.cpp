@@ -30,28 +30,32 @@ struct Isa : Avx512 {
     return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(k)));
   }
 
-  // sink(j, codes j of every 16-bit lane), j = 0..3.
-  template <class Sink>
-  static void each_code(__m512i halves, __m512i table, Sink sink) {
-    sink(0, reinterpret_cast<U>(_mm512_permutexvar_epi16(halves, table)));
-    sink(1, reinterpret_cast<U>(_mm512_permutexvar_epi16(_mm512_srli_epi16(halves, 4), table)));
-    sink(2, reinterpret_cast<U>(_mm512_permutexvar_epi16(_mm512_srli_epi16(halves, 8), table)));
-    sink(3, reinterpret_cast<U>(_mm512_permutexvar_epi16(_mm512_srli_epi16(halves, 12), table)));
+  static U codes(__m512i halves, int j, __m512i table) {
+    const auto shift = static_cast<unsigned>(j * format::Int4Kv::kBitsPerCode);
+    return reinterpret_cast<U>(_mm512_permutexvar_epi16(_mm512_srli_epi16(halves, shift), table));
   }
 
-  // sink(first, j, keys of 16 tokens), for unit first + j, for the units of eight words or of those that are left.
-  template <class Sink>
+  // sink(first, j, keys), for unit first + j, for the units of eight words or of those that are left; keys[s] are those of
+  // 16 tokens from token + 16 s.
+  template <int kSteps, class Sink>
   static void keys(const Shape& shape, const Rows& rows, int64_t token, int64_t first_word, Sink sink) {
-    __m512i words[8];
-    transpose_words(rows, token, first_word, words);
-    const int64_t count = std::min<int64_t>(8, shape.words - first_word);
-    if (!shape.int4()) {
-      for (int64_t c = 0; c < count; ++c) sink(first_word + c, 0, reinterpret_cast<U>(words[c]));
-      return;
-    }
+    __m512i words[kSteps][kWordsPerStep];
+    for (int s = 0; s < kSteps; ++s) transpose_words(rows, token + s * kLanes, first_word, words[s]);
+    const int64_t count = std::min(kWordsPerStep, shape.words - first_word);
     const __m512i table = code_values();
     for (int64_t c = 0; c < count; ++c) {
-      each_code(words[c], table, [&](int64_t j, U x) { sink((first_word + c) * 4, j, x); });
+      U x[kSteps];
+      if (!shape.int4()) {
+        for (int s = 0; s < kSteps; ++s) x[s] = reinterpret_cast<U>(words[s][c]);
+        sink(first_word + c, 0, x);
+        continue;
+      }
+#pragma GCC unroll 8
+      for (int j = 0; j < kCodesPerLane; ++j) {
+#pragma GCC unroll 8
+        for (int s = 0; s < kSteps; ++s) x[s] = codes(words[s][c], j, table);
+        sink((first_word + c) * kCodesPerLane, j, x);
+      }
     }
   }
 
@@ -65,7 +69,9 @@ struct Isa : Avx512 {
   // INT4 values of two tokens from a byte of the row: sink(j, vector j), j = 0..3.
   template <class Sink>
   static void value_codes(const Rows& rows, int64_t token, int64_t offset, Sink sink) {
-    each_code(interleave(two_pieces(rows, token, token + 1, offset)), code_values(), sink);
+    const __m512i halves = interleave(two_pieces(rows, token, token + 1, offset)), table = code_values();
+#pragma GCC unroll 8
+    for (int j = 0; j < kCodesPerLane; ++j) sink(j, codes(halves, j, table));
   }
 
   // bfloat16 values of two tokens.

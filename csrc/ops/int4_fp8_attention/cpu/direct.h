@@ -46,38 +46,64 @@ struct Direct {
 
   template <int kRows>
   static void scores_rows(const Operands& o) {
-    for (int64_t v = 0; v < o.vectors; ++v) {
-      for (int64_t word = 0, g = 0; word < o.shape.words; word += kWordsPerGroup, ++g) {
-        score_group<kRows>(o, v, word, g);
-      }
+    if (o.shape.query_terms == 2) {
+      scores_steps<kRows, 1, 2>(o);
+    } else {
+      scores_steps<kRows, kRows == 1 ? 4 : 2, 1>(o);
     }
   }
 
-  template <int kRows>
-  static void score_group(const Operands& o, int64_t v, int64_t first_word, int64_t g) {
-    // Two sums a row, so that the latency of one hides behind the other.
-    F sum[2][kRows];
-#pragma GCC unroll 8
-    for (int r = 0; r < kRows; ++r) sum[0][r] = sum[1][r] = Isa::zero();
-    const int64_t last_word = std::min(o.shape.words, first_word + kWordsPerGroup);
-    for (int64_t term = 0; term < o.shape.query_terms; ++term) {
-      const Unit* left = o.left + term * o.shape.key_depth;
-      for (int64_t word = first_word; word < last_word; word += kWordsPerStep) {
-        Isa::keys(o.shape, o.rows, v * kLanes, word, [&](int64_t unit, int64_t j, U x) {
-#pragma GCC unroll 8
-          for (int r = 0; r < kRows; ++r) {
-            F& s = sum[j % 2][r];
-            s = Isa::dot(s, Isa::broadcast_unit(left + r * o.left_stride + unit + j), x);
-          }
-        });
+  template <int kRows, int kSteps, int kTerms>
+  static void scores_steps(const Operands& o) {
+    for (int64_t v = 0; v < o.vectors;) {
+      const bool together = v + kSteps <= o.vectors;
+      for (int64_t word = 0, g = 0; word < o.shape.words; word += kWordsPerGroup, ++g) {
+        if (together) {
+          score_group<kRows, kSteps, kTerms>(o, v, word, g);
+        } else {
+          score_group<kRows, 1, kTerms>(o, v, word, g);
+        }
       }
+      v += together ? kSteps : 1;
     }
-    const F scale = Isa::load(o.scales + g * kKeysPerTile + v * kLanes);
+  }
+
+  // One sum for each row, vector of keys and term, in the order of the panel's product, so that both ways give the same
+  // bits. Several vectors or terms at once, so that the latency of one hides behind the others.
+  template <int kRows, int kSteps, int kTerms>
+  static void score_group(const Operands& o, int64_t v, int64_t first_word, int64_t g) {
+    const int64_t left_stride = o.left_stride, term_stride = o.shape.key_depth;
+    F sum[kTerms][kRows][kSteps];
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
-      float* out = o.out + r * o.out_stride + v * kLanes;
-      const F product = Isa::mul(Isa::add(sum[0][r], sum[1][r]), scale);
-      Isa::store(out, g == 0 ? product : Isa::add(product, Isa::load(out)));
+#pragma GCC unroll 8
+      for (int s = 0; s < kSteps * kTerms; ++s) sum[s / kSteps][r][s % kSteps] = Isa::zero();
+    }
+    const int64_t last_word = std::min(o.shape.words, first_word + kWordsPerGroup);
+    for (int64_t word = first_word; word < last_word; word += kWordsPerStep) {
+      const auto multiply = [&](int64_t unit, int64_t j, const U(&x)[kSteps]) {
+#pragma GCC unroll 8
+        for (int r = 0; r < kRows; ++r) {
+#pragma GCC unroll 8
+          for (int t = 0; t < kTerms; ++t) {
+            const U q = Isa::broadcast_unit(o.left + r * left_stride + t * term_stride + unit + j);
+#pragma GCC unroll 8
+            for (int s = 0; s < kSteps; ++s) sum[t][r][s] = Isa::dot(sum[t][r][s], q, x[s]);
+          }
+        }
+      };
+      Isa::template keys<kSteps>(o.shape, o.rows, v * kLanes, word, multiply);
+    }
+#pragma GCC unroll 8
+    for (int s = 0; s < kSteps; ++s) {
+      const F scale = Isa::load(o.scales + g * kKeysPerTile + (v + s) * kLanes);
+#pragma GCC unroll 8
+      for (int r = 0; r < kRows; ++r) {
+        float* out = o.out + r * o.out_stride + (v + s) * kLanes;
+        F score = g == 0 ? Isa::mul(sum[0][r][s], scale) : Isa::fma(sum[0][r][s], scale, Isa::load(out));
+        if constexpr (kTerms == 2) score = Isa::fma(sum[1][r][s], scale, score);
+        Isa::store(out, score);
+      }
     }
   }
 

@@ -118,8 +118,9 @@ class Flash {
     const int64_t tokens = round_up(k.held, kTokensPerStep);
     for (int64_t t = 0; t < tokens; t += kLanes) {
       for (int64_t word = 0; word < shape_.words; word += kWordsPerStep) {
-        Isa::keys(shape_, k, t, word,
-                  [&](int64_t unit, int64_t j, U x) { Isa::store_units(keys_ + (unit + j) * kKeysPerTile + t, x); });
+        Isa::template keys<1>(shape_, k, t, word, [&](int64_t unit, int64_t j, const U(&x)[1]) {
+          Isa::store_units(keys_ + (unit + j) * kKeysPerTile + t, x[0]);
+        });
       }
     }
     Unit* out = values_;
@@ -210,9 +211,9 @@ class Flash {
     for (int64_t v = 0; v < vectors; v += Isa::kCols) {
       const int64_t cols = std::min<int64_t>(Isa::kCols, vectors - v);
       bool add = false;
-      for (int64_t term = 0; term < shape_.query_terms; ++term) {
-        for (int64_t g = 0; g < shape_.scale_groups; ++g) {
-          const int64_t from = g * shape_.group_depth;
+      for (int64_t g = 0; g < shape_.scale_groups; ++g) {
+        const int64_t from = g * shape_.group_depth;
+        for (int64_t term = 0; term < shape_.query_terms; ++term) {
           Multiply<Isa>::scores(rows, cols,
                                 {.left = query_ + row * query_stride() + term * shape_.key_depth + from,
                                  .left_stride = query_stride(),
@@ -277,7 +278,7 @@ class Flash {
       part.maximum[row] = maximum_[row];
       part.total[row] = total;
     }
-    if (!whole) arrive(p_, item_);
+    if (!whole) arrive<Isa>(p_, item_);
   }
 
   const Problem& p_;

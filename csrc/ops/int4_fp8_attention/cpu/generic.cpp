@@ -18,7 +18,9 @@ constexpr float kFp8Limit = 448.0f;
 constexpr float kLog2e = 1.44269504088896341f;
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
-struct Generic;
+struct Generic {
+  static float exp2_of(float x) { return std::exp2(x); }
+};
 
 // Decodes the row of K or V of one token.
 void decode_row(const Cache& c, const uint8_t* data, const uint8_t* scales, const Item& item, int64_t token, float* x) {
@@ -111,7 +113,7 @@ void run_item(const Problem& p, const Item& item) {
   const int64_t floats = 3 * p.cache.head_dim + kKeysPerChunk;
   auto* buffer = reinterpret_cast<float*>(scratch(floats * static_cast<int64_t>(sizeof(float))));
   for (int64_t row = 0; row < item.rows(p.group()); ++row) run_row(p, item, row, buffer);
-  if (item.chunks > 1) arrive(p, item);
+  if (item.chunks > 1) arrive<Generic>(p, item);
 }
 
 }  // namespace
