@@ -12,15 +12,16 @@ from transformers.cache_utils import Cache, DynamicLayer
 from tilewright.models.language_model import LanguageModel
 from tilewright.ops.kv_cache import KV_GROUP, KVCache, kv_append_
 
-_SCALE_DTYPE, _SCALE_BYTES = torch.bfloat16, 2
+_SCALE_DTYPE, _SCALE_BYTES = torch.float32, 4
 
 
 class Int4KVCache(Cache):
-    """Keys and values at 4 bits a number, one bfloat16 scale per token, head and group of up to 128 channels.
+    """Keys and values at 4 bits a number, one float32 scale per token, head and group of up to 128 channels.
 
     Give it to any transformers model of the Llama family as ``past_key_values``; attention then sees the
-    rounded keys and values. Where the model carries a post-RoPE key scale S (``self_attn.key_scale``), keys
-    are rounded after multiplication with S and divided by it on the way out.
+    rounded keys and values. A low-bit model of :func:`tilewright.models.to_transformers` reads the codes
+    themselves, as the decode engine does. Where the model carries a post-RoPE key scale S
+    (``self_attn.key_scale``), keys are rounded after multiplication with S and divided by it on the way out.
 
     Args:
         model: the loaded model whose layers the cache serves.
@@ -63,9 +64,8 @@ class Int4CacheLayer(DynamicLayer):
         self.keys, self.values = empty, empty.clone()
         self.is_initialized = True
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Append [B, H, T, D] and return all keys and values as the cache holds them, in the model's dtype."""
-        del args, kwargs
+    def append(self, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Round and append [B, H, T, D]; returns the rows of all keys and values."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         assert self.keys is not None
@@ -74,10 +74,31 @@ class Int4CacheLayer(DynamicLayer):
         new_keys, new_values = _quantize(scaled, value_states)
         self.keys = torch.cat((self.keys, new_keys), dim=-2)
         self.values = torch.cat((self.values, new_values), dim=-2)
-        keys, values = _as_cache(self.keys, self.values, self.head_dim).dequantize()
+        return self.keys, self.values
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append [B, H, T, D] and return all keys and values as the cache holds them, in the model's dtype."""
+        del args, kwargs
+        rows = self.append(key_states, value_states)
+        keys, values = stored_cache(*rows, self.head_dim).dequantize()
         if self.key_scale is not None:
             keys = keys / self.key_scale
         return keys.to(self.dtype), values.to(self.dtype)
+
+
+class StoredRows:
+    """An Int4KVCache as the attention of a low-bit model sees it: ``update`` returns rows, not numbers."""
+
+    def __init__(self, cache: Int4KVCache) -> None:
+        self.cache = cache
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer_idx: int, *_args: Any, **_kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Append to one layer; uint8 [B, H, L, bytes] for keys and for values."""
+        layer = self.cache.layers[layer_idx]
+        assert isinstance(layer, Int4CacheLayer)
+        return layer.append(keys, values)
 
 
 def _quantize(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
@@ -97,10 +118,18 @@ def _quantize(keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     )
 
 
-def _as_cache(keys: Tensor, values: Tensor, dim: int) -> KVCache:
-    """The rows of :func:`_quantize` as a KVCache."""
-    half = (dim + 1) // 2
-    codes = [rows[..., :half] for rows in (keys, values)]
-    scales = [rows[..., half:].contiguous().view(_SCALE_DTYPE) for rows in (keys, values)]
+def stored_cache(keys: Tensor, values: Tensor, dim: int, real: Tensor | None = None) -> KVCache:
+    """The rows [B, H, L, bytes] of an :class:`Int4CacheLayer` as the operators' cache.
+
+    Args:
+        real: bool [B, L]; the rows of positions that are not real are left out. None: all are.
+    """
     lengths = torch.full((keys.shape[0],), keys.shape[2])
+    if real is not None:
+        first = real.logical_not().to(torch.uint8).argsort(dim=1, stable=True)[:, None, :, None]
+        keys, values = keys.take_along_dim(first, 2), values.take_along_dim(first, 2)
+        lengths = real.sum(1)
+    half = (dim + 1) // 2
+    codes = [rows[..., :half].contiguous() for rows in (keys, values)]
+    scales = [rows[..., half:].contiguous().view(_SCALE_DTYPE) for rows in (keys, values)]
     return KVCache(codes[0], codes[1], scales[0], scales[1], lengths, dim)

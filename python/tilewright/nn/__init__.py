@@ -4,5 +4,16 @@
 from __future__ import annotations
 
 from tilewright.nn.linear import W4A8Linear
+from tilewright.nn.matrix import BFloat16Linear, Int4Embedding, Int8Linear, PackedEmbedding
+from tilewright.nn.token import GatedMLP, RMSNorm, RotaryAngles
 
-__all__ = ["W4A8Linear"]
+__all__ = [
+    "BFloat16Linear",
+    "GatedMLP",
+    "Int4Embedding",
+    "Int8Linear",
+    "PackedEmbedding",
+    "RMSNorm",
+    "RotaryAngles",
+    "W4A8Linear",
+]

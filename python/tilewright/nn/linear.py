@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A linear layer with INT4 weights whose activations are rounded to 8 bits token by token (FireQ, arXiv 2505.20839)."""
+"""A linear layer with INT4 weights whose activations are rounded to 8 bits (FireQ, arXiv 2505.20839)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Mode = Literal["exact", "fold"]
 
 
 class W4A8Linear(nn.Module):
-    """``y = x W^T + b`` with W in INT4 and x rounded per token to FP8 e4m3 or INT8.
+    """``y = x W^T + b`` with W in INT4 and x rounded to FP8 e4m3 or INT8, with one scale a token.
 
     The weight is held once, in the kernels' packed form (buffer ``packed``, uint8), so moving the module to
     another float dtype does not touch it. ``state_dict`` holds that blob, whose header the kernels check; the
@@ -27,11 +27,12 @@ class W4A8Linear(nn.Module):
         bias: float [N] or None.
         act: "fp8" or "int8", the grid of the activations.
         mode: "exact" or "fold" (see :func:`tilewright.ops.int4_fp8_linear`); "fold" needs act "fp8".
+        scale_group: columns of x that share a scale instead, a multiple of the weight's group; needs act "int8".
         input_gradient: keep the canonical weight too, so that a gradient flows to x (straight through the
             rounding of x, through the dequantized weight); without it a gradient is refused.
 
     Raises:
-        ValueError: act or mode is another word, the two do not fit, or bias has another shape.
+        ValueError: act or mode is another word, the two do not fit, or scale_group or the bias's shape does not.
     """
 
     packed: Tensor
@@ -43,6 +44,7 @@ class W4A8Linear(nn.Module):
         act: Activation = "fp8",
         mode: Mode = "exact",
         *,
+        scale_group: int | None = None,
         input_gradient: bool = False,
     ) -> None:
         super().__init__()
@@ -52,12 +54,17 @@ class W4A8Linear(nn.Module):
             raise ValueError(f"W4A8Linear: mode = {mode!r} with act = {act!r}; needed 'exact', or 'fold' with 'fp8'")
         if mode == "fold" and not weight.symmetric:
             raise ValueError("W4A8Linear: mode = 'fold' needs a symmetric weight (offsets None); use mode 'exact'")
+        if scale_group is not None and (act != "int8" or scale_group < 1 or scale_group % weight.group_size):
+            raise ValueError(
+                f"W4A8Linear: scale_group = {scale_group} with act = {act!r}; needed None, or a multiple of the "
+                f"weight's group {weight.group_size} with act = 'int8'"
+            )
         if bias is not None and tuple(bias.shape) != (weight.shape[0],):
             raise ValueError(f"W4A8Linear: bias has shape {list(bias.shape)}, needed [{weight.shape[0]}]")
         self.out_features, self.in_features = weight.shape
         self.act: Activation = act
         self.mode: Mode = mode
-        self.group_size = weight.group_size
+        self.group_size, self.scale_group = weight.group_size, scale_group
         self.register_buffer("packed", weight.pack().data)
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self._canonical = weight if input_gradient else None
@@ -91,13 +98,13 @@ class W4A8Linear(nn.Module):
     def _run(self, x: Tensor) -> Tensor:
         packed = PackedInt4(self.packed, (self.out_features, self.in_features))
         if self.act == "int8":
-            return ops.int4_int8_linear(x, packed, self.bias)
+            return ops.int4_int8_linear(x, packed, self.bias, scale_group=self.scale_group)
         return ops.int4_fp8_linear(x, packed, self.bias, mode=self.mode)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"act={self.act}, mode={self.mode}, group_size={self.group_size}"
+            f"act={self.act}, mode={self.mode}, group_size={self.group_size}, scale_group={self.scale_group}"
         )
 
 

@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a token passes between the linears. Kernels: csrc/ops/{rms_norm,rope,gated_activation}."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tilewright import _native
+
+_native.require()
+_ops = torch.ops.tilewright
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """`weight * x / sqrt(mean(x^2) + eps)` over the last dimension (Zhang and Sennrich 2019, eq. 4), in float32.
+
+    Args:
+        x: `[..., K]`, any floating type.
+        weight: `[K]`.
+        eps: at least 0.
+
+    Returns:
+        `[..., K]` of x's dtype; the bits that the decode engine computes.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit, or eps is negative.
+    """
+    y: Tensor = _ops.rms_norm(x, weight, eps)
+    return y
+
+
+def rope_angles(positions: Tensor, frequencies: Tensor, gain: float = 1.0) -> Tensor:
+    """Cosines and sines of rotary positions (Su et al. 2021, eq. 15).
+
+    Args:
+        positions: int64 `[...]`.
+        frequencies: `[P]`, radians a position of each pair of channels.
+        gain: a factor on both.
+
+    Returns:
+        float32 `[..., 2, P]`: cosines, then sines of position * frequency, the product formed in float32.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit.
+    """
+    angles: Tensor = _ops.rope_angles(positions, frequencies, gain)
+    return angles
+
+
+def gated_activation(gate: Tensor, up: Tensor) -> Tensor:
+    """`silu(gate) * up`, the middle of a gated MLP (Shazeer 2020, SwiGLU), in float32.
+
+    Args:
+        gate, up: `[..., K]`, any floating type.
+
+    Returns:
+        `[..., K]` of gate's dtype; the bits that the decode engine computes.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit.
+    """
+    y: Tensor = _ops.gated_activation(gate, up)
+    return y
+
+
+@torch.library.register_fake("tilewright::rms_norm")
+def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    del weight, eps
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("tilewright::rope_angles")
+def _(positions: Tensor, frequencies: Tensor, gain: float) -> Tensor:
+    del gain
+    return positions.new_empty((*positions.shape, 2, frequencies.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("tilewright::gated_activation")
+def _(gate: Tensor, up: Tensor) -> Tensor:
+    torch._check(gate.shape == up.shape, lambda: "gate and up must have one shape")
+    return gate.new_empty(gate.shape)
