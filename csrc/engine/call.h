@@ -46,14 +46,41 @@ struct Call {
   void want_own(int64_t bytes) { lane_bytes = std::max(lane_bytes, round_up(bytes, kCacheLine)); }
 };
 
-// Hands out independent items to whoever asks next: a lane that the system holds up takes fewer.
+// Hands out independent items. Each lane has a share of neighbours, so that it reads its weights as one stream; when it
+// is done it takes from the others, so that a lane which the system holds up does not hold up the rest.
 class Dispenser {
  public:
-  void restart() { next_.store(0, std::memory_order_relaxed); }
-  int64_t claim() { return next_.fetch_add(1, std::memory_order_relaxed); }
+  static constexpr int64_t kNone = -1;
+
+  void restart(int64_t items, int lanes) {
+    shares_ = std::min(lanes, kMaxShares);
+    for (int64_t s = 0; s < shares_; ++s) {
+      share_[s].next.store(items * s / shares_, std::memory_order_relaxed);
+      share_[s].end = items * (s + 1) / shares_;
+    }
+  }
+
+  int64_t claim(const Lane& lane) {
+    for (int tried = 0; tried < shares_; ++tried) {
+      Share& share = share_[(lane.index + tried) % shares_];
+      // The plain look first: an empty share is left alone rather than counted up.
+      if (share.next.load(std::memory_order_relaxed) >= share.end) continue;
+      const int64_t item = share.next.fetch_add(1, std::memory_order_relaxed);
+      if (item < share.end) return item;
+    }
+    return kNone;
+  }
 
  private:
-  alignas(kCacheLine) std::atomic<int64_t> next_{0};
+  static constexpr int kMaxShares = 16;   // lanes beyond these start with another's share
+
+  struct alignas(kCacheLine) Share {
+    std::atomic<int64_t> next{0};
+    int64_t end = 0;
+  };
+
+  Share share_[kMaxShares];
+  int shares_ = 0;
 };
 
 // Regions of one piece of memory, each starting on a cache line.

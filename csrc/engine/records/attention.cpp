@@ -34,8 +34,8 @@ Shared& share(const Problem& p, uint64_t serial) {
   for (const auto& shared : known) {
     if (shared->serial != serial) {
       free = shared.get();
-    } else if (shared->heads == p.heads && shared->kv_heads == p.cache.heads &&
-               shared->head_dim == p.cache.head_dim && shared->window == p.window) {
+    } else if (shared->heads == p.heads && shared->kv_heads == p.cache.heads && shared->head_dim == p.cache.head_dim &&
+               shared->window == p.window) {
       return *shared;
     }
   }
@@ -122,7 +122,7 @@ class Attention final : public Step {
     Shared& shared = share(problem_, call.serial);
     problem_.workspace = shared.workspace;
     plan_ = &shared.plan;
-    next_.restart();
+    next_.restart(plan_->items, call.lanes);
   }
 
   void run(Call& call, const Lane& lane) override {
@@ -132,7 +132,7 @@ class Attention final : public Step {
     problem.q = call.slot(q_);
     problem.out = call.slot(target_);
     const auto items = int4_fp8_attention::kernels().items;
-    for (int64_t item = next_.claim(); item < plan_->items; item = next_.claim()) {
+    for (int64_t item = next_.claim(lane); item != Dispenser::kNone; item = next_.claim(lane)) {
       items(problem, *plan_, item, item + 1);
     }
   }

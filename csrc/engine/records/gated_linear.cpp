@@ -27,7 +27,7 @@ class GatedLinear final : public Step {
     up_->plan(rows_);
     require(gate_->items == up_->items && gate_->rows_per_item == up_->rows_per_item,
             "engine: gate and up are planned differently; they must have one shape and format");
-    next_.restart();
+    next_.restart(gate_->items, call.lanes);
     Carver own;
     source_.begin(call, *gate_, own);
     const int64_t bytes = rows_ * gate_->rows_per_item * static_cast<int64_t>(sizeof(float));
@@ -42,7 +42,7 @@ class GatedLinear final : public Step {
     auto* up = reinterpret_cast<float*>(call.own_memory(lane) + up_at_);
     const int64_t stride = gate_->rows_per_item;
     const auto multiply = gated_activation::kernel();
-    for (int64_t item = next_.claim(); item < gate_->items; item = next_.claim()) {
+    for (int64_t item = next_.claim(lane); item != Dispenser::kNone; item = next_.claim(lane)) {
       const int64_t first = item * stride;
       const int64_t width = std::min(stride, gate_->rows - first);
       gate_->run(input, rows_, item, item + 1, gate - first, stride);

@@ -10,7 +10,7 @@ constexpr int64_t kMaxOutputs = 4;
 
 struct Output {
   Matrix* matrix;
-  const float* bias;   // [N] or null
+  const float* bias;  // [N] or null
   Slot target;
   bool add;
 };
@@ -41,7 +41,7 @@ class Linear final : public Step {
       items_ += outputs_[i].matrix->items;
       if (outputs_[i].add) widest_ = std::max(widest_, outputs_[i].matrix->rows_per_item);
     }
-    next_.restart();
+    next_.restart(items_, call.lanes);
     Carver own;
     source_.begin(call, *outputs_[0].matrix, own);
     sum_at_ = own.take(rows_ * widest_ * static_cast<int64_t>(sizeof(float)));
@@ -51,7 +51,7 @@ class Linear final : public Step {
   void run(Call& call, const Lane& lane) override {
     const Input input = source_.run(call, lane, *outputs_[0].matrix);
     auto* sums = reinterpret_cast<float*>(call.own_memory(lane) + sum_at_);
-    for (int64_t claimed = next_.claim(); claimed < items_; claimed = next_.claim()) {
+    for (int64_t claimed = next_.claim(lane); claimed != Dispenser::kNone; claimed = next_.claim(lane)) {
       const Output* output = outputs_;
       int64_t item = claimed;
       for (; item >= output->matrix->items; ++output) item -= output->matrix->items;

@@ -18,7 +18,7 @@ class Logits final : public Step {
             " rows, the program's logits are ", call.logits_width, " wide; compile the model again");
     rows_ = call.rows;
     head_->plan(rows_);
-    next_.restart();
+    next_.restart(head_->items, call.lanes);
     Carver own;
     source_.begin(call, *head_, own);
     call.want_own(own.used());
@@ -26,7 +26,7 @@ class Logits final : public Step {
 
   void run(Call& call, const Lane& lane) override {
     const Input input = source_.run(call, lane, *head_);
-    for (int64_t item = next_.claim(); item < head_->items; item = next_.claim()) {
+    for (int64_t item = next_.claim(lane); item != Dispenser::kNone; item = next_.claim(lane)) {
       head_->run(input, rows_, item, item + 1, call.logits, call.logits_width);
     }
     if (call.all_logits) return;
