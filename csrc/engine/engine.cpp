@@ -94,8 +94,9 @@ void format_state(Words program, Arena weights, int64_t sequences, int64_t capac
 
 int64_t logits_width(Words program) {
   constexpr int64_t kMaxWidth = int64_t{1} << 31;
-  require(program.count >= kHeaderWords && program.data[kMagicAt] == kMagic,
-          "engine: program does not start with the engine's header; pass ModelImage.program of tilewright.models.image");
+  require(
+      program.count >= kHeaderWords && program.data[kMagicAt] == kMagic,
+      "engine: program does not start with the engine's header; pass ModelImage.program of tilewright.models.image");
   const int64_t width = program.data[kLogitsAt];
   require(width > 0 && width < kMaxWidth, "engine: program states logits of width ", width, "; it is damaged");
   return width;

@@ -18,9 +18,9 @@ int64_t state_bytes(Words program, Arena weights, int64_t sequences, int64_t cap
 void format_state(Words program, Arena weights, int64_t sequences, int64_t capacity, uint8_t* data, int64_t bytes);
 
 struct Batch {
-  const int64_t* tokens;       // [T]
+  const int64_t* tokens;  // [T]
   int64_t token_count;
-  const int64_t* cu_seqlens;   // [sequences + 1]
+  const int64_t* cu_seqlens;  // [sequences + 1]
   int64_t sequences;
   bool all_logits;
 };

@@ -15,7 +15,7 @@ enum class ActivationType : int64_t { kInt8 = 0, kFp8 = 1, kFp8Fold = 2 };
 // What int4 matrices quantize each token to; formats with only one way ignore it.
 struct Activation {
   ActivationType type = ActivationType::kInt8;
-  int64_t scale_group = 0;   // columns that share a scale, a multiple of the weight's group; 0: the whole token
+  int64_t scale_group = 0;  // columns that share a scale, a multiple of the weight's group; 0: the whole token
   bool operator==(const Activation&) const = default;
 };
 
@@ -40,9 +40,9 @@ class Matrix {
  public:
   int64_t rows, columns;
   InputKind input;
-  int64_t code_bytes, sum_bytes;          // of one prepared token
-  int64_t scale_count = 1;                // likewise
-  int64_t items = 0, rows_per_item = 0;   // after plan()
+  int64_t code_bytes, sum_bytes;  // of one prepared token
+  int64_t scale_count = 1;  // likewise
+  int64_t items = 0, rows_per_item = 0;  // after plan()
 
   virtual void plan(int64_t tokens) = 0;
   virtual void prepare(const float* x, const Input& input, int64_t token) const = 0;

@@ -24,15 +24,16 @@ void check_header(Words program, Arena weights) {
   const int64_t* header = program.data;
   require(header[kMagicAt] == kMagic,
           "engine: program does not start with the engine's magic; pass ModelImage.program of tilewright.models.image");
-  require(header[kVersionAt] == kVersion, "engine: program has version ", header[kVersionAt], ", this build reads version ",
-          kVersion, "; compile the model again");
+  require(header[kVersionAt] == kVersion, "engine: program has version ", header[kVersionAt],
+          ", this build reads version ", kVersion, "; compile the model again");
   require(header[kWordsAt] == program.count, "engine: program has ", program.count, " words, its header states ",
           header[kWordsAt], "; it is truncated or padded");
   require(header[kChecksumAt] == checksum(program), "engine: program does not match its checksum; it is damaged");
   require(header[kWeightBytesAt] == weights.bytes, "engine: weights have ", weights.bytes, " bytes, the program needs ",
           header[kWeightBytesAt], "; pass the weights compiled together with it");
-  require(reinterpret_cast<uintptr_t>(weights.data) % kCacheLine == 0,
-          "engine: weights do not start at a multiple of 64 bytes; pass the arena itself, not a view into another tensor");
+  require(
+      reinterpret_cast<uintptr_t>(weights.data) % kCacheLine == 0,
+      "engine: weights do not start at a multiple of 64 bytes; pass the arena itself, not a view into another tensor");
 }
 
 }  // namespace
@@ -137,8 +138,8 @@ void parse(Words program, Arena weights, Program& out) {
   out.floats_per_token = 0;
   for (int64_t s = 0; s < slots; ++s, at += 2) {
     const Slot slot{program.data[at], program.data[at + 1]};
-    require(slot.offset >= 0 && slot.offset < kMaxWidth && slot.width > 0 && slot.width < kMaxWidth,
-            "engine: slot ", s, " has offset ", slot.offset, " and width ", slot.width, "; the program is damaged");
+    require(slot.offset >= 0 && slot.offset < kMaxWidth && slot.width > 0 && slot.width < kMaxWidth, "engine: slot ", s,
+            " has offset ", slot.offset, " and width ", slot.width, "; the program is damaged");
     out.floats_per_token = std::max(out.floats_per_token, slot.offset + slot.width);
     out.slots.push_back(slot);
   }

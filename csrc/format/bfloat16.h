@@ -11,7 +11,7 @@
 
 namespace tilewright::format {
 
-inline constexpr int kBFloat16Columns = 32;   // columns of a row come in multiples of this: one cache line
+inline constexpr int kBFloat16Columns = 32;  // columns of a row come in multiples of this: one cache line
 
 struct BFloat16View {
   int64_t n, k;
@@ -21,9 +21,7 @@ struct BFloat16View {
   const uint16_t* row(int64_t r) const { return payload + r * padded_k; }
 };
 
-inline BFloat16View bfloat16_layout(int64_t n, int64_t k) {
-  return {n, k, round_up(k, kBFloat16Columns), nullptr};
-}
+inline BFloat16View bfloat16_layout(int64_t n, int64_t k) { return {n, k, round_up(k, kBFloat16Columns), nullptr}; }
 
 inline BFloat16View bfloat16_view(const void* blob, int64_t blob_bytes, const char* op) {
   const PackedHeader header = read_header(blob, blob_bytes, FormatId::kBFloat16, op);

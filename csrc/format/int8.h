@@ -21,10 +21,10 @@ namespace tilewright::format {
 struct Int8 {
   static constexpr int kRowsPerBlock = 16;
   static constexpr int kGroup = 32;
-  static constexpr int kColsPerStep = 4;       // one 64-byte vector: 16 rows x 4 columns
+  static constexpr int kColsPerStep = 4;  // one 64-byte vector: 16 rows x 4 columns
   static constexpr int kBytesPerStep = 64;
   static constexpr int kStepsPerGroup = kGroup / kColsPerStep;
-  static constexpr int kZero = 128;            // stored byte of code 0
+  static constexpr int kZero = 128;  // stored byte of code 0
 };
 
 // A packed INT8 weight, parsed and checked once; plain data from then on.
@@ -54,8 +54,8 @@ inline Int8View int8_layout(int64_t n, int64_t k) {
 inline Int8View int8_view(const void* blob, int64_t blob_bytes, const char* op) {
   const PackedHeader header = read_header(blob, blob_bytes, FormatId::kInt8, op);
   check_shape(header, op);
-  require(header.group == Int8::kGroup && header.scale_type == ScaleType::kFloat16, op,
-          ": weight header states group ", header.group, ", an INT8 weight has groups of 32 with float16 scales");
+  require(header.group == Int8::kGroup && header.scale_type == ScaleType::kFloat16, op, ": weight header states group ",
+          header.group, ", an INT8 weight has groups of 32 with float16 scales");
   Int8View view = int8_layout(header.rows, header.cols);
   check_payload(header, view.blocks * view.block_bytes, blob_bytes, op);
   view.payload = static_cast<const uint8_t*>(blob) + sizeof(header);

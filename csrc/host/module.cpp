@@ -30,8 +30,7 @@ py::dict build_info() {
 }
 
 py::dict int4_linear_plan(int64_t m, int64_t n, int64_t k, int64_t group) {
-  const auto layout =
-      format::int4_layout(n, k, group, format::ScaleType::kFloat16, format::OffsetKind::kSymmetric);
+  const auto layout = format::int4_layout(n, k, group, format::ScaleType::kFloat16, format::OffsetKind::kSymmetric);
   const auto plan = int4_linear::choose_plan(m, layout);
   py::dict out;
   out["items"] = plan.items;
@@ -43,8 +42,9 @@ py::dict int4_linear_plan(int64_t m, int64_t n, int64_t k, int64_t group) {
 }
 
 // Items as (sequence, kv_head, first_query, queries, key_begin, key_end, chunk, chunks).
-py::dict int4_fp8_attention_plan(const std::vector<int64_t>& queries, const std::vector<int64_t>& lengths, int64_t heads,
-                                 int64_t kv_heads, int64_t head_dim, bool causal, std::optional<int64_t> window) {
+py::dict int4_fp8_attention_plan(const std::vector<int64_t>& queries, const std::vector<int64_t>& lengths,
+                                 int64_t heads, int64_t kv_heads, int64_t head_dim, bool causal,
+                                 std::optional<int64_t> window) {
   using namespace int4_fp8_attention;
   require(queries.size() == lengths.size(), "int4_fp8_attention_plan: ", queries.size(), " query counts for ",
           lengths.size(), " lengths; needed one of each a sequence");

@@ -40,7 +40,9 @@ struct Vec8 {
   static I ori(I a, I b) { return _mm256_or_si256(a, b); }
   static I maxu(I a, I b) { return _mm256_max_epu32(a, b); }
   template <int kBits>
-  static I shift_right(I a) { return _mm256_srli_epi32(a, kBits); }
+  static I shift_right(I a) {
+    return _mm256_srli_epi32(a, kBits);
+  }
   static F to_float(I a) { return _mm256_cvtepi32_ps(a); }
   static I to_int(F a) { return _mm256_cvtps_epi32(a); }
   static I bits(F a) { return _mm256_castps_si256(a); }

@@ -43,7 +43,9 @@ struct Vec16 {
   static I ori(I a, I b) { return _mm512_or_si512(a, b); }
   static I maxu(I a, I b) { return _mm512_max_epu32(a, b); }
   template <int kBits>
-  static I shift_right(I a) { return _mm512_srli_epi32(a, kBits); }
+  static I shift_right(I a) {
+    return _mm512_srli_epi32(a, kBits);
+  }
   static F to_float(I a) { return _mm512_cvtepi32_ps(a); }
   static I to_int(F a) { return _mm512_cvtps_epi32(a); }
   static I bits(F a) { return _mm512_castps_si512(a); }
@@ -52,9 +54,7 @@ struct Vec16 {
   static int32_t reduce_addi(I a) { return _mm512_reduce_add_epi32(a); }
   static float reduce_add(F a) { return _mm512_reduce_add_ps(a); }
 
-  static void store_int8(int8_t* p, I v) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
-  }
+  static void store_int8(int8_t* p, I v) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v)); }
   // Upper halves of the lanes, in the pair order of activation.h.
   static void store_bf16_pairs(uint16_t* p, I v) {
     const __m256i order = _mm256_setr_epi16(0, 2, 1, 3, 4, 6, 5, 7, 8, 10, 9, 11, 12, 14, 13, 15);

@@ -23,9 +23,17 @@ struct Loops {
   int64_t int8_operations, bf16_operations, fp32_operations;   // of one round
 };
 
-namespace generic { extern const Loops loops; }
-namespace avx2 { extern const Loops loops; }
-namespace avx512 { extern const Loops loops; }
-namespace avx512_bf16 { extern const Loops loops; }
+namespace generic {
+extern const Loops loops;
+}
+namespace avx2 {
+extern const Loops loops;
+}
+namespace avx512 {
+extern const Loops loops;
+}
+namespace avx512_bf16 {
+extern const Loops loops;
+}
 
 }  // namespace tilewright::microbench

@@ -130,11 +130,8 @@ Tensor bfloat16_linear(const Tensor& x, const Tensor& weight, int64_t out_featur
     std::copy(data<float>(d.x) + t * view.k, data<float>(d.x) + (t + 1) * view.k, row);
     std::fill(row + view.k, row + view.padded_k, 0.0f);
   }
-  const bfloat16_linear::Problem problem{.weight = view,
-                                         .m = d.m,
-                                         .x = data<float>(padded),
-                                         .y = mutable_data<float>(d.y),
-                                         .y_stride = view.n};
+  const bfloat16_linear::Problem problem{
+      .weight = view, .m = d.m, .x = data<float>(padded), .y = mutable_data<float>(d.y), .y_stride = view.n};
   const auto rows = bfloat16_linear::kernel();
   torch::stable::parallel_for(0, view.n, kRowsPerThread,
                               [&](int64_t first, int64_t last) { rows(problem, first, last); });

@@ -58,7 +58,8 @@ Tensor engine_arena(int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = uintptr_t{1} << 21;
   const auto first = (reinterpret_cast<uintptr_t>(arena.mutable_data_ptr()) + kPage - 1) / kPage * kPage;
-  const auto last = (reinterpret_cast<uintptr_t>(arena.mutable_data_ptr()) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
+  const auto last =
+      (reinterpret_cast<uintptr_t>(arena.mutable_data_ptr()) + static_cast<uintptr_t>(bytes)) / kPage * kPage;
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
   return arena;
@@ -92,8 +93,8 @@ void engine_truncate(const Tensor& state, const Tensor& lengths) {
   require_size(wanted, 0, sequences, kOp, "lengths", "S");
   const auto* next = data<int64_t>(wanted);
   for (int64_t s = 0; s < sequences; ++s) {
-    require(next[s] >= 0 && next[s] <= opened.lengths()[s], kOp, ": lengths[", s, "] = ", next[s],
-            ", needed 0 .. ", opened.lengths()[s], ", what sequence ", s, " holds");
+    require(next[s] >= 0 && next[s] <= opened.lengths()[s], kOp, ": lengths[", s, "] = ", next[s], ", needed 0 .. ",
+            opened.lengths()[s], ", what sequence ", s, " holds");
   }
   std::copy(next, next + sequences, opened.lengths());
 }
@@ -149,7 +150,9 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tilewright, m) {
   m.def("sample(Tensor logits, float temperature, int top_k, float top_p, int seed, int step) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(tilewright, CompositeExplicitAutograd, m) { m.impl("engine_arena", TORCH_BOX(&engine_arena)); }
+STABLE_TORCH_LIBRARY_IMPL(tilewright, CompositeExplicitAutograd, m) {
+  m.impl("engine_arena", TORCH_BOX(&engine_arena));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(tilewright, CPU, m) {
   m.impl("engine_checksum", TORCH_BOX(&engine_checksum));

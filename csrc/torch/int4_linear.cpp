@@ -44,8 +44,8 @@ Tensor int4_pack(const Tensor& codes, const Tensor& scales, const std::optional<
   require(cols > 0, kOp, ": K = ", cols, ", needed at least 1");
   format::require_group(group, kOp);
   const int64_t rows = codes.size(0);
-  const Int4View layout = format::int4_layout(rows, cols, group, scale_type_of(scales, kOp),
-                                              offset_kind_of(offsets, scales, kOp));
+  const Int4View layout =
+      format::int4_layout(rows, cols, group, scale_type_of(scales, kOp), offset_kind_of(offsets, scales, kOp));
   require_size(codes, 1, ceil_div(cols, 2), kOp, "codes", "ceil(K/2)");
   require_size(scales, 0, rows, kOp, "scales", "N");
   require_size(scales, 1, layout.groups, kOp, "scales", "ceil(K/group)");
@@ -119,8 +119,7 @@ void run_kernels(const int4_linear::Problem& problem) {
   const int4_linear::Plan plan = int4_linear::choose_plan(problem.m, problem.weight);
   const auto& kernels = int4_linear::kernels();
   const auto run = problem.activation == Activation::kInt8 ? kernels.int8_items : kernels.fp8_items;
-  torch::stable::parallel_for(0, plan.items, 1,
-                              [&](int64_t first, int64_t last) { run(problem, plan, first, last); });
+  torch::stable::parallel_for(0, plan.items, 1, [&](int64_t first, int64_t last) { run(problem, plan, first, last); });
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
@@ -174,8 +173,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
   return torch::stable::to(y, x.scalar_type());
 }
 
-Tensor int4_int8_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                        int64_t out_features, int64_t scale_group) {
+Tensor int4_int8_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
+                        int64_t scale_group) {
   return linear(x, weight, bias, out_features,
                 {Activation::kInt8, Mode::kExact, scale_group, false, "int4_int8_linear"});
 }

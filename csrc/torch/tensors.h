@@ -30,7 +30,8 @@ inline std::string shape_of(const Tensor& tensor) {
 inline const char* dtype_name(ScalarType type) { return torch::headeronly::toString(type); }
 
 inline void require_cpu(const Tensor& tensor, const char* op, const char* argument) {
-  require(tensor.is_cpu(), op, ": ", argument, " is not on the CPU; move it with .cpu() (this build has no kernel for "
+  require(tensor.is_cpu(), op, ": ", argument,
+          " is not on the CPU; move it with .cpu() (this build has no kernel for "
           "its device)");
 }
 
@@ -73,8 +74,7 @@ T* mutable_data(const Tensor& tensor) {
 }
 
 inline Tensor empty_cpu(const std::vector<int64_t>& sizes, ScalarType type) {
-  return torch::stable::empty(sizes, type, std::nullopt,
-                              torch::stable::Device(torch::headeronly::DeviceType::CPU));
+  return torch::stable::empty(sizes, type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
 }
 
 }  // namespace tilewright::torch_adapter

@@ -9,7 +9,10 @@ import pytest
 
 from tilewright import _host
 
-PACKINGS = {"two bits": (4, _host.ternary2_pack, _host.ternary2_unpack), "base 3": (5, _host.ternary5_pack, _host.ternary5_unpack)}
+PACKINGS = {
+    "two bits": (4, _host.ternary2_pack, _host.ternary2_unpack),
+    "base 3": (5, _host.ternary5_pack, _host.ternary5_unpack),
+}
 
 
 @pytest.mark.parametrize("name", PACKINGS)

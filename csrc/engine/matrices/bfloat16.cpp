@@ -50,11 +50,10 @@ class BFloat16Matrix final : public Matrix {
   format::BFloat16View view_;
 };
 
-const RegisterMatrix registered{format::FormatId::kBFloat16,
-                                [](StepArena& arena, Arena blob, Activation, const char* record) -> Matrix* {
-                                  return arena.make<BFloat16Matrix>(
-                                      format::bfloat16_view(blob.data, blob.bytes, record));
-                                }};
+const RegisterMatrix registered{
+    format::FormatId::kBFloat16, [](StepArena& arena, Arena blob, Activation, const char* record) -> Matrix* {
+      return arena.make<BFloat16Matrix>(format::bfloat16_view(blob.data, blob.bytes, record));
+    }};
 
 }  // namespace
 }  // namespace tilewright::engine

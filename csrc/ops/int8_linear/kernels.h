@@ -23,10 +23,10 @@ struct Kernels {
 const Kernels& kernels(isa::Level level);
 inline const Kernels& kernels() { return kernels(isa::active()); }
 
-#define TILEWRIGHT_INT8_LINEAR_LEVEL(level)                                                \
-  namespace level {                                                                        \
-  void blocks(const Problem&, int64_t first, int64_t last);                                \
-  float prepare(const float* x, int64_t k, uint8_t* codes, int32_t* group_sums);           \
+#define TILEWRIGHT_INT8_LINEAR_LEVEL(level)                                      \
+  namespace level {                                                              \
+  void blocks(const Problem&, int64_t first, int64_t last);                      \
+  float prepare(const float* x, int64_t k, uint8_t* codes, int32_t* group_sums); \
   }
 TILEWRIGHT_INT8_LINEAR_LEVEL(generic)
 TILEWRIGHT_INT8_LINEAR_LEVEL(avx2)

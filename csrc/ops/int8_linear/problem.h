@@ -17,17 +17,17 @@ inline constexpr float kActivationLimit = 32512.0f;
 
 // Activations as the level's own kernel reads them, written by its prepare function.
 struct ActivationView {
-  const uint8_t* codes;        // [M, 2 Kp] bytes, opaque
-  const float* scales;         // [M]
-  const int32_t* group_sums;   // [M, G]: sum of a group's 16-bit codes
+  const uint8_t* codes;  // [M, 2 Kp] bytes, opaque
+  const float* scales;  // [M]
+  const int32_t* group_sums;  // [M, G]: sum of a group's 16-bit codes
 };
 
 struct Problem {
-  format::Int8View weight;     // [N, K]
+  format::Int8View weight;  // [N, K]
   int64_t m;
   ActivationView x;
-  float* y;                    // [M, N]
-  int64_t y_stride;            // elements between rows of y
+  float* y;  // [M, N]
+  int64_t y_stride;  // elements between rows of y
 };
 
 // Products of a group in 32 bits: 32 * 128 * 32512 and, for the bytes, 32 * 255 * 128 * 256.

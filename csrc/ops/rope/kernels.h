@@ -10,12 +10,12 @@
 namespace tilewright::rope {
 
 struct Problem {
-  float* x;               // [heads, D], rotated in place: one token
+  float* x;  // [heads, D], rotated in place: one token
   int64_t heads;
-  int64_t head_dim;       // D, even
-  const float* cosines;   // [D/2]
-  const float* sines;     // [D/2]
-  const float* scales;    // [heads / heads_per_scale, D] or null
+  int64_t head_dim;  // D, even
+  const float* cosines;  // [D/2]
+  const float* sines;  // [D/2]
+  const float* scales;  // [heads / heads_per_scale, D] or null
   int64_t heads_per_scale;
 };
 

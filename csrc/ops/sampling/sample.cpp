@@ -114,7 +114,8 @@ int64_t sample_all(const float* logits, int64_t n, float largest, const Options&
   for (int64_t i = 0; i < n; ++i) total += weights[static_cast<size_t>(i)];
   // Tokens below (1 - p) / n of the total add up to less than 1 - p of it, so none of them is in the nucleus. Half of
   // that leaves room for rounding in the sums.
-  const double floor = o.top_p < 1.0f ? 0.5 * (1.0 - static_cast<double>(o.top_p)) / static_cast<double>(n) * total : 0.0;
+  const double floor =
+      o.top_p < 1.0f ? 0.5 * (1.0 - static_cast<double>(o.top_p)) / static_cast<double>(n) * total : 0.0;
   for (int64_t i = 0; i < n; ++i) {
     const float weight = weights[static_cast<size_t>(i)];
     if (weight > 0.0f && weight >= floor) kept.push_back({weight, static_cast<int32_t>(i)});

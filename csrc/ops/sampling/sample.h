@@ -11,11 +11,11 @@
 namespace tilewright::sampling {
 
 struct Options {
-  float temperature;   // 0: greedy, the lowest index among equals
-  int64_t top_k;       // keep the k most probable tokens; 0: all
-  float top_p;         // then keep the fewest tokens whose probabilities reach p of the rest, at least one; 1: all
+  float temperature;  // 0: greedy, the lowest index among equals
+  int64_t top_k;  // keep the k most probable tokens; 0: all
+  float top_p;  // then keep the fewest tokens whose probabilities reach p of the rest, at least one; 1: all
   uint64_t seed;
-  uint64_t step;       // of the sequence: another random number for every token
+  uint64_t step;  // of the sequence: another random number for every token
 };
 
 // Throws, naming the argument, for options out of range.
@@ -27,7 +27,7 @@ double uniform(uint64_t seed, uint64_t step);
 // Memory that a thread keeps from one call to the next.
 struct Workspace {
   struct Candidate {
-    float value;       // logit, later weight
+    float value;  // logit, later weight
     int32_t token;
   };
   std::vector<Candidate> candidates;

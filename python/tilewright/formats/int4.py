@@ -228,8 +228,10 @@ def quantize_int4(
         ValueError: weight is not a finite matrix, or group_size or scale_dtype is none of the allowed.
     """
     if weight.dim() != 2 or not weight.is_floating_point():
-        raise ValueError(f"quantize_int4: weight has shape {tuple(weight.shape)} and dtype {weight.dtype}, "
-                         "needed a floating matrix [N, K]")
+        raise ValueError(
+            f"quantize_int4: weight has shape {tuple(weight.shape)} and dtype {weight.dtype}, "
+            "needed a floating matrix [N, K]"
+        )
     if weight.shape[1] == 0:
         raise ValueError("quantize_int4: weight has no columns")
     check_group(group_size)

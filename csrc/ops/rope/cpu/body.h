@@ -7,8 +7,8 @@ namespace tilewright::rope::TILEWRIGHT_LEVEL {
 namespace {
 
 template <class Value, class Load, class Store>
-TILEWRIGHT_INLINE void turn(const Problem& p, float* low, float* high, const float* scales, int64_t c,
-                            const Load& load, const Store& store) {
+TILEWRIGHT_INLINE void turn(const Problem& p, float* low, float* high, const float* scales, int64_t c, const Load& load,
+                            const Store& store) {
   const Value cosine = load(p.cosines + c), sine = load(p.sines + c);
   const Value a = load(low + c), b = load(high + c);
   Value first = a * cosine - b * sine;
@@ -32,8 +32,8 @@ void rotate(const Problem& p) {
     int64_t c = 0;
     for (; c + kLanes <= half; c += kLanes) turn<Lanes>(p, low, high, scales, c, load_lanes, store_lanes);
     for (; c < half; ++c) {
-      turn<float>(p, low, high, scales, c, [](const float* at) { return *at; },
-                  [](float* at, float value) { *at = value; });
+      turn<float>(
+          p, low, high, scales, c, [](const float* at) { return *at; }, [](float* at, float value) { *at = value; });
     }
   }
 }
