@@ -6,10 +6,9 @@ from __future__ import annotations
 import pytest
 import torch
 from tiny_models import KINDS, random_weights, tiny_config, write_gguf, write_transformers
-from transformers import DynamicCache
 
 from tilewright.formats import quantize_int4
-from tilewright.models import LanguageModel, load, to_transformers
+from tilewright.models import LanguageModel, hf_attention, load, to_transformers
 from tilewright.models.int4_cache import Int4CacheLayer, Int4KVCache
 from tilewright.nn import Int8Linear, W4A8Linear
 from tilewright.ops import quantize_fp8_per_token, quantize_int8_per_token
@@ -36,21 +35,16 @@ def test_float_model_gives_transformers_logits(tmp_path, model_type):
         assert torch.equal(ours(PROMPT).logits, theirs(PROMPT).logits)
 
 
-class BFloat16Cache(DynamicCache):
-    """Keys and values rounded to bfloat16, given back as float32."""
-
-    def update(self, key_states, value_states, *args, **kwargs):
-        rounded = [x.bfloat16().float() for x in (key_states, value_states)]
-        return super().update(*rounded, *args, **kwargs)
-
-
 @pytest.mark.parametrize("act", ["fp8", "int8"])
 def test_low_bit_model_is_the_dequantized_one_with_rounded_activations(tmp_path, act):
-    """With the inputs of the same linears rounded by the public quantizers, and keys and values to bfloat16, the float
-    model follows the low-bit one; what remains are rounding decisions flipped by the order of float32 sums."""
+    """With the inputs of the same linears rounded by the public quantizers, and the same attention (compared with
+    float64 in its own tests), the float model follows the low-bit one; what remains are rounding decisions flipped by
+    the order of float32 sums."""
     model = load_tiny(tmp_path)
-    ours = to_transformers(model, act=act, kv_bits=16, query="float32")
-    reference = to_transformers(model, dequantize=True)
+    ours, reference = to_transformers(model, act=act), to_transformers(model, dequantize=True)
+    for layer in reference.model.layers:
+        hf_attention.attach(layer.self_attn, hf_attention.AttentionFormats("bf16", "fp8"), None)
+    reference.set_attn_implementation(hf_attention.NAME)
     low_bit = [name for name, m in ours.named_modules() if isinstance(m, W4A8Linear)]
     assert len(low_bit) == 14
     assert not any(isinstance(m, W4A8Linear) for m in reference.modules())
@@ -66,7 +60,7 @@ def test_low_bit_model_is_the_dequantized_one_with_rounded_activations(tmp_path,
         got, plain = ours(PROMPT).logits, reference(PROMPT).logits
         for name in low_bit:
             reference.get_submodule(name).register_forward_pre_hook(rounded)
-        need = reference(PROMPT, past_key_values=BFloat16Cache()).logits
+        need = reference(PROMPT).logits
     assert (got - need).norm() <= 0.1 * (plain - need).norm()
 
 

@@ -144,3 +144,24 @@ def test_fold_needs_a_symmetric_weight():
     weight, _, _ = make(24, 48, symmetric=False)
     with pytest.raises(ValueError, match="symmetric"):
         W4A8Linear(weight, mode="fold")
+
+
+def test_groups_of_columns_with_a_scale_of_their_own():
+    """A column 1000 times larger than the rest rounds its own group away, no other."""
+    weight, bias, generator = make(24, 96)
+    x = torch.randn(3, 96, generator=generator)
+    x[:, 0] = 1000
+    codes, scale = quantize_int8_per_token(x, 32)
+    rounded = codes.double() * scale.double().repeat_interleave(32, -1)
+    dense = weight.dequantize(torch.float64)
+    need, size = rounded @ dense.T + bias.double(), rounded.abs() @ dense.abs().T + bias.double().abs()
+    got = W4A8Linear(weight, bias, act="int8", scale_group=32)(x).double()
+    # the bound of test_output_matches_float64
+    assert ((got - need).abs() <= (2 * 96 + 8) * 2**-24 * size + 2**-24 * need.abs()).all()
+    assert not torch.equal(got, W4A8Linear(weight, bias, act="int8")(x).double())
+
+
+@pytest.mark.parametrize("options", [{"act": "int8", "scale_group": 48}, {"act": "fp8", "scale_group": 32}])
+def test_scale_groups_that_do_not_fit_are_refused(options):
+    with pytest.raises(ValueError, match="scale_group"):
+        W4A8Linear(make(24, 96)[0], **options)
