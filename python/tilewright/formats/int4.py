@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""INT4 weights: canonical tensors, quantization, exact forms of the common checkpoints, and the kernels' packed blob."""
+"""INT4 weights: canonical tensors, quantization, storage, and the blob that the kernels read."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ E4M3_LARGEST = 448.0
 
 @dataclass(frozen=True)
 class PackedInt4:
-    """A weight as the kernels of this machine read it: a 64-byte header (magic, format, version, shape, group) and data."""
+    """A weight as the CPU kernels read it: a 64-byte header (magic, format, version, shape, group) and data."""
 
     data: Tensor
     shape: tuple[int, int]
@@ -107,7 +107,7 @@ class Int4Weight:
         return PackedInt4(blob, self.shape)
 
     def to_tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Tensors for a safetensors file, named `prefix.codes`, `prefix.scales` and, where there are any, `.offsets`."""
+        """Tensors for a safetensors file: `prefix.codes`, `prefix.scales` and, where there are any, `prefix.offsets`."""
         tensors = {f"{prefix}.codes": self.codes, f"{prefix}.scales": self.scales}
         if self.offsets is not None:
             tensors[f"{prefix}.offsets"] = self.offsets

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Linear layers with INT4 weights and INT8 or FP8 activations (FireQ, arXiv 2505.20839). Kernel: csrc/ops/int4_linear."""
+"""INT4 weights times INT8 or FP8 activations (FireQ, arXiv 2505.20839). Kernel: csrc/ops/int4_linear."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ def int4_int8_linear(
         out_dtype: of the result; that of x when None.
 
     Returns:
-        `[..., N]`. Products of a group are exact integers; groups are added in float32. A token with a NaN or an infinity
-        gives NaN, other tokens are not touched.
+        `[..., N]`. Products of a group are exact integers; groups are added in float32. A token with a NaN or an
+        infinity gives NaN, other tokens are not touched.
 
     Raises:
         RuntimeError: a shape, dtype or device does not fit, or the blob is not a packed INT4 weight.
