@@ -107,7 +107,7 @@ class Int4Weight:
         return PackedInt4(blob, self.shape)
 
     def to_tensors(self, prefix: str) -> dict[str, Tensor]:
-        """Tensors for a safetensors file: `prefix.codes`, `prefix.scales` and, where there are any, `prefix.offsets`."""
+        """Tensors for a safetensors file: `prefix.codes`, `prefix.scales` and, if there are any, `prefix.offsets`."""
         tensors = {f"{prefix}.codes": self.codes, f"{prefix}.scales": self.scales}
         if self.offsets is not None:
             tensors[f"{prefix}.offsets"] = self.offsets
