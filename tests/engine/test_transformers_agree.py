@@ -114,6 +114,25 @@ def test_masks_that_cannot_be_followed_are_refused() -> None:
         theirs(torch.tensor([[101]]))
 
 
+def test_transformers_own_attention_can_be_chosen() -> None:
+    """It reads the same cache; only queries stay as they are, so a float32 query gives the same up to summation."""
+    model = engine_model(key_scale=True)
+    ids = torch.tensor([token_ids(9)])
+    theirs = to_transformers(model, act="int8", kv_bits=4, query="float32")
+    first = theirs.model.layers[0].self_attn
+    outputs = []
+    for name in ("tilewright", "sdpa"):
+        theirs.set_attn_implementation(name)
+        taken: list[torch.Tensor] = []
+        hook = first.o_proj.register_forward_pre_hook(lambda _module, inputs, to=taken: to.append(inputs[0]))
+        with torch.no_grad():
+            theirs(ids, past_key_values=Int4KVCache(model))
+        hook.remove()
+        outputs += taken
+    # the operator's products may be of bfloat16 pairs, relative 2^-8 each; see csrc/ops/int4_fp8_attention
+    assert (outputs[0] - outputs[1]).norm() <= 2**-8 * outputs[1].norm()
+
+
 @pytest.fixture(scope="module")
 def smollm2(smollm2_gguf: Any) -> Any:
     return load(smollm2_gguf)

@@ -42,10 +42,10 @@ def attach(attention: nn.Module, formats: AttentionFormats, key_scale: Tensor | 
     attention.register_forward_pre_hook(_read_as_stored, with_kwargs=True)
 
 
-def _read_as_stored(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+def _read_as_stored(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """An INT4 cache hands its codes to :func:`attend`, which reads them as they are."""
     cache = kwargs.get("past_key_values")
-    if isinstance(cache, Int4KVCache):
+    if isinstance(cache, Int4KVCache) and getattr(module.config, "_attn_implementation", None) == NAME:
         kwargs = kwargs | {"past_key_values": StoredRows(cache)}
     return args, kwargs
 
