@@ -7,8 +7,8 @@ Bound, for one query and one output element d, with w the exact weights, v the v
   |scale| * sum |q_d k_d| of the keys it sees. Where the float query is a sum of two bfloat16 (level avx512_bf16), what
   the two leave over adds 2^-16 A. The argument of the exponential, a difference of two such numbers, rounds once more.
   So a weight is off by a factor e^(+-E) with E = 2 (gamma_{D+10} + 2^-16) A; a shift common to all keys cancels.
-- The exponential is off by 2^-22 of itself (1.5e-7 from the polynomial, the rest to spare). It enters a weight once, and
-  once more for each later tile or chunk of keys that raises the maximum: 2 + n/32 times at most.
+- The exponential is off by 2^-22 of itself (1.5e-7 from the polynomial, the rest to spare). It enters a weight once,
+  and once more for each later tile or chunk of keys that raises the maximum: 2 + n/32 times at most.
 - At avx512_bf16 a weight times its value scale is rounded to bfloat16: 2^-8 of itself, in the numerator only.
 - Sums over n keys, with a correction for each of the tiles: gamma_{n + n/32 + 16} in numerator and denominator.
 

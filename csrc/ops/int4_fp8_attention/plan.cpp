@@ -9,8 +9,8 @@
 namespace tilewright::int4_fp8_attention {
 namespace {
 
-// Blocks of a causal prompt cost more the later they are. Light and heavy ones alternate, so that any contiguous range of
-// items costs about its share.
+// Blocks of a causal prompt cost more the later they are. Light and heavy ones alternate, so that any contiguous range
+// of items costs about its share.
 int64_t zigzag(int64_t index, int64_t blocks) { return index % 2 == 0 ? index / 2 : blocks - 1 - index / 2; }
 
 Span span_of(const Problem& p, int64_t s, int64_t queries_per_block) {

@@ -1,10 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a problem is cut into independent items. Pure: neither q nor the cache is read, only shapes, cu_seqlens and lengths.
+// How a problem is cut into independent items. Pure: only shapes, cu_seqlens and lengths are read, not q or the cache.
 //
-// An item is a block of queries of one sequence and all query heads of one KV head, against all keys that the block sees.
-// A sequence with a single block of queries (decoding) is cut along its keys too, into chunks whose partial results wait
-// in the workspace; whoever finishes a sequence's last chunk combines them in order. Cuts depend on the sequence alone,
-// never on its neighbours or on threads, hence the same bits for any packing and any number of threads.
+// An item is a block of queries of one sequence and all query heads of one KV head, against all keys that the block
+// sees. A sequence with a single block of queries (decoding) is cut along its keys too, into chunks whose partial
+// results wait in the workspace; whoever finishes a sequence's last chunk combines them in order. Cuts depend on the
+// sequence alone, never on its neighbours or on threads, hence the same bits for any packing and any number of threads.
 #pragma once
 
 #include <cstdint>

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// out[T,H,D] = softmax(scale * q k^T + mask) v over a KV cache in INT4 or bfloat16, and the append that fills the cache.
+// out[T,H,D] = softmax(scale * q k^T + mask) v over a KV cache in INT4 or bfloat16, and the append that fills it.
 #pragma once
 
 #include <cstdint>

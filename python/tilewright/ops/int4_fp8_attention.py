@@ -40,8 +40,8 @@ def int4_fp8_attention(
             needs; "float32" takes q as it is.
 
     Returns:
-        `[T, H, D]` in the dtype of q. The bits of a query's result depend on the query and its keys: not on the number of
-        threads, the packing of sequences, or how many queries come at once.
+        `[T, H, D]` in the dtype of q. The bits of a query's result depend on the query and its keys: not on the number
+        of threads, the packing of sequences, or how many queries come at once.
 
     Raises:
         RuntimeError: a shape, dtype or device does not fit, or a sequence holds fewer tokens than it has queries.

@@ -121,8 +121,8 @@ struct Isa {
     return _mm256_cvtepi32_ps(_mm256_sub_epi32(code, zero));
   }
 
-  // sink(first, j, keys), for unit first + j, for the units of eight words or of those that are left; keys[s] are those of
-  // 8 tokens from token + 8 s.
+  // sink(first, j, keys), for unit first + j, for the units of eight words or of those that are left; keys[s] are those
+  // of 8 tokens from token + 8 s.
   template <int kSteps, class Sink>
   static void keys(const Shape& shape, const Rows& rows, int64_t token, int64_t first_word, Sink sink) {
     constexpr int kCodes = 8;
@@ -160,8 +160,9 @@ struct Isa {
     for (int j = 0; j < kCodesPerLane; ++j) sink(j, codes(lanes, j));
   }
 
-  // bfloat16 values of one token. A weight of zero times an infinity is NaN, and would reach queries that do not see the
-  // token. So a row that is not finite becomes zeros with a NaN scale, which only weights that are seen are multiplied with.
+  // bfloat16 values of one token. A weight of zero times an infinity is NaN, and would reach queries that do not see
+  // the token. So a row that is not finite becomes zeros with a NaN scale, which only weights that are seen are
+  // multiplied with.
   static void value_halves(const Shape& shape, const Rows& rows, int64_t token, Unit* out, float* scale) {
     const __m256i infinity = _mm256_set1_epi32(0x7f800000);
     bool finite = true;

@@ -31,8 +31,8 @@ struct Isa : Avx512 {
     return _mm512_permutexvar_ps(_mm512_srli_epi32(lanes, shift), table);
   }
 
-  // sink(first, j, keys), for unit first + j, for the units of eight words or of those that are left; keys[s] are those of
-  // 16 tokens from token + 16 s.
+  // sink(first, j, keys), for unit first + j, for the units of eight words or of those that are left; keys[s] are those
+  // of 16 tokens from token + 16 s.
   template <int kSteps, class Sink>
   static void keys(const Shape& shape, const Rows& rows, int64_t token, int64_t first_word, Sink sink) {
     constexpr int kCodes = 8;
@@ -68,8 +68,9 @@ struct Isa : Avx512 {
     for (int j = 0; j < kCodesPerLane; ++j) sink(j, codes(lanes, j, table));
   }
 
-  // bfloat16 values of one token. A weight of zero times an infinity is NaN, and would reach queries that do not see the
-  // token. So a row that is not finite becomes zeros with a NaN scale, which only weights that are seen are multiplied with.
+  // bfloat16 values of one token. A weight of zero times an infinity is NaN, and would reach queries that do not see
+  // the token. So a row that is not finite becomes zeros with a NaN scale, which only weights that are seen are
+  // multiplied with.
   static void value_halves(const Shape& shape, const Rows& rows, int64_t token, Unit* out, float* scale) {
     bool finite = true;
     for (int64_t n = 0; n < shape.value_vectors; ++n) {

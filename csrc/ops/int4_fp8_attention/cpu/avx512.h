@@ -37,8 +37,8 @@ struct Avx512 {
     return static_cast<Mask>(below(last) & ~below(first));
   }
 
-  // 2^x for x <= 0: 2^floor(x) times a polynomial in the fraction, 1 + f (...) of degree 5, minimax in relative error on
-  // [0, 1): 8.3e-8, in float arithmetic 1.5e-7. Exact at integers; 0 for -inf; NaN for NaN.
+  // 2^x for x <= 0: 2^floor(x) times a polynomial in the fraction, 1 + f (...) of degree 5, minimax in relative error
+  // on [0, 1): 8.3e-8, in float arithmetic 1.5e-7. Exact at integers; 0 for -inf; NaN for NaN.
   static F exp2(F x) {
     const F f = _mm512_reduce_ps(x, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
     F y = set1(0x1.e974fap-10f);

@@ -35,8 +35,8 @@ struct Isa : Avx512 {
     return reinterpret_cast<U>(_mm512_permutexvar_epi16(_mm512_srli_epi16(halves, shift), table));
   }
 
-  // sink(first, j, keys), for unit first + j, for the units of eight words or of those that are left; keys[s] are those of
-  // 16 tokens from token + 16 s.
+  // sink(first, j, keys), for unit first + j, for the units of eight words or of those that are left; keys[s] are those
+  // of 16 tokens from token + 16 s.
   template <int kSteps, class Sink>
   static void keys(const Shape& shape, const Rows& rows, int64_t token, int64_t first_word, Sink sink) {
     __m512i words[kSteps][kWordsPerStep];
@@ -82,8 +82,8 @@ struct Isa : Avx512 {
     drop_nonfinite(shape, out, scales);
   }
 
-  // A weight of zero times an infinity is NaN, and would reach queries that do not see the token. So a value row that is
-  // not finite becomes zeros with a NaN scale, which only weights that are seen are multiplied with.
+  // A weight of zero times an infinity is NaN, and would reach queries that do not see the token. So a value row that
+  // is not finite becomes zeros with a NaN scale, which only weights that are seen are multiplied with.
   static void drop_nonfinite(const Shape& shape, Unit* pair, float* scales) {
     constexpr uint32_t kHalf[2] = {0x0000ffffu, 0xffff0000u};
     for (int i = 0; i < 2; ++i) {

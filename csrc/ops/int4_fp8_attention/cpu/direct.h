@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The two products for few rows of queries and an INT4 cache (decoding): codes are decoded into registers and multiplied
-// there. A panel would be written and read once for little reuse.
+// The two products for few rows of queries and an INT4 cache (decoding): codes are decoded into registers and
+// multiplied there. A panel would be written and read once for little reuse.
 #pragma once
 
 #include <array>

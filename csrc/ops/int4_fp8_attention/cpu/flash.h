@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// The walk that the vector levels share: tiles of keys, decoded once into panels, against strips of query rows, with the
-// online softmax. Isa is a type of the including file alone, so that no two levels share an instantiation; it gives the
-// vector type F, the panel unit, and how to decode keys and values.
+// The walk that the vector levels share: tiles of keys, decoded once into panels, against strips of query rows, with
+// the online softmax. Isa is a type of the including file alone, so that no two levels share an instantiation; it gives
+// the vector type F, the panel unit, and how to decode keys and values.
 #pragma once
 
 #include <algorithm>

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // The two matrix products of attention on panels: scores = (q k^T) times a scale per key, and sums = sums times a
-// correction per row + weights v. Blocks of kRows x kCols vectors stay in registers: every loop over one is unrolled, or
-// the compiler would keep the block in memory.
+// correction per row + weights v. Blocks of kRows x kCols vectors stay in registers: every loop over one is unrolled,
+// or the compiler would keep the block in memory.
 #pragma once
 
 #include <array>

@@ -13,7 +13,7 @@ namespace tilewright::int4_fp8_attention {
 //
 // Order of K along the depth: INT4 word c gives float units d = 8c .. 8c+7, or pair units (8c+j, 8c+4+j), j = 0..3;
 //                             a bfloat16 word gives its two elements in order.
-// Order of V across vectors:  INT4 vector 4b+j, lane i is d = 4 (b kLanes + i) + j, so that one shift of 16 codes yields
+// Order of V across vectors:  INT4 vector 4b+j, lane i is d = 4 (b kLanes + i) + j, so that one shift of 16 codes gives
 //                             one vector; bfloat16 vector n, lane i is d = n kLanes + i.
 struct Shape {
   CacheFormat format;
