@@ -40,6 +40,7 @@ format: $(VENV)/.ready  ## rewrite the sources in the project's style
 test: build lint  ## what CI runs
 	$(BIN)/tw fetch
 	$(ONE_THREAD) $(BIN)/python -m pytest -q
+	$(BIN)/tw reproduce --all --quick
 
 sanitize: build  ## the kernels' tests under the address and undefined-behaviour sanitizers
 	scripts/sanitize.sh
