@@ -84,6 +84,7 @@ def quantized_checkpoints(model: LanguageModel, effort: Effort, folder: Path) ->
 def table_methods(gguf: Path, checkpoints: dict[str, Path]) -> dict[str, Method]:
     """What each row of the table runs, in the order of the table."""
     fp8, int8 = {"act": "fp8", "kv_bits": 4}, {"act": "int8", "kv_bits": 4}
+    fp8_wide, int8_wide = fp8 | {"kv_bits": 16}, int8 | {"kv_bits": 16}
     scaled, unscaled = str(checkpoints["fireq"]), str(checkpoints["unscaled"])
     return {
         "torch float32": Method("torch", str(gguf), {"dtype": "float32"}),
@@ -91,6 +92,8 @@ def table_methods(gguf: Path, checkpoints: dict[str, Path]) -> dict[str, Method]
         "tilewright: own 4-bit weights, FP8 activations, INT4 KV": Method("tilewright", scaled, fp8),
         "tilewright: own 4-bit weights, INT8 activations, INT4 KV": Method("tilewright", scaled, int8),
         "tilewright: as the FP8 row, no RoPE-aware scaling": Method("tilewright", unscaled, fp8),
+        "tilewright: as the FP8 row, 16-bit KV": Method("tilewright", unscaled, fp8_wide),
+        "tilewright: as the INT8 row, 16-bit KV": Method("tilewright", unscaled, int8_wide),
         "llama.cpp, same file, 16-bit KV": Method("llama.cpp", str(gguf)),
     }
 

@@ -104,10 +104,10 @@ def test_a_failing_row_of_torch_or_ours_is_an_error(monkeypatch, runner):
 
 def test_the_table_has_every_row_that_was_asked_for():
     methods = demo.table_methods(Path("m.gguf"), {"fireq": Path("a"), "unscaled": Path("b")})
-    assert [method.runner for method in methods.values()] == ["torch", "torch", *["tilewright"] * 3, "llama.cpp"]
+    assert [method.runner for method in methods.values()] == ["torch", "torch", *["tilewright"] * 5, "llama.cpp"]
     options = [method.options for method in methods.values() if method.runner == "tilewright"]
-    assert [option["act"] for option in options] == ["fp8", "int8", "fp8"]
-    assert all(option["kv_bits"] == 4 for option in options)
+    assert [option["act"] for option in options] == ["fp8", "int8", "fp8", "fp8", "int8"]
+    assert [option["kv_bits"] for option in options] == [4, 4, 4, 16, 16]
     assert methods["tilewright: as the FP8 row, no RoPE-aware scaling"].model == "b"
 
 
