@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-HEAVY = ("transformers", "gguf", "safetensors", "rich", "typer", "matplotlib", "psutil", "tokenizers", "accelerate")
+HEAVY = ("transformers", "gguf", "safetensors", "rich", "typer", "matplotlib", "tokenizers", "accelerate")
 ENTRIES = (
     "tilewright",
     "tilewright.ops",
