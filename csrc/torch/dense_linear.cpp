@@ -138,6 +138,41 @@ Tensor bfloat16_linear(const Tensor& x, const Tensor& weight, int64_t out_featur
   return torch::stable::to(d.y, x.scalar_type());
 }
 
+// rows [index..., K] of a blob with n rows and k columns; copy(row, out) writes one.
+template <class Out, class Copy>
+Tensor gather(const Tensor& index, int64_t n, int64_t k, int64_t columns, ScalarType type, const char* op,
+              const Copy& copy) {
+  require_cpu(index, op, "index");
+  require_dtype(index, ScalarType::Long, op, "index");
+  require(columns == k, op, ": columns = ", columns, ", but weight was packed with K = ", k);
+  const Tensor flat = torch::stable::contiguous(index);
+  std::vector<int64_t> sizes(index.sizes().begin(), index.sizes().end());
+  sizes.push_back(k);
+  Tensor rows = empty_cpu(sizes, type);
+  for (int64_t i = 0; i < flat.numel(); ++i) {
+    const int64_t row = data<int64_t>(flat)[i];
+    require(row >= 0 && row < n, op, ": index holds ", row, ", the weight has rows 0 .. ", n - 1);
+    copy(row, mutable_data<Out>(rows) + i * k);
+  }
+  return rows;
+}
+
+Tensor int8_rows(const Tensor& weight, const Tensor& index, int64_t columns) {
+  constexpr const char* kOp = "int8_rows";
+  require_blob(weight, kOp);
+  const format::Int8View view = format::int8_view(weight.const_data_ptr(), weight.numel(), kOp);
+  return gather<float>(index, view.n, view.k, columns, ScalarType::Float, kOp,
+                       [&](int64_t row, float* out) { format::int8_row(view, row, out); });
+}
+
+Tensor bfloat16_rows(const Tensor& weight, const Tensor& index, int64_t columns) {
+  constexpr const char* kOp = "bfloat16_rows";
+  require_blob(weight, kOp);
+  const format::BFloat16View view = format::bfloat16_view(weight.const_data_ptr(), weight.numel(), kOp);
+  return gather<uint16_t>(index, view.n, view.k, columns, ScalarType::BFloat16, kOp,
+                          [&](int64_t row, uint16_t* out) { std::copy(view.row(row), view.row(row) + view.k, out); });
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(tilewright, m) {
@@ -145,6 +180,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tilewright, m) {
   m.def("bfloat16_pack(Tensor weight) -> Tensor");
   m.def("int8_linear(Tensor x, Tensor weight, SymInt out_features) -> Tensor");
   m.def("bfloat16_linear(Tensor x, Tensor weight, SymInt out_features) -> Tensor");
+  m.def("int8_rows(Tensor weight, Tensor index, SymInt columns) -> Tensor");
+  m.def("bfloat16_rows(Tensor weight, Tensor index, SymInt columns) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tilewright, CPU, m) {
@@ -152,6 +189,8 @@ STABLE_TORCH_LIBRARY_IMPL(tilewright, CPU, m) {
   m.impl("bfloat16_pack", TORCH_BOX(&bfloat16_pack));
   m.impl("int8_linear", TORCH_BOX(&int8_linear));
   m.impl("bfloat16_linear", TORCH_BOX(&bfloat16_linear));
+  m.impl("int8_rows", TORCH_BOX(&int8_rows));
+  m.impl("bfloat16_rows", TORCH_BOX(&bfloat16_rows));
 }
 
 }  // namespace tilewright::torch_adapter

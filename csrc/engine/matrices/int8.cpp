@@ -5,7 +5,7 @@
 namespace tilewright::engine {
 namespace {
 
-constexpr int64_t kBlocksPerItem = 8;
+constexpr int64_t kBlocksPerItem = 4;
 
 class Int8Matrix final : public Matrix {
  public:
@@ -38,15 +38,7 @@ class Int8Matrix final : public Matrix {
     int8_linear::kernels().blocks(problem, first * kBlocksPerItem, std::min(view_.blocks, last * kBlocksPerItem));
   }
 
-  void row(int64_t n, float* out) const override {
-    for (int64_t g = 0; g < view_.groups; ++g) {
-      const float scale = format::int8_scale(view_, n, g);
-      const int64_t last = std::min(view_.k, (g + 1) * format::Int8::kGroup);
-      for (int64_t k = g * format::Int8::kGroup; k < last; ++k) {
-        out[k] = static_cast<float>(format::int8_code(view_, n, k)) * scale;
-      }
-    }
-  }
+  void row(int64_t n, float* out) const override { format::int8_row(view_, n, out); }
 
  private:
   format::Int8View view_;

@@ -8,7 +8,7 @@
 
 namespace tilewright::int8_linear {
 
-// 16-row blocks [first, last) of the weight; blocks are independent.
+// 32-row blocks [first, last) of the weight; blocks are independent.
 using RunBlocks = void (*)(const Problem&, int64_t first, int64_t last);
 
 // One token: x[K] -> codes[2 Kp], group_sums[G]; returns the scale absmax/32512: 1 (with zero codes) for a token whose

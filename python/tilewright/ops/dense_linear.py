@@ -9,18 +9,12 @@ import torch
 from torch import Tensor
 
 from tilewright import _native
-from tilewright.formats.int8 import GROUP
 
 if TYPE_CHECKING:
     from tilewright.formats.int8 import Int8Weight
 
 _native.require()
 _ops = torch.ops.tilewright
-
-# csrc/format/{header,int8,bfloat16}.h
-_HEADER_BYTES, _CACHE_LINE = 64, 64
-_BLOCK_ROWS, _STEP_COLUMNS, _INT8_ZERO = 16, 4, 128
-_BFLOAT16_COLUMNS = 32
 
 
 def int8_pack(weight: Int8Weight) -> Tensor:
@@ -69,34 +63,16 @@ def int8_rows(blob: Tensor, index: Tensor, shape: tuple[int, int]) -> Tensor:
         shape: (N, K) of the weight.
 
     Raises:
-        IndexError: an index is outside 0 .. N-1.
+        RuntimeError: an index is outside 0 .. N-1, or the blob is not a packed INT8 weight of K columns.
     """
-    flat = _checked(index, shape[0], "int8_rows")
-    groups = -(-shape[1] // GROUP)
-    code_bytes, scale_bytes = groups * GROUP * _BLOCK_ROWS, groups * _BLOCK_ROWS * 2
-    block_bytes = code_bytes + -(-scale_bytes // _CACHE_LINE) * _CACHE_LINE
-    payload = blob[_HEADER_BYTES:].view(-1, block_bytes)
-    block, row = flat // _BLOCK_ROWS, flat % _BLOCK_ROWS
-    codes = payload[:, :code_bytes].unflatten(1, (-1, _BLOCK_ROWS, _STEP_COLUMNS))[block, :, row]
-    scales = payload[:, code_bytes : code_bytes + scale_bytes].view(torch.float16).unflatten(1, (-1, _BLOCK_ROWS))
-    values = (codes.reshape(-1, groups, GROUP).float() - _INT8_ZERO) * scales[block, :, row].float()[..., None]
-    return values.flatten(1)[:, : shape[1]].reshape(*index.shape, shape[1])
+    rows: Tensor = _ops.int8_rows(blob, index, shape[1])
+    return rows
 
 
 def bfloat16_rows(blob: Tensor, index: Tensor, shape: tuple[int, int]) -> Tensor:
     """Rows of a packed bfloat16 weight: bfloat16 `[*index.shape, K]`. Arguments and errors as for `int8_rows`."""
-    flat = _checked(index, shape[0], "bfloat16_rows")
-    padded = -(-shape[1] // _BFLOAT16_COLUMNS) * _BFLOAT16_COLUMNS
-    rows = blob[_HEADER_BYTES:].view(torch.bfloat16).view(-1, padded)[flat, : shape[1]]
-    return rows.reshape(*index.shape, shape[1])
-
-
-def _checked(index: Tensor, rows: int, op: str) -> Tensor:
-    flat = index.reshape(-1)
-    if flat.numel() and not 0 <= int(flat.min()) <= int(flat.max()) < rows:
-        low, high = int(flat.min()), int(flat.max())
-        raise IndexError(f"{op}: index holds {low} .. {high}, the weight has rows 0 .. {rows - 1}")
-    return flat
+    rows: Tensor = _ops.bfloat16_rows(blob, index, shape[1])
+    return rows
 
 
 @torch.library.register_fake("tilewright::int8_linear")
@@ -109,3 +85,15 @@ def _(x: Tensor, weight: Tensor, out_features: int) -> Tensor:
 def _(x: Tensor, weight: Tensor, out_features: int) -> Tensor:
     del weight
     return x.new_empty((*x.shape[:-1], out_features))
+
+
+@torch.library.register_fake("tilewright::int8_rows")
+def _(weight: Tensor, index: Tensor, columns: int) -> Tensor:
+    del weight
+    return index.new_empty((*index.shape, columns), dtype=torch.float32)
+
+
+@torch.library.register_fake("tilewright::bfloat16_rows")
+def _(weight: Tensor, index: Tensor, columns: int) -> Tensor:
+    del weight
+    return index.new_empty((*index.shape, columns), dtype=torch.bfloat16)

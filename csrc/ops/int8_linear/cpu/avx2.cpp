@@ -10,10 +10,10 @@ namespace {
 
 using format::Int8;
 
-constexpr int kQuarters = 4;   // a step is four times 4 rows x 4 columns
+constexpr int kQuarters = 4;  // a vector is four times 4 rows x 4 columns
 
 struct Sums {
-  __m256i quarter[kQuarters];   // [4 rows][2 column pairs]
+  __m256i quarter[kQuarters];  // [4 rows][2 column pairs]
 };
 
 // Rows' two column pairs added, in row order, as float: half 0 is rows 0..7, half 1 rows 8..15.
@@ -22,18 +22,20 @@ __m256 rows(const Sums& sums, int half) {
   return _mm256_cvtepi32_ps(_mm256_permute4x64_epi64(pairs, 0xd8));
 }
 
-void one(const Problem& p, int64_t b, int64_t m) {
+// 16 rows of a block, those of one vector, times one token.
+void one(const Problem& p, int64_t b, int vector, int64_t m) {
   const format::Int8View& w = p.weight;
-  const uint8_t* codes = w.block(b);
-  const auto* scales = w.scales(b);
+  const int64_t n = b * Int8::kRowsPerBlock + vector * Int8::kRowsPerVector;
   const auto* x = reinterpret_cast<const int16_t*>(p.x.codes) + m * w.padded_k();
   const __m256i zero = _mm256_set1_epi16(Int8::kZero);
   __m256 total[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
   for (int64_t g = 0; g < w.groups; ++g) {
+    const uint8_t* chunk = w.chunk(b, g);
+    const uint8_t* codes = chunk + vector * Int8::kBytesPerVector;
     Sums sums{};
-    for (int64_t s = g * Int8::kStepsPerGroup; s < (g + 1) * Int8::kStepsPerGroup; ++s) {
+    for (int64_t s = 0; s < Int8::kStepsPerGroup; ++s) {
       int64_t word;
-      std::memcpy(&word, x + s * Int8::kColsPerStep, sizeof(word));
+      std::memcpy(&word, x + g * Int8::kGroup + s * Int8::kColsPerStep, sizeof(word));
       const __m256i activation = _mm256_set1_epi64x(word);
       for (int q = 0; q < kQuarters; ++q) {
         const auto* at = reinterpret_cast<const __m128i*>(codes + s * Int8::kBytesPerStep + q * 16);
@@ -41,24 +43,26 @@ void one(const Problem& p, int64_t b, int64_t m) {
         sums.quarter[q] = _mm256_add_epi32(sums.quarter[q], _mm256_madd_epi16(weights, activation));
       }
     }
+    const uint8_t* scales = chunk + Int8::kScalesAt + vector * Int8::kRowsPerVector * 2;
     for (int half = 0; half < 2; ++half) {
-      const auto* at = reinterpret_cast<const __m128i*>(scales + g * Int8::kRowsPerBlock + half * 8);
+      const auto* at = reinterpret_cast<const __m128i*>(scales + half * 16);
       total[half] = _mm256_fmadd_ps(_mm256_cvtph_ps(_mm_loadu_si128(at)), rows(sums, half), total[half]);
     }
   }
   const __m256 scale = _mm256_set1_ps(p.x.scales[m]);
-  alignas(32) float out[Int8::kRowsPerBlock];
+  alignas(32) float out[Int8::kRowsPerVector];
   for (int half = 0; half < 2; ++half) _mm256_store_ps(out + half * 8, _mm256_mul_ps(total[half], scale));
-  const int64_t n = b * Int8::kRowsPerBlock;
-  std::memcpy(p.y + m * p.y_stride + n, out,
-              static_cast<size_t>(std::min<int64_t>(Int8::kRowsPerBlock, w.n - n)) * sizeof(float));
+  const int64_t valid = w.n - n < Int8::kRowsPerVector ? w.n - n : Int8::kRowsPerVector;
+  if (valid > 0) std::memcpy(p.y + m * p.y_stride + n, out, static_cast<size_t>(valid) * sizeof(float));
 }
 
 }  // namespace
 
 void blocks(const Problem& p, int64_t first, int64_t last) {
   for (int64_t b = first; b < last; ++b) {
-    for (int64_t m = 0; m < p.m; ++m) one(p, b, m);
+    for (int64_t m = 0; m < p.m; ++m) {
+      for (int vector = 0; vector < 2; ++vector) one(p, b, vector, m);
+    }
   }
 }
 
