@@ -83,6 +83,15 @@ class Dispenser {
   int shares_ = 0;
 };
 
+// Columns [0, width) of a row that is about to be written. Rows of a slot lie a token apart, which hardware prefetchers do
+// not follow.
+inline constexpr int64_t kRowsAhead = 8;
+inline void prefetch_columns(const float* row, int64_t width) {
+  constexpr int kForWriting = 1;
+  constexpr auto kFloatsPerLine = kCacheLine / static_cast<int64_t>(sizeof(float));
+  for (int64_t n = 0; n < width; n += kFloatsPerLine) __builtin_prefetch(row + n, kForWriting);
+}
+
 // Regions of one piece of memory, each starting on a cache line.
 class Carver {
  public:

@@ -50,6 +50,7 @@ class GatedLinear final : public Step {
       add_bias(gate, gate_bias_, first, width, stride);
       add_bias(up, up_bias_, first, width, stride);
       for (int64_t t = 0; t < rows_; ++t) {
+        prefetch_columns(call.slot_row(target_, std::min(t + kRowsAhead, rows_ - 1)) + first, width);
         multiply(gate + t * stride, up + t * stride, width, call.slot_row(target_, t) + first);
       }
     }

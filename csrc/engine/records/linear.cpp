@@ -79,6 +79,7 @@ class Linear final : public Step {
     for (int64_t t = 0; t < rows_; ++t) {
       const float* sum = sums + t * matrix.rows_per_item;
       float* row = target + t * stride + first;
+      prefetch_columns(target + std::min(t + kRowsAhead, rows_ - 1) * stride + first, width);
       if (output.bias == nullptr) {
         for (int64_t n = 0; n < width; ++n) row[n] += sum[n];
       } else {
