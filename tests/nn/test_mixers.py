@@ -3,15 +3,16 @@
 
 from __future__ import annotations
 
-import copy
+import subprocess
+import sys
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tilewright.nn import MixerCache, SlidingWindowAttention, SoftmaxAttention, mixers
-from tilewright.nn.mixer import Mixer
+from tilewright.nn import MixerCache, SlidingWindowAttention, mixers
 from tilewright.nn.norms import GatedRMSNorm, RMSNorm, SimpleRMSNorm
+from tilewright.reference import linear_attention as oracle
 
 HIDDEN, HEADS = 24, 2
 CASES = {
@@ -38,6 +39,7 @@ CASES = {
     "softmax-grouped": ("softmax", {"num_kv_heads": 1, "qk_norm": True, "rope_theta": None}),
     "sliding_window": ("sliding_window", {"window_size": 4}),
 }
+RECURRENT = [case for case, (name, _) in CASES.items() if name not in ("softmax", "sliding_window")]
 # The bound that the study's specification sets for float64; these are a few hundred sums of numbers of order 1.
 EXACT = 1e-10
 
@@ -96,22 +98,47 @@ def test_single_precision_decodes_as_it_prefills(case):
     close(torch.cat(steps, 1), whole[:, 20:], 1e-4)
 
 
-def test_chunk_form_equals_the_steps_in_values_and_gradients(case):
-    chunk = make(case)
-    if not isinstance(chunk, Mixer):
-        pytest.skip("softmax attention has one form")
-    steps = copy.deepcopy(chunk)
-    chunk.mode, steps.mode = "chunk", "recurrent"
-    results = []
-    for mixer in (chunk, steps):
-        torch.manual_seed(1)
-        x = inputs(2, 13).requires_grad_()
-        y, _, _ = mixer(x, **options_of(mixer))
-        (y * torch.randn_like(y)).sum().backward()
-        results.append([y.detach(), x.grad, *(p.grad for p in mixer.parameters())])
-    for got, need in zip(*results, strict=True):
-        close(got, need)
-    assert all(gradient.abs().sum() > 0 for gradient in results[0])
+def by_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The operators' functions over the step-by-step oracles of the recurrences, whose gradients are autograd's."""
+
+    def linear(q, k, v, *, output_final_state=False, mode="chunk", **options):
+        o, state = oracle.recurrence(q, k, v, **options)
+        return o.to(v.dtype), state if output_final_state else None
+
+    def hgrn(x, g, initial_state=None, output_final_state=False, cu_seqlens=None):
+        h, state = oracle.hgrn_recurrence(x, g, initial_state=initial_state, cu_seqlens=cu_seqlens)
+        return h.to(x.dtype), state if output_final_state else None
+
+    for module in ("delta_rule", "gated_linear_attention", "lightning_attention"):
+        monkeypatch.setattr(f"tilewright.ops.{module}.linear_attention", linear)
+    monkeypatch.setattr("tilewright.ops.chunk_hgrn", hgrn)
+    monkeypatch.setattr("tilewright.ops.fused_recurrent_hgrn", hgrn)
+
+
+@pytest.mark.parametrize("mode", ["chunk", "recurrent"])
+@pytest.mark.parametrize("case", RECURRENT)
+def test_equals_the_steps_in_values_gradients_and_states(case, mode, monkeypatch):
+    mixer = make(case)
+    mixer.mode = mode
+    weights, start = inputs(2, 37), inputs(2, 5)
+
+    def run() -> list[Tensor]:
+        x, cache = inputs(2, 37).requires_grad_(), MixerCache()
+        with torch.no_grad():
+            mixer(start, past_key_values=cache, **options_of(mixer))
+        mixer.zero_grad()
+        y, _, _ = mixer(x, past_key_values=cache, **options_of(mixer))
+        (y * weights).sum().backward()
+        gradients = [p.grad.clone() for p in mixer.parameters()]
+        return [y.detach(), cache[1]["recurrent_state"].detach(), x.grad, *gradients]
+
+    torch.manual_seed(1)
+    got = run()
+    by_steps(monkeypatch)
+    torch.manual_seed(1)
+    for ours, need in zip(got, run(), strict=True):
+        close(ours, need)
+    assert all(tensor.abs().sum() > 0 for tensor in got)
 
 
 @pytest.mark.parametrize("lengths", [[5, 9], [1, 0, 3, 0], [14], [0, 2]])
@@ -139,9 +166,9 @@ def test_left_padding_changes_nothing(case):
         close(z[row : row + 1], mixer(step[row : row + 1], past_key_values=own, **options_of(mixer))[0])
 
 
+# A sliding window counts columns, as its documentation says.
+@pytest.mark.parametrize("case", [case for case in CASES if case != "sliding_window"])
 def test_padding_on_the_right_leaves_the_state_of_the_last_token(case):
-    if case == "sliding_window":
-        pytest.skip("a window counts columns, as its documentation says")
     mixer, x = make(case), inputs(2, 9)
     mask = torch.ones(2, 9, dtype=torch.int64)
     mask[1, 4:] = 0
@@ -297,5 +324,7 @@ def test_packed_sequences_come_alone(case, extra):
         make(case, torch.float32)(torch.zeros(1, 4, HIDDEN), cu_seqlens=torch.tensor([0, 4]), **extra)
 
 
-def test_softmax_is_no_recurrence():
-    assert not isinstance(SoftmaxAttention(HIDDEN, HEADS), Mixer)
+def test_listing_the_mixers_brings_no_optional_package():
+    code = "from tilewright.nn import mixers; mixers.discover(); import sys; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert {"transformers", "safetensors", "matplotlib", "scipy"}.isdisjoint(done.stdout.split())
