@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from tilewright.ops.sequence import piece
+
 Rule = Literal["additive", "delta"]
 Mode = Literal["chunk", "recurrent"]
 
@@ -26,6 +28,21 @@ def linear_attention(
     cu_seqlens: Tensor | None = None,
     mode: Mode = "chunk",
 ) -> tuple[Tensor, Tensor | None]:
+    if (here := piece()) is not None:
+        return here.linear_attention(  # type: ignore[no-any-return]
+            linear_attention,
+            q,
+            k,
+            v,
+            beta=beta,
+            g=g,
+            rule=rule,
+            scale=scale,
+            initial_state=initial_state,
+            output_final_state=output_final_state,
+            cu_seqlens=cu_seqlens,
+            mode=mode,
+        )
     from tilewright.reference.linear_attention import recurrence
 
     o, state = recurrence(
