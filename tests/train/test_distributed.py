@@ -62,7 +62,9 @@ def distance(one: dict, two: dict, key: str) -> float:
     if key == "weights":
         flat = [torch.cat([w.double().flatten() for w in each["weights"].values()]) for each in (one, two)]
         return float((flat[0] - flat[1]).norm() / flat[1].norm())
-    return float((torch.tensor(one[key], dtype=torch.float64) - torch.tensor(two[key], dtype=torch.float64)).abs().max())
+    return float(
+        (torch.tensor(one[key], dtype=torch.float64) - torch.tensor(two[key], dtype=torch.float64)).abs().max()
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -76,9 +76,7 @@ class DeltaBlock(nn.Module):
         qkv = F.silu(self.conv(torch.cat([before, qkv], 1).transpose(1, 2))).transpose(1, 2)
         q, k, v = (y.unflatten(-1, (self.heads, -1)) for y in qkv.chunk(3, -1))
         beta, g = gates.chunk(2, -1)
-        o, _ = ops.chunk_gated_delta_rule(
-            q, k, v, F.logsigmoid(g), torch.sigmoid(beta), use_qk_l2norm_in_kernel=True
-        )
+        o, _ = ops.chunk_gated_delta_rule(q, k, v, F.logsigmoid(g), torch.sigmoid(beta), use_qk_l2norm_in_kernel=True)
         return self.out(o.flatten(2))
 
 

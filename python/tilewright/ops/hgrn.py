@@ -16,14 +16,8 @@ def chunk_hgrn(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     if (here := piece()) is not None:
-        return here.hgrn(  # type: ignore[no-any-return]
-            chunk_hgrn,
-            x,
-            g,
-            initial_state=initial_state,
-            output_final_state=output_final_state,
-            cu_seqlens=cu_seqlens,
-        )
+        options = {"output_final_state": output_final_state, "cu_seqlens": cu_seqlens}
+        return here.hgrn(chunk_hgrn, x, g, initial_state=initial_state, **options)
     from tilewright.reference.linear_attention import hgrn_recurrence
 
     h, state = hgrn_recurrence(x, g, initial_state=initial_state, cu_seqlens=cu_seqlens)

@@ -14,6 +14,10 @@ from typing import Any, Protocol
 from torch import Tensor
 
 
+StateResult = tuple[Tensor, "Tensor | None"]
+Operator = Callable[..., StateResult]
+
+
 class SequencePiece(Protocol):
     """This process' stretch of time among those that hold the same rows, in order. All methods are differentiable."""
 
@@ -26,10 +30,10 @@ class SequencePiece(Protocol):
     def until_here(self, x: Tensor) -> Tensor:
         """The tokens of all pieces up to and including this one, [B, offset + T, ...]. x: [B, T, ...]."""
 
-    def linear_attention(self, engine: Callable[..., Any], q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Any:
+    def linear_attention(self, engine: Operator, q: Tensor, k: Tensor, v: Tensor, **options: Any) -> StateResult:
         """The operator over the whole sequences: output of this piece, final state of the last one."""
 
-    def hgrn(self, engine: Callable[..., Any], x: Tensor, g: Tensor, **options: Any) -> Any:
+    def hgrn(self, engine: Operator, x: Tensor, g: Tensor, **options: Any) -> StateResult:
         """The element-wise recurrence over the whole sequences: output of this piece, final state of the last one."""
 
 
