@@ -113,7 +113,7 @@ def remember(
 
 
 def padding_first(real: Tensor) -> Tensor | None:
-    """The order int64 [B, T] that puts each row's padding before its tokens and keeps theirs; None: it is so already."""
+    """Order int64 [B, T] that puts each row's padding before its tokens and keeps theirs; None: it is so already."""
     if not bool((real[:, :-1] & ~real[:, 1:]).any()):
         return None
     return real.to(torch.uint8).argsort(dim=1, stable=True)
