@@ -56,9 +56,9 @@ def _centred_ranks(values: Tensor, seen: Tensor) -> Tensor:
     ordered = values.sort(-1).values
     below = torch.searchsorted(ordered, values.contiguous())
     upto = torch.searchsorted(ordered, values.contiguous(), right=True)
-    ranks = (below + upto - 1) / 2.0
+    ranks = (below + upto - 1).double() / 2
     count = seen.sum(-1, keepdim=True)
-    return torch.where(seen, ranks - (count - 1) / 2.0, 0.0)
+    return torch.where(seen, ranks - (count - 1).double() / 2, 0.0)
 
 
 def _square(x: Tensor, name: str) -> None:

@@ -201,7 +201,9 @@ def _orthogonal_directions(count: int, dim: int, seed: int) -> Tensor:
     blocks = []
     for start in range(0, count, dim):
         square = torch.randn(dim, dim, generator=generator, dtype=torch.float64)
-        blocks.append(torch.linalg.qr(square).Q[: min(dim, count - start)])
+        basis, triangle = torch.linalg.qr(square)
+        # With a positive diagonal the factorization is unique and its basis uniformly distributed.
+        blocks.append((basis * triangle.diagonal().sign())[: min(dim, count - start)])
     lengths = torch.randn(count, dim, generator=generator, dtype=torch.float64).norm(dim=-1, keepdim=True)
     return (torch.cat(blocks) * lengths).float()
 
