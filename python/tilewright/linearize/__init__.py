@@ -3,8 +3,9 @@
 
 A method is a subpackage with an attribute ``METHOD`` (:class:`Method`); :func:`methods` finds them. What all of them
 share lives here: replacing the attention of chosen layers (:mod:`tilewright.linearize.conversion`), the replaced module
-and its cache (:mod:`~tilewright.linearize.attention`, :mod:`~tilewright.linearize.cache`), batches of real text
-(:mod:`~tilewright.linearize.text`) and folders that hold a converted model (:mod:`~tilewright.linearize.checkpoint`).
+and its cache (:mod:`~tilewright.linearize.attention`, :mod:`~tilewright.linearize.cache`), real text
+(:mod:`~tilewright.linearize.text`), tuning by adapters (:mod:`~tilewright.linearize.tuning`) and folders that hold a
+converted model (:mod:`~tilewright.linearize.checkpoint`).
 """
 
 from __future__ import annotations
@@ -16,15 +17,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable
     from pathlib import Path
 
-    from torch import Tensor, nn
+    from torch import nn
     from transformers import PreTrainedModel
 
     from tilewright.linearize.attention import ConvertedAttention
     from tilewright.linearize.checkpoint import LinearizedModel, is_linearized, load, save
     from tilewright.linearize.conversion import Linearization, convert, layers_to_convert, linearization
+    from tilewright.linearize.tuning import Batches
 
 __all__ = [
     "ConvertedAttention",
@@ -47,14 +49,14 @@ class Train(Protocol):
     """Every method's recipe: trains a converted model in place and returns what it measured (JSON values).
 
     teacher: the model before conversion, for methods that imitate it; it is not changed.
-    batches: token ids int64 [B, T], as many as the recipe takes; an iterator may be endless.
+    batches: the batch of a number, inputs and labels int64 [B, T] (:class:`tilewright.data.bytes.ByteWindows`).
     directory: where to keep what an interrupted training needs to go on, and to look for it; None: nowhere.
     """
 
     def __call__(
         self,
         model: PreTrainedModel,
-        batches: Iterable[Tensor],
+        batches: Batches,
         recipe: Any,
         *,
         teacher: PreTrainedModel | None = None,

@@ -124,11 +124,12 @@ class ConvertedAttention(nn.Module):
             state = state_layer(cache, self.layer_idx)
         real = real_tokens(attention_mask, hidden_states.shape[1])
         order = None if real is None else padding_first(real)
-        rows = (*self.project(hidden_states), *position_embeddings)
+        rows: tuple[Tensor, ...] = (*self.project(hidden_states), *position_embeddings)
         if order is not None and real is not None:
             real = take(real, order)
             rows = tuple(take(x.expand(len(order), *x.shape[1:]), order) for x in rows)
-        out = self.attend(*rows, real, state)
+        q, k, v, cos, sin = rows
+        out = self.attend(q, k, v, cos, sin, real, state)
         out = out if order is None else put_back(out, order)
         return self.o_proj(out.flatten(2).to(hidden_states.dtype)), None
 

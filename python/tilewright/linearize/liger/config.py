@@ -24,8 +24,8 @@ class LigerConfig:
     pool: "identity": the gate logit of a channel is that channel of the key. A number p: averages over the p equal
         groups of a head's channels, each repeated for its group ("gla", "hgrn2") or taken as one of p slots ("gsa").
     normalize: divide the recurrent branch by q . z, z the decayed sum of keys. Not in the paper; not for "gsa".
-    gate: "key" (the method), or what its ablation compares: "random" (a fixed random projection of the layer's input
-        of the same size), "none" (no decay).
+    gate: "key" (the method), or what its ablation compares: "random" (a fixed random projection of the key), "none" (no
+        decay).
 
     Raises:
         ValueError: a field has a value that is not allowed; the message names it.

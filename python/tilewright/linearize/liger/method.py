@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tilewright.linearize.cache import StateLayer
+    from tilewright.linearize.tuning import Batches
 
 _STATES = ("recurrent_state", "slot_keys")
 
@@ -100,9 +101,9 @@ class LigerAttention(ConvertedAttention):
 
     def _random_gate(self) -> Tensor:
         """For the ablation: a fixed random map of each head's key to gate logits of the same mean square."""
-        generator = torch.Generator().manual_seed(self.layer_idx)
+        generator = torch.Generator("cpu").manual_seed(self.layer_idx)
         shape = (self.num_key_value_heads, self.head_dim, self.head_dim)
-        matrix = torch.randn(shape, generator=generator) * self.head_dim**-0.5
+        matrix = torch.randn(shape, generator=generator, device="cpu") * self.head_dim**-0.5
         return matrix.to(self.k_proj.weight.device)
 
     def gate_logits(self, k: Tensor) -> Tensor:
@@ -115,7 +116,9 @@ class LigerAttention(ConvertedAttention):
         self, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, real: Tensor | None, state: StateLayer | None
     ) -> Tensor:
         """:func:`liger_attention` with the key as gate."""
-        return liger_attention(q, k, v, self.gate_logits(k), cos=cos, sin=sin, config=self.liger, real=real, state=state)
+        return liger_attention(
+            q, k, v, self.gate_logits(k), cos=cos, sin=sin, config=self.liger, real=real, state=state
+        )
 
     def extra_repr(self) -> str:
         """Settings that differ from the defaults' names."""
@@ -154,14 +157,12 @@ def convert_to_liger(
         ValueError: as for :func:`tilewright.linearize.convert` and :class:`LigerConfig`.
     """
     config = LigerConfig(variant, window_size, alpha, beta, gate_logit_normalizer, pool, normalize)
-    return convert(
-        model, "liger", config, layers=layers, keep=softmax_layers, keep_every=every, inplace=inplace
-    )
+    return convert(model, "liger", config, layers=layers, keep=softmax_layers, keep_every=every, inplace=inplace)
 
 
 def finetune(
     model: PreTrainedModel,
-    batches: Iterable[Tensor],
+    batches: Batches,
     recipe: LigerRecipe | None = None,
     *,
     teacher: PreTrainedModel | None = None,
@@ -172,7 +173,7 @@ def finetune(
 
     Args:
         model: converted; its weights are changed.
-        batches: token ids int64 [B, T], at least ``recipe.steps`` of them.
+        batches: the batch of a number, inputs and labels int64 [B, T] (``tilewright.data.bytes.ByteWindows``).
         teacher: not used; the recipe is one stage without imitation.
         directory: where an interrupted training keeps its adapters and optimizer, and goes on from.
 
@@ -180,7 +181,7 @@ def finetune(
         steps, tokens and the loss (nats per token) of each step.
 
     Raises:
-        ValueError: too few batches, or a loss that is not finite.
+        ValueError: a loss is not finite.
     """
     del teacher
     from tilewright.linearize.tuning import tune_lora

@@ -131,9 +131,7 @@ def _read(
     state: Tensor | None = None
     for head in range(q.shape[3]):
         wanted = final and head == 0
-        y, last = run(
-            q[:, :, :, head], k, v, g, scale=1.0, initial_state=initial, output_final_state=wanted
-        )
+        y, last = run(q[:, :, :, head], k, v, g, scale=1.0, initial_state=initial, output_final_state=wanted)
         outs.append(y)
         state = last if wanted else state
     return torch.stack(outs, 3), outs[0].new_empty(0) if state is None else state
@@ -162,7 +160,7 @@ def slot_scores(
     Returns:
         scores [B, T, H_kv, G, m] and the state [B, H_kv, m, D] after the last token.
     """
-    batch, tokens, heads, groups, dim = q.shape
+    batch, tokens, heads, _, dim = q.shape
     count = -(-tokens // chunk)
     short = count * chunk - tokens
 
