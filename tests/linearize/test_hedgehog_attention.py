@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Feature maps against their formulas; chunk, recurrent, bidirectional and windowed attention against T x T matrices."""
+"""Feature maps against their formulas; every form of attention against T x T matrices."""
 
 from __future__ import annotations
+
+import itertools
 
 import pytest
 import torch
@@ -185,9 +187,7 @@ def test_nothing_to_attend_to():
     q, k, v = inputs(0)
     phi_q, phi_k = maps()
     for causal in (True, False):
-        o, state = hedgehog_attention(
-            q, k, v, phi_q=phi_q, phi_k=phi_k, causal=causal, output_final_state=True
-        )
+        o, state = hedgehog_attention(q, k, v, phi_q=phi_q, phi_k=phi_k, causal=causal, output_final_state=True)
         assert o.shape == (2, 0, 4, 5)
         assert torch.equal(state, torch.zeros(2, 4, 16, 6, dtype=torch.float64))
     o, _ = windowed_hedgehog_attention(q, k, v, phi_q=phi_q, phi_k=phi_k, mix=torch.ones(4), window=3)
@@ -218,7 +218,7 @@ def test_packed_sequences_equal_single_ones(causal):
     o, state = hedgehog_attention(
         q, k, v, phi_q=phi_q, phi_k=phi_k, causal=causal, cu_seqlens=torch.tensor(offsets), output_final_state=True
     )
-    for n, (first, last) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for n, (first, last) in enumerate(itertools.pairwise(offsets)):
         cut = (x[:, first:last] for x in (q, k, v))
         alone, end = hedgehog_attention(*cut, phi_q=phi_q, phi_k=phi_k, causal=causal, output_final_state=True)
         torch.testing.assert_close(o[:, first:last], alone, rtol=0, atol=1e-12)
@@ -263,7 +263,8 @@ def test_low_precision_and_strided_inputs_are_taken():
     phi_q, phi_k = maps(dtype=torch.float32)
     strided = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v)]
     torch.testing.assert_close(
-        hedgehog_attention(*strided, phi_q=phi_q, phi_k=phi_k)[0], hedgehog_attention(q, k, v, phi_q=phi_q, phi_k=phi_k)[0]
+        hedgehog_attention(*strided, phi_q=phi_q, phi_k=phi_k)[0],
+        hedgehog_attention(q, k, v, phi_q=phi_q, phi_k=phi_k)[0],
     )
     for dtype in (torch.bfloat16, torch.float16):
         low = [x.to(dtype) for x in (q, k, v)]
@@ -354,8 +355,8 @@ def test_wrong_shapes_are_named(change, word):
         hedgehog_attention(**given, phi_q=phi, phi_k=phi)
     with pytest.raises(ValueError, match=word):
         windowed_hedgehog_attention(**given, phi_q=phi, phi_k=phi, mix=torch.ones(4), window=2)
+    q, k, v = inputs(4)
     with pytest.raises(ValueError, match="window"):
-        q, k, v = inputs(4)
         windowed_hedgehog_attention(q, k, v, phi_q=phi, phi_k=phi, mix=torch.ones(4), window=0)
 
 

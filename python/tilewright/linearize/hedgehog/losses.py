@@ -7,7 +7,6 @@ attention does.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -248,10 +247,8 @@ def _row_losses(
         log_p = tile.logits - lse[..., None]
         p = log_p.exp()
         a = tile.products / denominator[..., None]
-        kept = a > SMALLEST_WEIGHT
-        log_a = a.log().where(kept, math.log(SMALLEST_WEIGHT))
-        loss -= (p * log_a).sum(-1)
-        mass += (p * kept).sum(-1)
+        loss -= (p * a.clamp_min(SMALLEST_WEIGHT).log()).sum(-1)
+        mass += (p * (a > SMALLEST_WEIGHT)).sum(-1)
         if minus_entropy:
             loss += (p * log_p.where(p > 0, 0.0)).sum(-1)
     return loss, mass
