@@ -20,6 +20,9 @@ CAP = {torch.float16: 10.0, torch.bfloat16: 10.0, torch.float32: 15.0, torch.flo
 """Largest |y| that the plain exponential sees, by dtype of the input."""
 
 
+_KEY_GAIN, _LARGEST_EXPONENT = 30.0, 80.0  # of Performer's keys; exp(80) a million times still is a float32
+
+
 class FeatureMap(nn.Module):
     """What attention needs to know of a map.
 
@@ -160,8 +163,9 @@ class PerformerFeatureMap(FeatureMap):
     """Positive random features of the softmax kernel (Performer, arXiv 2009.14794, lemma 1).
 
     ``phi(x)_m = exp(w_m . u - |u|^2 / 2) M^-1/2`` with ``u = D^-1/4 x`` and w_m normal, orthogonal within blocks of D,
-    so that the mean of ``phi(q) . phi(k)`` over draws of w is ``exp(q . k D^-1/2)``. A factor that all keys share is
-    divided out to stay within range, and one of its own of every query; both cancel in normalised weights.
+    so that the mean of ``phi(q) . phi(k)`` over draws of w is ``exp(q . k D^-1/2)``. Every query's features are divided
+    by their largest, and those of keys, which long keys make tiny, multiplied by ``exp(30)`` to stay far above the eps
+    of a denominator; both factors cancel in normalised weights.
 
     Args:
         head_dim: D. num_features: M, 2 D unless given (the size of Hedgehog's features).
@@ -190,9 +194,11 @@ class PerformerFeatureMap(FeatureMap):
     def forward(self, x: Tensor) -> Tensor:
         u = self._checked(x) * self.head_dim**-0.25
         exponent = u @ self.directions.to(u.dtype).T - u.square().sum(-1, keepdim=True) / 2
-        own = (-1,) if self.role == "query" else tuple(d for d in range(exponent.dim()) if d != exponent.dim() - 2)
-        shift = exponent.detach().amax(own, keepdim=True) if exponent.numel() else exponent.new_zeros(())
-        return (exponent - shift).exp() * self.feature_size**-0.5
+        if self.role == "query":
+            exponent = exponent - exponent.detach().amax(-1, keepdim=True)
+        else:
+            exponent = (exponent + _KEY_GAIN).clamp_max(_LARGEST_EXPONENT)
+        return exponent.exp() * self.feature_size**-0.5
 
 
 def _orthogonal_directions(count: int, dim: int, seed: int) -> Tensor:
