@@ -1,0 +1,42 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A linear layer with one weight a memory."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class GroupedLinear(nn.Module):
+    """`y_r = x_r W_{m(r)}^T + b_{m(r)}` for rows sorted by memory m: one matrix product a memory that has rows.
+
+    Args:
+        groups: M. in_features, out_features: of each weight. bias: with `[M, out_features]`, zero at first.
+    """
+
+    def __init__(self, groups: int, in_features: int, out_features: int, *, bias: bool = False) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(groups, out_features, in_features))
+        self.bias = nn.Parameter(torch.zeros(groups, out_features)) if bias else None
+        for one in self.weight:
+            nn.init.xavier_uniform_(one, gain=2**-2.5)
+
+    def forward(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
+        """rows `[R, in]`, the first sizes[0] of memory 0 and so on, to `[R, out]`."""
+        parts, start = [], 0
+        for group, size in enumerate(sizes):
+            if size:
+                bias = None if self.bias is None else self.bias[group]
+                parts.append(F.linear(rows[start : start + size], self.weight[group], bias))
+            start += size
+        if not parts:
+            # Still a function of the weight, so that its gradient is zero and not absent.
+            return F.linear(rows, self.weight[0])
+        return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def extra_repr(self) -> str:
+        groups, out_features, in_features = self.weight.shape
+        return f"groups={groups}, in_features={in_features}, out_features={out_features}, bias={self.bias is not None}"
