@@ -7,6 +7,8 @@ with :mod:`tilewright.nn.mom` or the operators.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -83,3 +85,94 @@ def mixture_of_memories(
         finals.append(torch.stack(states))
     o = torch.stack(outputs).unflatten(0, (batch, tokens)) if outputs else v.new_zeros(batch, tokens, heads, v.shape[-1])
     return o, torch.stack(finals)
+
+
+def mom_layer(
+    x: Tensor,
+    weights: Mapping[str, Tensor],
+    *,
+    num_heads: int,
+    topk: int,
+    op: str = "gated_delta_rule",
+    shared: bool = True,
+    norm_eps: float = 1e-5,
+    attention_mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The whole layer, one token and one memory after another (arXiv 2502.13685, section 3).
+
+    Every memory keeps the last inputs of its own short convolution. The always-on memory is the last one.
+
+    Args:
+        x: `[B, T, D]`.
+        weights: by the parameter names of :class:`tilewright.nn.MomAttention`; without ``*_conv1d`` no convolution,
+            with two-dimensional ``k_proj.weight`` all memories share their projections.
+        op: as in :func:`tilewright.nn.mom.mom_attention`.
+        attention_mask: `[B, T]`, 0 for padding, which writes nothing and gives 0.
+
+    Returns:
+        out `[B, T, D]` and the final states `[B, M, H, K, V]`, the always-on memory last.
+    """
+    outputs, finals = [], []
+    for b in range(x.shape[0]):
+        memories = _Memories(weights, num_heads, op, shared)
+        for t in range(x.shape[1]):
+            if attention_mask is not None and not attention_mask[b, t]:
+                outputs.append(torch.zeros_like(x[b, t]))
+                continue
+            # Python's sort is stable in reverse too: of equal probabilities the lower index comes first.
+            p = torch.softmax(weights["router.weight"] @ x[b, t], 0)
+            chosen = sorted(range(p.numel()), key=p.tolist().__getitem__, reverse=True)[:topk]
+            total = sum(p[m] for m in chosen)
+            read = sum(p[m] / total * memories.step(m, x[b, t]) for m in chosen)
+            if shared:
+                read = read + memories.step(p.numel(), x[b, t])
+            gate = (weights["g_proj.weight"] @ x[b, t]).unflatten(0, (num_heads, -1))
+            scaled = read * torch.rsqrt((read * read).mean(-1, keepdim=True) + norm_eps) * weights["o_norm.weight"]
+            outputs.append(weights["o_proj.weight"] @ (scaled * gate * torch.sigmoid(gate)).flatten())
+        finals.append(torch.stack(memories.states))
+    out = torch.stack(outputs).unflatten(0, x.shape[:2]) if outputs else torch.zeros_like(x)
+    return out, torch.stack(finals)
+
+
+class _Memories:
+    """The states of one sequence's memories and the last inputs of their convolutions."""
+
+    def __init__(self, weights: Mapping[str, Tensor], heads: int, op: str, shared: bool) -> None:
+        self.weights, self.heads, self.op = weights, heads, op
+        count = weights["router.weight"].shape[0] + shared
+        key_size, value_size = self._of("q_proj", 0).shape[0] // heads, self._of("v_proj", 0).shape[0] // heads
+        self.states = [weights["q_proj.weight"].new_zeros(heads, key_size, value_size) for _ in range(count)]
+        self.past: list[dict[str, list[Tensor]]] = [{"q": [], "k": [], "v": []} for _ in range(count)]
+
+    def _of(self, name: str, m: int) -> Tensor:
+        weight = self.weights[f"{name}.weight"]
+        return weight[m] if weight.dim() == 3 else weight
+
+    def step(self, m: int, x: Tensor) -> Tensor:
+        """Write x to memory m and read it: `scale S^T q`, `[H, V]`."""
+        q, k, v = (self._convolved(name, m, self._of(f"{name}_proj", m) @ x) for name in ("q", "k", "v"))
+        beta = torch.sigmoid(self._of("b_proj", m) @ x) if "delta" in self.op else None
+        if beta is not None:
+            q, k = (y * torch.rsqrt((y * y).sum(-1, keepdim=True) + 1e-6) for y in (q, k))
+        self.states[m] = memory_step(self.states[m], k, v, self._decay(m, x), beta)
+        return q.shape[-1] ** -0.5 * torch.einsum("hkv,hk->hv", self.states[m], q)
+
+    def _convolved(self, name: str, m: int, y: Tensor) -> Tensor:
+        kernel = self.weights.get(f"{name}_conv1d.weight")
+        if kernel is not None:
+            past = self.past[m][name]
+            past.append(y)
+            taps = kernel.reshape(y.shape[0], -1)
+            y = sum(taps[:, -1 - lag] * past[-1 - lag] for lag in range(min(taps.shape[1], len(past))))
+            y = y * torch.sigmoid(y)
+        return y.unflatten(0, (self.heads, -1))
+
+    def _decay(self, m: int, x: Tensor) -> Tensor | None:
+        if self.op == "gated_delta_rule":
+            logits = self._of("a_proj", m) @ x + self.weights["dt_bias"]
+            return -self.weights["A_log"].exp() * torch.nn.functional.softplus(logits)
+        if self.op == "gla":
+            bias = self.weights["gk_up_proj.bias"]
+            logits = self._of("gk_up_proj", m) @ (self._of("gk_down_proj", m) @ x) + (bias[m] if bias.dim() == 2 else bias)
+            return (torch.nn.functional.logsigmoid(logits) / 16).unflatten(0, (self.heads, -1))
+        return None

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+XAVIER_GAIN = 2**-2.5
+
 
 class GroupedLinear(nn.Module):
     """`y_r = x_r W_{m(r)}^T + b_{m(r)}` for rows sorted by memory m: one matrix product a memory that has rows.
@@ -21,8 +23,14 @@ class GroupedLinear(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(groups, out_features, in_features))
         self.bias = nn.Parameter(torch.zeros(groups, out_features)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self, generator: torch.Generator | None = None) -> None:
+        """Each weight Xavier uniform with gain 2^-2.5 (the reference's), bias 0."""
         for one in self.weight:
-            nn.init.xavier_uniform_(one, gain=2**-2.5)
+            nn.init.xavier_uniform_(one, gain=XAVIER_GAIN, generator=generator)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
 
     def forward(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         """rows `[R, in]`, the first sizes[0] of memory 0 and so on, to `[R, out]`."""
