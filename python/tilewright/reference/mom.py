@@ -104,8 +104,8 @@ def mom_layer(
 
     Args:
         x: `[B, T, D]`.
-        weights: by the parameter names of :class:`tilewright.nn.MomAttention`; without ``*_conv1d`` no convolution,
-            with two-dimensional ``k_proj.weight`` all memories share their projections.
+        weights: by the parameter names of :class:`tilewright.nn.MomAttention`; without ``conv.weight`` SiLU alone, with
+            two-dimensional ``k_proj.weight`` all memories share their projections.
         op: as in :func:`tilewright.nn.mom.mom_attention`.
         attention_mask: `[B, T]`, 0 for padding, which writes nothing and gives 0.
 
@@ -142,7 +142,7 @@ class _Memories:
         count = weights["router.weight"].shape[0] + shared
         key_size, value_size = self._of("q_proj", 0).shape[0] // heads, self._of("v_proj", 0).shape[0] // heads
         self.states = [weights["q_proj.weight"].new_zeros(heads, key_size, value_size) for _ in range(count)]
-        self.past: list[dict[str, list[Tensor]]] = [{"q": [], "k": [], "v": []} for _ in range(count)]
+        self.past: list[list[Tensor]] = [[] for _ in range(count)]
 
     def _of(self, name: str, m: int) -> Tensor:
         weight = self.weights[f"{name}.weight"]
@@ -150,22 +150,22 @@ class _Memories:
 
     def step(self, m: int, x: Tensor) -> Tensor:
         """Write x to memory m and read it: `scale S^T q`, `[H, V]`."""
-        q, k, v = (self._convolved(name, m, self._of(f"{name}_proj", m) @ x) for name in ("q", "k", "v"))
+        q, k, v = self._convolved(m, [self._of(f"{name}_proj", m) @ x for name in ("q", "k", "v")])
         beta = torch.sigmoid(self._of("b_proj", m) @ x) if "delta" in self.op else None
         if beta is not None:
             q, k = (y * torch.rsqrt((y * y).sum(-1, keepdim=True) + 1e-6) for y in (q, k))
         self.states[m] = memory_step(self.states[m], k, v, self._decay(m, x), beta)
         return q.shape[-1] ** -0.5 * torch.einsum("hkv,hk->hv", self.states[m], q)
 
-    def _convolved(self, name: str, m: int, y: Tensor) -> Tensor:
-        kernel = self.weights.get(f"{name}_conv1d.weight")
-        if kernel is not None:
-            past = self.past[m][name]
+    def _convolved(self, m: int, streams: list[Tensor]) -> list[Tensor]:
+        y = torch.cat(streams)
+        if "conv.weight" in self.weights:
+            past = self.past[m]
             past.append(y)
-            taps = kernel.reshape(y.shape[0], -1)
-            y = sum(taps[:, -1 - lag] * past[-1 - lag] for lag in range(min(taps.shape[1], len(past))))
-            y = y * torch.sigmoid(y)
-        return y.unflatten(0, (self.heads, -1))
+            taps = self.weights["conv.weight"][:, 0]
+            y = torch.stack([taps[:, -1 - lag] * past[-1 - lag] for lag in range(min(taps.shape[1], len(past)))]).sum(0)
+        y = y * torch.sigmoid(y)
+        return [part.unflatten(0, (self.heads, -1)) for part in y.split([x.shape[0] for x in streams])]
 
     def _decay(self, m: int, x: Tensor) -> Tensor | None:
         if self.op == "gated_delta_rule":

@@ -110,8 +110,13 @@ def recur(
     scale: float | None = None,
     initial_state: Tensor | None = None,
     output_final_state: bool = False,
+    A_log: Tensor | None = None,
+    dt_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The recurrence `op` over sorted rows `[R, H, ...]`, one packed sequence a segment: reads `[R, H, V]`, states."""
+    """The recurrence `op` over sorted rows `[R, H, ...]`, one packed sequence a segment: reads `[R, H, V]`, states.
+
+    A_log, dt_bias: of "gated_delta_rule", whose g then holds the gate's logits.
+    """
     q, k, v, g, beta = (None if x is None else x[None] for x in (q, k, v, g, beta))
     options = {
         "scale": scale,
@@ -122,7 +127,16 @@ def recur(
     }
     if op == "gated_delta_rule":
         o, state = ops.chunk_gated_delta_rule(
-            q, k, v, g, beta, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, **options
+            q,
+            k,
+            v,
+            g,
+            beta,
+            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
+            use_gate_in_kernel=A_log is not None,
+            A_log=A_log,
+            dt_bias=dt_bias,
+            **options,
         )
     elif op == "delta_rule":
         o, state = ops.chunk_delta_rule(q, k, v, beta, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, **options)
