@@ -13,9 +13,7 @@ import torch
 from torch import Tensor
 
 
-def memory_step(
-    state: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None
-) -> Tensor:
+def memory_step(state: Tensor, k: Tensor, v: Tensor, g: Tensor | None, beta: Tensor | None) -> Tensor:
     """One write to one memory: decay, then the delta rule where there is a beta, else the plain sum.
 
     `S <- exp(g) S`, `S <- S + k (beta (v - S^T k))^T` or `S <- S + k v^T`.
@@ -83,7 +81,11 @@ def mixture_of_memories(
                 read = torch.einsum("hkv,hk->hv", mixed, q[b, t])
             outputs.append(scale * read)
         finals.append(torch.stack(states))
-    o = torch.stack(outputs).unflatten(0, (batch, tokens)) if outputs else v.new_zeros(batch, tokens, heads, v.shape[-1])
+    o = (
+        torch.stack(outputs).unflatten(0, (batch, tokens))
+        if outputs
+        else v.new_zeros(batch, tokens, heads, v.shape[-1])
+    )
     return o, torch.stack(finals)
 
 
@@ -173,6 +175,8 @@ class _Memories:
             return -self.weights["A_log"].exp() * torch.nn.functional.softplus(logits)
         if self.op == "gla":
             bias = self.weights["gk_up_proj.bias"]
-            logits = self._of("gk_up_proj", m) @ (self._of("gk_down_proj", m) @ x) + (bias[m] if bias.dim() == 2 else bias)
+            logits = self._of("gk_up_proj", m) @ (self._of("gk_down_proj", m) @ x) + (
+                bias[m] if bias.dim() == 2 else bias
+            )
             return (torch.nn.functional.logsigmoid(logits) / 16).unflatten(0, (self.heads, -1))
         return None

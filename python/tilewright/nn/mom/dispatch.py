@@ -61,7 +61,13 @@ class Dispatch:
         sizes = tuple(b - a for a, b in zip(ends, ends[1:], strict=False))
         batch, length, slots = indices.shape
         return cls(
-            batch * length, slots, num_memories, sequences, order[: ends[-1]], bounds[: segments + 1].contiguous(), sizes
+            batch * length,
+            slots,
+            num_memories,
+            sequences,
+            order[: ends[-1]],
+            bounds[: segments + 1].contiguous(),
+            sizes,
         )
 
     def gather(self, x: Tensor) -> Tensor:

@@ -214,7 +214,9 @@ class MomAttention(Mixer):
 
 def _check(num_memories: int, topk: int, backend: str) -> None:
     if not 1 <= topk <= num_memories:
-        raise ValueError(f"MomAttention: topk = {topk}, num_memories = {num_memories}; needed 1 <= topk <= num_memories")
+        raise ValueError(
+            f"MomAttention: topk = {topk}, num_memories = {num_memories}; needed 1 <= topk <= num_memories"
+        )
     if backend not in OPS:
         raise ValueError(f"MomAttention: backend = {backend!r}, needed one of {', '.join(OPS)}")
     if topk == 1 and num_memories > 1:
