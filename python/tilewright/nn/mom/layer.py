@@ -81,6 +81,7 @@ class MomAttention(Mixer):
         _check(num_memories, topk, backend)
         self.num_memories, self.topk, self.shared_mem = num_memories, topk, shared_mem
         self.single_kv_proj, self.backend = single_kv_proj, backend
+        self._collected: list[Tensor] | None = None
         values = num_heads * self.head_v_dim
         self.router = nn.Linear(hidden_size, num_memories, bias=False)
         self.q_proj = nn.Linear(hidden_size, keys, bias=False)
@@ -125,32 +126,30 @@ class MomAttention(Mixer):
         position_ids: Tensor | None = None,
         *,
         output_router_logits: bool = False,
+        router_logits: list[Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None, MixerCache | None] | tuple[Tensor, None, MixerCache | None, Tensor]:
         """Mix tokens: see :meth:`tilewright.nn.mixer.Mixer.forward`.
 
         Args:
             output_router_logits: return the router's logits `[B, T, M]` as a fourth value, 0 at padding.
-            kwargs: `router_logits`, a list to which the logits `[..., M]` of the tokens that count are appended.
+            router_logits: a list to which the logits `[..., M]` of the tokens that count are appended.
 
         Raises:
             ValueError: see :meth:`tilewright.nn.mixer.Mixer.forward` and :func:`mom_route`.
         """
-        if not output_router_logits:
-            return super().forward(
+        if output_router_logits and router_logits is None:
+            router_logits = []
+        self._collected = router_logits
+        try:
+            mixed = super().forward(
                 hidden_states, attention_mask, past_key_values, use_cache, cu_seqlens, position_ids, **kwargs
             )
-        seen: list[Tensor] = []
-        mixed = super().forward(
-            hidden_states,
-            attention_mask,
-            past_key_values,
-            use_cache,
-            cu_seqlens,
-            position_ids,
-            **{**kwargs, "router_logits": seen},
-        )
-        logits = seen[0]
+        finally:
+            self._collected = None
+        if not output_router_logits or router_logits is None:
+            return mixed
+        logits = router_logits[-1]
         keep = current_columns(attention_mask, hidden_states.shape[1])
         if keep is not None:
             places = logits.new_zeros(keep.numel(), self.num_memories)
@@ -158,11 +157,11 @@ class MomAttention(Mixer):
         return (*mixed, logits)
 
     def mix(
-        self, x: Tensor, state: Mapping[str, Tensor], sequences: Sequences, *, keep_state: bool, **kwargs: Any
+        self, x: Tensor, state: Mapping[str, Tensor], sequences: Sequences, *, keep_state: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
         weights, indices, logits = mom_route(x, self.topk, weight=self.router.weight)
-        if (collected := kwargs.get("router_logits")) is not None:
-            collected.append(logits)
+        if self._collected is not None:
+            self._collected.append(logits)
         if self.shared_mem:
             weights = F.pad(weights, (0, 1), value=1.0)
             indices = F.pad(indices, (0, 1), value=self.num_memories)

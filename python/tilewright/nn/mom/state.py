@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from tilewright import ops
 from tilewright.nn.mixer import Sequences, convolve
 from tilewright.nn.mom.attention import USES_BETA, recur
 from tilewright.nn.mom.dispatch import Dispatch
-from tilewright.ops.delta_rule import l2_normalize
+from tilewright.ops.delta_rule import gate_logarithm, l2_normalize
 
 if TYPE_CHECKING:
     from tilewright.nn.mom.layer import MomAttention
@@ -39,7 +39,8 @@ class Memories:
         self.new: dict[str, Tensor] = {}
         self.single = tokens == 1 and dispatch.num_sequences == dispatch.tokens
         self.places = None
-        if self.single and held is not None and not torch.is_grad_enabled():
+        steps = held is not None and held.dtype == torch.float32 and not torch.is_grad_enabled()
+        if self.single and steps:
             self.places = dispatch.states()
 
     def convolve(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
@@ -88,38 +89,26 @@ class Memories:
             self.new["recurrent_state"] = self.dispatch.join_state(state)
         return o
 
-    def _gate_in_kernel(self) -> dict[str, Tensor]:
+    def _gate_in_kernel(self) -> dict[str, Any]:
         gated = self.layer.backend == "gated_delta_rule"
         return {"A_log": self.layer.A_log, "dt_bias": self.layer.dt_bias} if gated else {}
 
     def _step(self, q: Tensor, k: Tensor, v: Tensor, gates: Tensor | None, beta: Tensor | None) -> Tensor:
-        """Every row is one token of a state of its own."""
+        """Every row is one token of a state of its own, written in place."""
         held = self.state["recurrent_state"]
         self.new["recurrent_state"] = held
-        pool = held.flatten(0, 1)
-        q, k, v = q[:, None], k[:, None], v[:, None]
+        if gates is not None and self.layer.backend == "gated_delta_rule":
+            gates = gate_logarithm(gates[:, None], self.layer.A_log, self.layer.dt_bias)[:, 0]
         if beta is not None:
-            decay = {"g": torch.zeros_like(beta)[:, None]} if gates is None else {"a": gates[:, None]}
-            o = ops.gated_delta_rule_decode(
-                l2_normalize(q),
-                l2_normalize(k),
-                v,
-                pool,
-                beta=beta[:, None],
-                state_indices=self.places,
-                **decay,
-                **self._gate_in_kernel(),
-            )
-            return o[:, 0]
-        o, rows = ops.linear_attention(
-            q,
-            k,
-            v,
+            q, k = l2_normalize(q), l2_normalize(k)
+        o = ops.linear_attention_step_(
+            q[:, None],
+            k[:, None],
+            v[:, None],
+            held.flatten(0, 1),
+            beta=None if beta is None else beta[:, None],
             g=None if gates is None else gates[:, None],
-            initial_state=pool[self.places],
-            output_final_state=True,
-            mode="recurrent",
+            rule="additive" if beta is None else "delta",
+            state_indices=self.places,
         )
-        assert rows is not None
-        self._kept("recurrent_state", rows)
         return o[:, 0]
