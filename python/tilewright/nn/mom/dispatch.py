@@ -86,11 +86,11 @@ class Dispatch:
         The sum is formed in the wider of the two dtypes and has the dtype of rows.
         """
         places: Tensor = _Places.apply(rows, self.order, self.tokens * self.slots)
-        places = places.unflatten(0, (self.tokens, self.slots))
-        weights = weights.reshape(self.tokens, self.slots, *[1] * (rows.dim() - 1))
-        total = places[:, 0] * weights[:, 0]
-        for slot in range(1, self.slots):
-            total = total + places[:, slot] * weights[:, slot]
+        reads = places.unflatten(0, (self.tokens, self.slots)).unbind(1)
+        shares = weights.reshape(self.tokens, self.slots, *[1] * (rows.dim() - 1)).unbind(1)
+        total = reads[0] * shares[0]
+        for read, share in zip(reads[1:], shares[1:], strict=True):
+            total = total + read * share
         return total.to(rows.dtype)
 
     def split_state(self, state: Tensor) -> Tensor:

@@ -34,16 +34,10 @@ class GroupedLinear(nn.Module):
 
     def forward(self, rows: Tensor, sizes: Sequence[int]) -> Tensor:
         """rows `[R, in]`, the first sizes[0] of memory 0 and so on, to `[R, out]`."""
-        parts, start = [], 0
-        for group, size in enumerate(sizes):
-            if size:
-                bias = None if self.bias is None else self.bias[group]
-                parts.append(F.linear(rows[start : start + size], self.weight[group], bias))
-            start += size
-        if not parts:
-            # Still a function of the weight, so that its gradient is zero and not absent.
-            return F.linear(rows, self.weight[0])
-        return parts[0] if len(parts) == 1 else torch.cat(parts)
+        # split and unbind, because the gradient of a slice would be as large as what it was cut from
+        biases = [None] * len(sizes) if self.bias is None else self.bias.unbind()
+        parts = [F.linear(*one) for one in zip(rows.split(list(sizes)), self.weight.unbind(), biases, strict=True)]
+        return torch.cat(parts)
 
     def extra_repr(self) -> str:
         groups, out_features, in_features = self.weight.shape
