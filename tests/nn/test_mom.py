@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import nn
@@ -168,7 +170,7 @@ def test_packed_sequences_are_the_loop_over_sequences_bit_for_bit(op):
         cu_seqlens=torch.tensor(bounds, dtype=torch.int32),
         **options,
     )
-    for n, (a, b) in enumerate(zip(bounds, bounds[1:], strict=False)):
+    for n, (a, b) in enumerate(itertools.pairwise(bounds)):
         one = {name: None if x is None else x[:, a:b] for name, x in inputs.items()}
         alone, last = mom_attention(
             **one,
@@ -469,3 +471,74 @@ def test_layer_refuses_a_cache_of_another_batch():
     layer(torch.randn(2, 3, 12), None, cache)
     with pytest.raises(ValueError, match="holds 2 sequences"):
         layer(torch.randn(1, 3, 12), None, cache)
+
+
+def language_model(**options):
+    pytest.importorskip("transformers")
+    from tilewright.nn import MomConfig, MomForCausalLM
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 8}
+    model = MomForCausalLM(MomConfig(**{**sizes, **options}))
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    return model
+
+
+def test_language_model_adds_the_balance_of_all_layers_to_the_loss():
+    model = language_model(aux_loss_scale=0.5)
+    tokens = torch.randint(0, 50, (2, 9))
+    mask = torch.ones(2, 9, dtype=torch.long)
+    mask[0, :4] = 0
+    out = model(tokens, attention_mask=mask, labels=tokens, output_router_logits=True)
+    assert [list(x.shape) for x in out.router_logits] == [[1, 14, 4]] * 2
+    balance = load_balancing_loss(out.router_logits, 4, 2)
+    plain = F.cross_entropy(out.logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+    assert float(out.aux_loss) == pytest.approx(float(balance), rel=1e-6)
+    assert float(out.loss) == pytest.approx(float(plain + 0.5 * balance), rel=1e-6)
+    out.loss.backward()
+    assert all(p.grad is not None for p in model.parameters())
+    layer_wise = language_model(aux_loss_scale=0.5, use_layer_wise_balance=True)
+    found = float(layer_wise(tokens, attention_mask=mask, labels=tokens).aux_loss)
+    assert found == pytest.approx(float(load_balancing_loss(out.router_logits, 4, 2, layer_wise=True)), rel=1e-5)
+
+
+def test_language_model_generates_what_the_full_forward_chooses():
+    model = language_model().eval()
+    prompt, mask = torch.randint(1, 50, (2, 7)), torch.ones(2, 7, dtype=torch.long)
+    mask[1, :3] = 0
+    with torch.no_grad():
+        out = model.generate(prompt, attention_mask=mask, max_new_tokens=12, do_sample=False, pad_token_id=0)
+        full = model(out, attention_mask=F.pad(mask, (0, 12), value=1), use_cache=False).logits
+    assert torch.equal(out[:, 7:], full[:, 6:-1].argmax(-1))
+
+
+def test_language_model_survives_saving_and_mixes_with_softmax_layers(tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    model = language_model(attn={"layers": [1], "num_heads": 2}, num_memories=3, aux_loss_scale=0.25).eval()
+    model.save_pretrained(tmp_path)
+    other = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert other.config.layer_names == ["mom", "softmax"]
+    assert (other.config.num_memories, other.config.aux_loss_scale) == (3, 0.25)
+    tokens = torch.randint(0, 50, (2, 9))
+    assert torch.equal(model(tokens).logits, other(tokens).logits)
+
+
+def test_language_models_of_one_seed_start_alike_with_xavier_linears():
+    pytest.importorskip("transformers")
+    from tilewright.nn import MomConfig, MomForCausalLM
+
+    config = MomConfig(vocab_size=50, hidden_size=64, num_hidden_layers=1, num_heads=2, head_dim=16)
+    models = []
+    for _ in range(2):
+        torch.manual_seed(7)
+        models.append(MomForCausalLM(config))
+    for (name, p), (_, other) in zip(*(m.named_parameters() for m in models), strict=True):
+        assert torch.equal(p, other), name
+    mixer = models[0].model.layers[0].mixer
+    for weight in (mixer.q_proj.weight, mixer.k_proj.weight[0], mixer.k_proj.weight[4]):
+        bound = 2**-2.5 * (6 / sum(weight.shape)) ** 0.5
+        assert 0.9 * bound < float(weight.abs().max()) <= bound
+    assert not torch.equal(mixer.k_proj.weight[0], mixer.k_proj.weight[1])

@@ -124,8 +124,10 @@ def mom_layer(
             # Python's sort is stable in reverse too: of equal probabilities the lower index comes first.
             p = torch.softmax(weights["router.weight"] @ x[b, t], 0)
             chosen = sorted(range(p.numel()), key=p.tolist().__getitem__, reverse=True)[:topk]
-            total = sum(p[m] for m in chosen)
-            read = sum(p[m] / total * memories.step(m, x[b, t]) for m in chosen)
+            shares = p[chosen] / p[chosen].sum()
+            read = torch.stack(
+                [share * memories.step(m, x[b, t]) for share, m in zip(shares, chosen, strict=True)]
+            ).sum(0)
             if shared:
                 read = read + memories.step(p.numel(), x[b, t])
             gate = (weights["g_proj.weight"] @ x[b, t]).unflatten(0, (num_heads, -1))

@@ -21,7 +21,7 @@ from tilewright.nn.mom.layer import MomAttention
 from tilewright.reference.mom import mom_layer
 
 BOUNDS = {torch.float64: 1e-10, torch.float32: 1e-5}
-SIZES = {"hidden_size": 12, "head_dim": 4, "num_heads": 2, "expand_v": 1.5}
+SIZES: dict[str, Any] = {"hidden_size": 12, "head_dim": 4, "num_heads": 2, "expand_v": 1.5}
 DECODED = 16
 
 
@@ -31,7 +31,7 @@ def _layer(seed: int, *, unused: bool = False, **options: Any) -> MomAttention:
     layer = MomAttention(**{**SIZES, **options})
     with torch.no_grad():
         for p in layer.parameters():
-            p += 0.3 * torch.randn_like(p)
+            p.add_(torch.randn_like(p), alpha=0.3)
         if unused:
             layer.router.weight[-1] = 0.0
             layer.router.weight[-1, 0] = -20.0
@@ -105,7 +105,12 @@ class _Case:
         """Of the float32 numbers, in any dtype."""
         weights = {n: p.to(dtype).requires_grad_() for n, p in self.parameters.items()}
         x, layer = self.x.to(dtype).requires_grad_(), self.layer
-        sizes = {"num_heads": layer.num_heads, "topk": layer.topk, "op": layer.backend, "shared": layer.shared_mem}
+        sizes: dict[str, Any] = {
+            "num_heads": layer.num_heads,
+            "topk": layer.topk,
+            "op": layer.backend,
+            "shared": layer.shared_mem,
+        }
         out, states = mom_layer(x, weights, attention_mask=self.mask, **sizes)
         leaves = [x, *weights.values()]
         return out, states, list(torch.autograd.grad(out, leaves, self._upstream(out), allow_unused=True))
@@ -193,7 +198,7 @@ def _generation(tokens: int) -> tuple[float, float]:
     model = MomForCausalLM(config).eval()
     with torch.no_grad():
         for p in model.parameters():
-            p += 0.1 * torch.randn_like(p)
+            p.add_(torch.randn_like(p), alpha=0.1)
         prompt, mask = torch.randint(1, 97, (3, 24)), torch.ones(3, 24, dtype=torch.long)
         mask[0, :9] = 0
         out = model.generate(

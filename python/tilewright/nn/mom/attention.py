@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from torch import Tensor
 
@@ -79,12 +79,16 @@ def mom_attention(
         raise ValueError(
             f"mom_attention: initial_state has shape {list(initial_state.shape)}, needed {list(states)} [N, M, H, K, V]"
         )
-    slots = [None if x is None else dispatch.permute(x.flatten(0, 2)) for x in (k, v, g, beta)]
-    reads = dispatch.gather(q.flatten(0, 1)) if q.dim() == 4 else dispatch.permute(q.flatten(0, 2))
+
+    def sorted_slots(x: Tensor) -> Tensor:
+        return dispatch.permute(x.flatten(0, 2))
+
     rows, state = recur(
-        reads,
-        *slots,
-        op=op,
+        dispatch.gather(q.flatten(0, 1)) if q.dim() == 4 else sorted_slots(q),
+        sorted_slots(k),
+        sorted_slots(v),
+        None if g is None else sorted_slots(g),
+        None if beta is None else sorted_slots(beta),
         scale=scale,
         initial_state=None if initial_state is None else dispatch.split_state(initial_state),
         output_final_state=output_final_state,
@@ -98,12 +102,11 @@ def mom_attention(
 
 def recur(
     q: Tensor,
-    k: Tensor | None,
-    v: Tensor | None,
+    k: Tensor,
+    v: Tensor,
     g: Tensor | None,
     beta: Tensor | None,
     *,
-    op: str,
     cu_seqlens: Tensor | None,
     use_qk_l2norm_in_kernel: bool,
     mode: Mode,
@@ -113,37 +116,27 @@ def recur(
     A_log: Tensor | None = None,
     dt_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The recurrence `op` over sorted rows `[R, H, ...]`, one packed sequence a segment: reads `[R, H, V]`, states.
+    """The recurrence over sorted rows `[R, H, ...]`, one packed sequence a segment: reads `[R, H, V]`, states.
 
-    A_log, dt_bias: of "gated_delta_rule", whose g then holds the gate's logits.
+    The delta rule where there is a beta, and any decay. A_log, dt_bias: of a gate in the kernel; g holds its logits.
     """
-    q, k, v, g, beta = (None if x is None else x[None] for x in (q, k, v, g, beta))
-    options = {
+    q, k, v = q[None], k[None], v[None]
+    options: dict[str, Any] = {
         "scale": scale,
         "initial_state": initial_state,
         "output_final_state": output_final_state,
         "cu_seqlens": cu_seqlens,
         "mode": mode,
     }
-    if op == "gated_delta_rule":
-        o, state = ops.chunk_gated_delta_rule(
-            q,
-            k,
-            v,
-            g,
-            beta,
-            use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel,
-            use_gate_in_kernel=A_log is not None,
-            A_log=A_log,
-            dt_bias=dt_bias,
-            **options,
-        )
-    elif op == "delta_rule":
-        o, state = ops.chunk_delta_rule(q, k, v, beta, use_qk_l2norm_in_kernel=use_qk_l2norm_in_kernel, **options)
-    elif op == "gla":
-        o, state = ops.chunk_gla(q, k, v, g, **options)
-    else:
-        o, state = ops.linear_attention(q, k, v, rule="additive", **options)
+    if beta is None:
+        o, state = ops.linear_attention(q, k, v, g=None if g is None else g[None], rule="additive", **options)
+        return o[0], state
+    options["use_qk_l2norm_in_kernel"] = use_qk_l2norm_in_kernel
+    if g is None:
+        o, state = ops.chunk_delta_rule(q, k, v, beta[None], **options)
+        return o[0], state
+    gate = {"use_gate_in_kernel": A_log is not None, "A_log": A_log, "dt_bias": dt_bias}
+    o, state = ops.chunk_gated_delta_rule(q, k, v, g[None], beta[None], **options, **gate)  # type: ignore[arg-type]
     return o[0], state
 
 
@@ -175,7 +168,7 @@ def _check(
     for name, x, shape in needed:
         if (None if x is None else tuple(x.shape)) != shape:
             got = "is None" if x is None else f"has shape {list(x.shape)}"
+            want = None if shape is None else list(shape)
             raise ValueError(
-                f"mom_attention: {name} {got}, needed {None if shape is None else list(shape)} for op = {op!r} and k of "
-                f"shape {list(k.shape)}"
+                f"mom_attention: {name} {got}, needed {want} for op = {op!r} and k of shape {list(k.shape)}"
             )

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,18 +55,18 @@ class Dispatch:
         # entry s: rows with a key below s; the last two tell rows that go nowhere from rows out of range
         bounds = torch.searchsorted(ranked, torch.arange(segments + 2, device=keys.device))
         ends = bounds[sequences : segments + 1 : sequences] if sequences else bounds[:0]
-        *ends, known = torch.cat([ends, bounds[-1:]]).tolist()
+        *stops, known = torch.cat([ends, bounds[-1:]]).tolist()
         if known != keys.numel():
             raise ValueError(f"indices holds a memory out of range; needed 0 to {num_memories - 1}, or -1 for none")
-        ends = [0, *ends] if sequences else [0] * (num_memories + 1)
-        sizes = tuple(b - a for a, b in zip(ends, ends[1:], strict=False))
+        stops = [0, *stops] if sequences else [0] * (num_memories + 1)
+        sizes = tuple(b - a for a, b in itertools.pairwise(stops))
         batch, length, slots = indices.shape
         return cls(
             batch * length,
             slots,
             num_memories,
             sequences,
-            order[: ends[-1]],
+            order[: stops[-1]],
             bounds[: segments + 1].contiguous(),
             sizes,
         )
@@ -81,7 +82,7 @@ class Dispatch:
         return rows
 
     def combine(self, rows: Tensor, weights: Tensor) -> Tensor:
-        """`sum_j w_j o_j` over a token's slots, in their order: rows `[R, ...]`, weights `[tokens, k]` to `[tokens, ...]`.
+        """`sum_j w_j o_j` over a token's slots in their order: `[R, ...]`, weights `[tokens, k]` to `[tokens, ...]`.
 
         The sum is formed in the wider of the two dtypes and has the dtype of rows.
         """

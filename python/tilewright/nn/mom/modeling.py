@@ -23,7 +23,7 @@ class MomForCausalLM(HybridForCausalLM):
     those of the hybrid model; decoding keeps `[B, M (+ 1), H, K, V]` a layer, whatever the length.
     """
 
-    config_class = MomConfig
+    config_class = MomConfig  # type: ignore[assignment]
 
     def __init__(self, config: MomConfig) -> None:
         super().__init__(config)
@@ -67,13 +67,10 @@ class MomForCausalLM(HybridForCausalLM):
             )
             loss = None if loss is None else loss + self.config.aux_loss_scale * balance
         states: dict[str, Any] = {CACHE_NAME: out.get(CACHE_NAME)}
+        if output_router_logits and router_logits:
+            states["router_logits"] = tuple(router_logits)
         return MoeCausalLMOutputWithPast(
-            loss=loss,
-            aux_loss=balance,
-            logits=out.logits,
-            hidden_states=out.hidden_states,
-            router_logits=tuple(router_logits) if output_router_logits and router_logits else None,
-            **states,
+            loss=loss, aux_loss=balance, logits=out.logits, hidden_states=out.hidden_states, **states
         )
 
 

@@ -82,7 +82,7 @@ def load_balancing_loss(
     *,
     layer_wise: bool = False,
 ) -> Tensor:
-    """How unevenly tokens spread over memories: `M sum_slots sum_m f_m P_m` (MoM, section 3.1; Fedus et al. 2021, eq. 4).
+    """How unevenly tokens spread: `M sum_slots sum_m f_m P_m` (as Switch Transformers, arXiv 2101.03961, eq. 4).
 
     `f_m` is the share of tokens whose slot goes to memory m, `P_m` the mean router probability of m. It is k when both
     are uniform. The gradient flows through P only.

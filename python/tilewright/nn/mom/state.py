@@ -77,7 +77,6 @@ class Memories:
             v,
             gates,
             beta,
-            op=layer.backend,
             initial_state=None if held is None else self.dispatch.split_state(held),
             output_final_state=self.keep_state,
             use_qk_l2norm_in_kernel=layer.backend in USES_BETA,
