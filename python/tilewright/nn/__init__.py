@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from tilewright.nn.hybrid_linear_attention import HybridConfig, HybridForCausalLM, build_hybrid
     from tilewright.nn.lightning_attention import LightningAttention, MultiScaleRetention
     from tilewright.nn.linear_attention import LinearAttention
+    from tilewright.nn.mom import MomAttention, MomConfig, MomForCausalLM, load_balancing_loss, mom_attention, mom_route
     from tilewright.nn.short_convolution import ShortConvolution
     from tilewright.nn.softmax_attention import SlidingWindowAttention, SoftmaxAttention
 
@@ -37,6 +38,9 @@ __all__ = [
     "LightningAttention",
     "LinearAttention",
     "MixerCache",
+    "MomAttention",
+    "MomConfig",
+    "MomForCausalLM",
     "MultiScaleRetention",
     "PackedEmbedding",
     "RMSNorm",
@@ -46,6 +50,9 @@ __all__ = [
     "SoftmaxAttention",
     "W4A8Linear",
     "build_hybrid",
+    "load_balancing_loss",
+    "mom_attention",
+    "mom_route",
 ]
 
 # Token mixers and what is built of them, imported on use.
@@ -61,11 +68,17 @@ _LAZY = {
     "LightningAttention": "lightning_attention",
     "LinearAttention": "linear_attention",
     "MixerCache": "cache",
+    "MomAttention": "mom",
+    "MomConfig": "mom",
+    "MomForCausalLM": "mom",
     "MultiScaleRetention": "lightning_attention",
     "ShortConvolution": "short_convolution",
     "SlidingWindowAttention": "softmax_attention",
     "SoftmaxAttention": "softmax_attention",
     "build_hybrid": "hybrid_linear_attention",
+    "load_balancing_loss": "mom",
+    "mom_attention": "mom",
+    "mom_route": "mom",
 }
 
 
