@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from itertools import product
+from itertools import pairwise, product
 from typing import Any
 
 import torch
@@ -60,7 +60,7 @@ def draw(
     beta: float = 1.0,
     seed: int = 0,
     dtype: torch.dtype = torch.float64,
-) -> dict[str, Tensor]:
+) -> dict[str, Any]:
     """Random inputs of a rule: unit keys, beta in (0, `beta`), log decays around -`decay`; one token in five forgets
     all (g = -50) when `decay` is infinite."""
     generator = torch.Generator().manual_seed(seed)
@@ -131,7 +131,7 @@ def _case_errors(rule: str, tokens: int | None, decay: float, group: int, beta: 
             **{n: x[:, a:b] for n, x in inputs.items() if n != "initial_state"},
             initial_state=inputs["initial_state"][i : i + 1],
         )
-        for i, (a, b) in enumerate(zip(offsets, offsets[1:], strict=False))
+        for i, (a, b) in enumerate(pairwise(offsets))
     ]
     want = {"o": torch.cat([o for o, _ in parts], 1), "state": torch.cat([s for _, s in parts])}
     want_gradients = gradients(want.values(), inputs)
@@ -145,7 +145,7 @@ def _case_errors(rule: str, tokens: int | None, decay: float, group: int, beta: 
 
 
 def _gate_error() -> float:
-    """A_log and dt_bias given to the operator against the same gate computed outside: g = -exp(A_log) softplus(a + dt)."""
+    """A_log and dt_bias given to the operator against the gate computed outside: g = -exp(A_log) softplus(a + dt_bias)."""
     from tilewright.ops import chunk_gated_delta_rule, chunk_kda
 
     errors = []
@@ -191,7 +191,7 @@ def oracle_rows(experiment: Experiment) -> Iterator[Row]:
             yield at_most(f"{names[rule]} in transformers, {what}, {name.split(', ')[1]}", error, bound)
 
 
-def _oracle_error(rule: str, theirs: Callable[..., Any], inputs: dict[str, Tensor], dtype: torch.dtype) -> float:
+def _oracle_error(rule: str, theirs: Callable[..., Any], inputs: dict[str, Any], dtype: torch.dtype) -> float:
     inputs = {name: x if name == "g" else x.to(dtype) for name, x in inputs.items()}
     q, k, v, g, beta = (inputs[name] for name in ("q", "k", "v", "g", "beta"))
     state = torch.randn(v.shape[0], v.shape[2], k.shape[-1], v.shape[-1], generator=torch.Generator().manual_seed(1))
@@ -222,7 +222,7 @@ def real_heads(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     return q.float(), normalize(k.float(), dim=-1), v.float()
 
 
-def random_gates(rule: str, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Tensor]:
+def random_gates(rule: str, q: Tensor, k: Tensor, v: Tensor) -> dict[str, Any]:
     """The tensors with random beta in (0, 1) and random decays."""
     batch, tokens, heads, size = q.shape
     gates = draw(rule, batch, tokens, heads, heads, size, 1, dtype=torch.float32)

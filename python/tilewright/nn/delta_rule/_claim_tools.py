@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -55,3 +58,18 @@ def medians_in_turn(works: Mapping[str, Callable[[], Any]], rounds: int) -> dict
             work()
             samples[name].append(time.perf_counter() - start)
     return {name: statistics.median(times) for name, times in samples.items()}
+
+
+def in_parallel(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> Iterator[Any]:
+    """`function(item)` of every item in order, in `workers` fresh processes of one thread each; 1: in this one."""
+    if workers <= 1:
+        yield from map(function, items)
+        return
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=torch.set_num_threads, initargs=(1,)) as pool:
+        yield from pool.map(function, items)
+
+
+def cores() -> int:
+    """How many processes of one thread this process may keep busy."""
+    return len(os.sched_getaffinity(0))
