@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from tilewright.ops.sequence import piece
+
 
 def chunk_hgrn(
     x: Tensor,
@@ -13,6 +15,9 @@ def chunk_hgrn(
     output_final_state: bool = False,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
+    if (here := piece()) is not None:
+        options = {"output_final_state": output_final_state, "cu_seqlens": cu_seqlens}
+        return here.hgrn(chunk_hgrn, x, g, initial_state=initial_state, **options)
     from tilewright.reference.linear_attention import hgrn_recurrence
 
     h, state = hgrn_recurrence(x, g, initial_state=initial_state, cu_seqlens=cu_seqlens)
