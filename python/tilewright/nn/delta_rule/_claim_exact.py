@@ -145,7 +145,7 @@ def _case_errors(rule: str, tokens: int | None, decay: float, group: int, beta: 
 
 
 def _gate_error() -> float:
-    """A_log and dt_bias given to the operator against the gate computed outside: g = -exp(A_log) softplus(a + dt_bias)."""
+    """The operator's own gate against g = -exp(A_log) softplus(a + dt_bias) computed outside."""
     from tilewright.ops import chunk_gated_delta_rule, chunk_kda
 
     errors = []
@@ -156,8 +156,8 @@ def _gate_error() -> float:
         inputs["g"] = torch.randn(inputs["g"].shape, dtype=torch.float64)
         for x in inputs.values():
             x.requires_grad_()
-        everything = inputs | gate
-        got, _ = operator(**inputs, use_gate_in_kernel=True, **gate)
+        everything: dict[str, Any] = inputs | gate
+        got, _ = operator(**everything, use_gate_in_kernel=True)
         rows = gate["A_log"].exp() if rule == "gated" else gate["A_log"].exp()[:, None]
         bias_rows = gate["dt_bias"] if rule == "gated" else gate["dt_bias"].view(2, 8)
         want, _ = recurrence(**(inputs | {"g": -rows * softplus(inputs["g"] + bias_rows)}))
@@ -207,17 +207,21 @@ def _oracle_error(rule: str, theirs: Callable[..., Any], inputs: dict[str, Any],
 def real_heads(tokens: int) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v [1, tokens, 9, 64] of one layer of SmolLM2 reading a speech; each kv head serves three query heads."""
     from tilewright import data, evaluate, models
-    from tilewright.capture import tapped
+    from tilewright.capture import Site, tapped
 
     model = models.load(data.smollm2_gguf())
     text = evaluate.text_corpus(model.tokenizer, "speeches", "evaluation", max_tokens=tokens)
     module = models.to_transformers(model, dequantize=True)
     prefix = f"model.layers.{REAL_LAYER}.self_attn."
     seen: dict[str, Tensor] = {}
-    sites = {f"{prefix}{name}_proj": (lambda point, x: seen.__setitem__(point, x.detach())) for name in "qkv"}
+
+    def take(point: str, x: Tensor) -> None:
+        seen[point] = x.detach()
+
+    sites: dict[str | Site, Callable[[str, Tensor], None]] = {f"{prefix}{name}_proj": take for name in "qkv"}
     with tapped(module, sites), torch.no_grad():
         module(text[None], use_cache=False)
-    q, k, v = (x.reshape(1, tokens, -1, model.config.head_dim) for x in seen.values())
+    q, k, v = (seen[f"{site}@output"].reshape(1, tokens, -1, model.config.head_dim) for site in map(str, sites))
     k, v = (x.repeat_interleave(q.shape[2] // x.shape[2], dim=2) for x in (k, v))
     return q.float(), normalize(k.float(), dim=-1), v.float()
 
@@ -253,6 +257,8 @@ def split_rows(experiment: Experiment) -> Iterator[Row]:
             output_final_state=True,
             cu_seqlens=offsets,
         )
+        assert last is not None
+        assert ends is not None
         errors[rule] = max(relative(parts, whole), relative(ends[-1:], last), relative(states[-1][None], last))
     experiment.values["segments"] = errors
     yield at_most("eight segments combined against one sweep, float32", max(errors.values()), 1e-5)
@@ -268,11 +274,11 @@ def overwrite_rows(experiment: Experiment) -> Iterator[Row]:
     k = torch.cat((keys, keys, keys))[None, :, None]
     v = torch.cat((first, second, torch.zeros_like(first)))[None, :, None]
     writes = torch.cat((torch.ones(2 * size), torch.zeros(size)))[None, :, None]
-    read = {}
-    for rule, value in (("delta", v), ("additive", v)):
-        beta = writes if rule == "delta" else None
-        out, _ = linear_attention(k, k, value, beta=beta, rule=rule, scale=1.0)
-        read[rule] = out[0, 2 * size :, 0]
+    outputs = {
+        "delta": linear_attention(k, k, v, beta=writes, rule="delta", scale=1.0)[0],
+        "additive": linear_attention(k, k, v, rule="additive", scale=1.0)[0],
+    }
+    read = {rule: out[0, 2 * size :, 0] for rule, out in outputs.items()}
     wrong = relative(read["additive"], second)
     yield at_most("second value under the same key, read back by the delta rule", relative(read["delta"], second), 1e-5)
     yield at_most("the additive rule returns the sum instead", relative(read["additive"], first + second), 1e-5)

@@ -20,7 +20,7 @@ Work = Callable[[], Any]
 
 
 def backward_of_delta_rule(method: str, tokens: int, heads: int, size: int) -> Work:
-    """Forward and backward of the delta rule [1, tokens, heads, size]; method "chunk", or "autograd" of the recurrence."""
+    """Forward and backward of the delta rule [1, tokens, heads, size]: "chunk", or "autograd" of the recurrence."""
     from tilewright.nn.delta_rule._claim_exact import draw, recurrence
     from tilewright.ops import chunk_delta_rule
 

@@ -6,8 +6,8 @@ Competitors get the same model around the mixer, the same data and the same sear
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from statistics import mean
 from typing import Any
 
@@ -17,13 +17,15 @@ from torch import Tensor, nn
 
 from tilewright.claims import Experiment, Row, at_least, at_most
 from tilewright.data.recall import BLANK, IGNORE, Batch, Stream, mix, multi_query_recall, parity
-from tilewright.nn.delta_rule._claim_tools import in_parallel
+from tilewright.nn.delta_rule._claim_tools import cores, in_parallel
 from tilewright.nn.delta_rule.delta_net import DeltaNet
 from tilewright.nn.linear_attention import LinearAttention
 from tilewright.nn.mixer import Sequences, convolve
 
 WIDTH, LAYERS, HEADS = 64, 2, 4
 RATES = (2e-3, 5e-3, 1e-2)
+SEEDS = 3
+QUICK = ("rewritten",)
 EVALUATION_SEED = 1 << 20
 
 
@@ -86,7 +88,9 @@ def rewritten_recall(
     random = torch.Generator().manual_seed(seed)
     names = 1 + torch.rand(batch, vocabulary // 2 - 1, generator=random).argsort(1)[:, :keys]
     # Every key is written at least once, the others at random, in a random order.
-    which = torch.cat((torch.arange(keys).expand(batch, -1), torch.randint(keys, (batch, writes - keys), generator=random)), 1)
+    which = torch.cat(
+        (torch.arange(keys).expand(batch, -1), torch.randint(keys, (batch, writes - keys), generator=random)), 1
+    )
     which = which.gather(1, torch.rand(batch, writes, generator=random).argsort(1))
     values = torch.randint(vocabulary // 2, vocabulary, (batch, writes), generator=random)
     inputs, labels = torch.full((batch, length), BLANK), torch.full((batch, length), IGNORE)
@@ -102,12 +106,12 @@ def rewritten_recall(
     return inputs, labels
 
 
-TASKS = {"mqar": multi_query_recall, "rewritten": rewritten_recall, "parity": parity}
+TASKS: dict[str, Callable[..., Batch]] = {"mqar": multi_query_recall, "rewritten": rewritten_recall, "parity": parity}
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a mixer on a task with one rate and seed."""
+    """One training: a mixer on a task with one rate and seed; positions before `judged_from` do not count."""
 
     task: str
     settings: dict[str, int] = field(hash=False)
@@ -116,7 +120,8 @@ class Run:
     rate: float
     seed: int
     steps: int
-    batch: int
+    batch: int = 32
+    judged_from: int = 0
     marks: int = 10
 
 
@@ -129,7 +134,13 @@ def execute(run: Run) -> dict[str, Any]:
     task = TASKS[run.task]
     every = run.steps // run.marks
     config = TrainConfig(
-        run.steps, run.rate, warmup=run.steps // 10, final_lr=0.0, weight_decay=0.01, evaluate_every=every, seed=run.seed
+        run.steps,
+        run.rate,
+        warmup=run.steps // 10,
+        final_lr=0.0,
+        weight_decay=0.01,
+        evaluate_every=every,
+        seed=run.seed,
     )
 
     def measure(model: nn.Module) -> Tensor:
@@ -159,5 +170,72 @@ def accuracy(model: nn.Module, batches: Stream, count: int) -> Tensor:
 
 def score(outcome: dict[str, Any], first: int = 0) -> float:
     """Mean accuracy over the positions from `first` on at which something is asked."""
-    found = [x for x in outcome["by_position"][first:] if x == x]
-    return mean(found)
+    return mean(x for x in outcome["by_position"][first:] if x == x)
+
+
+@dataclass(frozen=True)
+class Contest:
+    """Two mixers on one task: the first must reach `high`, the second stay below it by `gap` or below `low`."""
+
+    run: Run
+    first: str
+    second: str
+    high: float
+    gap: float = 0.0
+    low: float = 1.0
+
+    def runs(self, rates: tuple[float, ...]) -> dict[str, list[Run]]:
+        """The first seed's runs of both, one a rate."""
+        pair = (self.first, self.second)
+        return {name: [replace(self.run, mixer=name, rate=rate) for rate in rates] for name in pair}
+
+
+CONTESTS = {
+    "mqar": Contest(
+        Run("mqar", {"length": 64, "pairs": 16}, 64, "", 0.0, 0, 500), "DeltaNet", "linear attention", 0.95, gap=0.2
+    ),
+    "rewritten": Contest(Run("rewritten", {}, 64, "", 0.0, 0, 500), "DeltaNet", "without erasing", 0.95, gap=0.2),
+    "parity": Contest(
+        Run("parity", {"length": 64}, 2, "", 0.0, 0, 500, judged_from=32),
+        "beta in (0, 2)",
+        "beta in (0, 1)",
+        0.98,
+        low=0.7,
+    ),
+}
+TITLES = {
+    "mqar": "recall of 16 pairs",
+    "rewritten": "recall of 8 keys written 24 times",
+    "parity": "parity at positions 32 to 64",
+}
+
+
+def learning_rows(experiment: Experiment) -> Iterator[Row]:
+    """Items 5 and 6: accuracy of both sides of every contest at their best rates, the worse of the seeds."""
+    seeds = 1 if experiment.quick else SEEDS
+    chosen = {name: CONTESTS[name] for name in (QUICK if experiment.quick else CONTESTS)}
+    experiment.say(f"training: {', '.join(chosen)}")
+    rates = RATES[1:2] if experiment.quick else RATES
+    runs = {(task, name): some for task, c in chosen.items() for name, some in c.runs(rates).items()}
+    found = tuned(runs, seeds, workers=1 if experiment.quick else cores())
+    experiment.values["learning"] = {f"{task}: {name}": outcomes for (task, name), outcomes in found.items()}
+    for task, contest in chosen.items():
+        first, second = (
+            [score(o, contest.run.judged_from) for o in found[task, name]] for name in (contest.first, contest.second)
+        )
+        yield at_least(f"{TITLES[task]}: {contest.first}, worst seed", min(first), contest.high)
+        if contest.gap:
+            name = f"{TITLES[task]}: {contest.first} over {contest.second}, worst seed against best"
+            yield at_least(name, min(first) - max(second), contest.gap)
+        if contest.low < 1.0:
+            yield at_most(f"{TITLES[task]}: {contest.second}, best seed", max(second), contest.low)
+
+
+def tuned(runs: dict[Any, list[Run]], seeds: int, workers: int) -> dict[Any, list[dict[str, Any]]]:
+    """For each competitor (its runs of seed 0, one a rate) the outcomes of all seeds at the rate that scored best."""
+    flat = [run for some in runs.values() for run in some]
+    outcomes = dict(zip(flat, in_parallel(execute, flat, workers), strict=True))
+    best = {name: max(some, key=lambda run: score(outcomes[run], run.judged_from)) for name, some in runs.items()}
+    more = [replace(run, seed=seed) for run in best.values() for seed in range(1, seeds)]
+    outcomes |= dict(zip(more, in_parallel(execute, more, workers), strict=True))
+    return {name: [outcomes[replace(best[name], seed=seed)] for seed in range(seeds)] for name in runs}
