@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+from tilewright.nn.accelerate import Acceleration, accelerate
 from tilewright.nn.linear import W4A8Linear
 from tilewright.nn.matrix import BFloat16Linear, Int4Embedding, Int8Linear, PackedEmbedding
 from tilewright.nn.token import GatedMLP, RMSNorm, RotaryAngles
 
 __all__ = [
+    "Acceleration",
     "BFloat16Linear",
     "GatedMLP",
     "Int4Embedding",
@@ -16,4 +18,5 @@ __all__ = [
     "RMSNorm",
     "RotaryAngles",
     "W4A8Linear",
+    "accelerate",
 ]
