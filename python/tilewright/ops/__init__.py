@@ -42,7 +42,7 @@ from tilewright.ops.lightning_attention import (  # noqa: E402
     lightning_attn_decode,
     lightning_attn_func,
 )
-from tilewright.ops.linear_attention import linear_attention, state_transition  # noqa: E402
+from tilewright.ops.linear_attention import linear_attention, linear_attention_step_, state_transition  # noqa: E402
 
 __all__ = [
     "KVCache",
@@ -73,6 +73,7 @@ __all__ = [
     "lightning_attn_decode",
     "lightning_attn_func",
     "linear_attention",
+    "linear_attention_step_",
     "quantize_fp8_per_token",
     "quantize_int8_per_token",
     "state_transition",
