@@ -10,6 +10,9 @@
 namespace tilewright::feature_map::TILEWRIGHT_LEVEL {
 namespace {
 
+// Of lambdas that return lanes: in a register file of another level they could not even be called.
+#define TILEWRIGHT_LANES __attribute__((always_inline))
+
 constexpr float kFloor = 1e-12f;
 constexpr float kNormEps = 1e-6f;
 
@@ -50,14 +53,14 @@ float largest(const float* y, int64_t n, float sign) {
 }
 
 void exponentials(const float* y, int64_t n, float sign, float shift, float* out) {
-  map(y, n, out, [=](const Lanes& v) { return exp_lanes(sign * v - shift); });
+  map(y, n, out, [=](const Lanes& v) TILEWRIGHT_LANES { return exp_lanes(sign * v - shift); });
 }
 
 // out = factor max(out / sum out, floor)
 void divide_by_sum(float* out, int64_t n, float floor, float factor) {
-  const float inverse = 1.0f / sum(out, n, [](const Lanes& v) { return v; });
+  const float inverse = 1.0f / sum(out, n, [](const Lanes& v) TILEWRIGHT_LANES { return v; });
   const Lanes least = all_lanes(floor);
-  map(out, n, out, [=](const Lanes& v) {
+  map(out, n, out, [=](const Lanes& v) TILEWRIGHT_LANES {
     const Lanes share = v * inverse;
     return (share < least ? least : share) * factor;
   });
@@ -78,16 +81,16 @@ void joint_softmax(const float* y, int64_t n, float factor, float* out) {
 void exp_pair(const float* y, int64_t n, float factor, float* out) {
   exponentials(y, n, 1.0f, largest(y, n, 1.0f), out);
   exponentials(y, n, -1.0f, largest(y, n, -1.0f), out + n);
-  map(out, 2 * n, out, [=](const Lanes& v) { return v * factor; });
+  map(out, 2 * n, out, [=](const Lanes& v) TILEWRIGHT_LANES { return v * factor; });
 }
 
 void capped_exp_pair(const float* y, int64_t n, float cap, float factor, float* out) {
-  const auto held = [=](const Lanes& v) {
+  const auto held = [=](const Lanes& v) TILEWRIGHT_LANES {
     const Lanes below = v > cap ? all_lanes(cap) : v;
     return below < -cap ? all_lanes(-cap) : below;
   };
-  map(y, n, out, [=](const Lanes& v) { return exp_lanes(held(v)) * factor; });
-  map(y, n, out + n, [=](const Lanes& v) { return exp_lanes(-held(v)) * factor; });
+  map(y, n, out, [=](const Lanes& v) TILEWRIGHT_LANES { return exp_lanes(held(v)) * factor; });
+  map(y, n, out + n, [=](const Lanes& v) TILEWRIGHT_LANES { return exp_lanes(-held(v)) * factor; });
 }
 
 TILEWRIGHT_INLINE Lanes sigmoid(const Lanes& v) { return 1.0f / (1.0f + exp_lanes(-v)); }
@@ -112,9 +115,9 @@ TILEWRIGHT_INLINE Lanes log_sigmoid(const Lanes& v) {
 }
 
 void unit_norm(const float* y, int64_t n, float factor, float* out) {
-  const float squares = sum(y, n, [](const Lanes& v) { return v * v; });
+  const float squares = sum(y, n, [](const Lanes& v) TILEWRIGHT_LANES { return v * v; });
   const float scale = factor / std::sqrt(squares + kNormEps);
-  map(y, n, out, [=](const Lanes& v) { return v * scale; });
+  map(y, n, out, [=](const Lanes& v) TILEWRIGHT_LANES { return v * scale; });
 }
 
 void apply_function(const Problem& p, const float* y, float* out) {
@@ -129,16 +132,16 @@ void apply_function(const Problem& p, const float* y, float* out) {
     case Function::kCappedExpPair: return capped_exp_pair(y, n, p.cap, factor, out);
     case Function::kJointSoftmax: return joint_softmax(y, n, factor, out);
     case Function::kElu:
-      return map(y, n, out, [=](const Lanes& v) { return (v > 0.0f ? v + 1.0f : exp_lanes(v)) * factor; });
+      return map(y, n, out, [=](const Lanes& v) TILEWRIGHT_LANES { return (v > 0.0f ? v + 1.0f : exp_lanes(v)) * factor; });
     case Function::kRelu:
       // The comparison is this way round so that NaN stays.
-      return map(y, n, out, [=](const Lanes& v) { return (v < 0.0f ? all_lanes(0.0f) : v) * factor; });
+      return map(y, n, out, [=](const Lanes& v) TILEWRIGHT_LANES { return (v < 0.0f ? all_lanes(0.0f) : v) * factor; });
     case Function::kLogSigmoid:
-      return map(y, n, out, [=](const Lanes& v) { return log_sigmoid(v) * factor; });
-    case Function::kSigmoid: return map(y, n, out, [=](const Lanes& v) { return sigmoid(v) * factor; });
-    case Function::kComplement: return map(y, n, out, [=](const Lanes& v) { return sigmoid(-v) * factor; });
+      return map(y, n, out, [=](const Lanes& v) TILEWRIGHT_LANES { return log_sigmoid(v) * factor; });
+    case Function::kSigmoid: return map(y, n, out, [=](const Lanes& v) TILEWRIGHT_LANES { return sigmoid(v) * factor; });
+    case Function::kComplement: return map(y, n, out, [=](const Lanes& v) TILEWRIGHT_LANES { return sigmoid(-v) * factor; });
     case Function::kUnitNorm: return unit_norm(y, n, factor, out);
-    case Function::kSilu: return map(y, n, out, [=](const Lanes& v) { return v * sigmoid(v) * factor; });
+    case Function::kSilu: return map(y, n, out, [=](const Lanes& v) TILEWRIGHT_LANES { return v * sigmoid(v) * factor; });
   }
 }
 
