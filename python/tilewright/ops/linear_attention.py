@@ -176,7 +176,7 @@ def _(
     sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     sizes = (v.shape[2], q.shape[3], v.shape[3])
     state = v.new_empty((sequences, *sizes), dtype=wide)
-    kept = 0
+    kept: int | torch.SymInt = 0
     if save:
         step = 128 if g is not None and g.dim() == 4 else 256
         # How packed sequences fall into segments is in the data.
