@@ -6,6 +6,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tilewright.nn.accelerate import Acceleration, accelerate
 from tilewright.nn.linear import W4A8Linear
 from tilewright.nn.matrix import BFloat16Linear, Int4Embedding, Int8Linear, PackedEmbedding
 from tilewright.nn.token import GatedMLP, RMSNorm, RotaryAngles
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "HGRN",
     "HGRN2",
+    "Acceleration",
     "BFloat16Linear",
     "DeltaNet",
     "GatedDeltaNet",
@@ -49,6 +51,7 @@ __all__ = [
     "SlidingWindowAttention",
     "SoftmaxAttention",
     "W4A8Linear",
+    "accelerate",
     "build_hybrid",
     "load_balancing_loss",
     "mom_attention",
