@@ -210,7 +210,7 @@ def parallax(
     Raises:
         RuntimeError: a shape, dtype or device does not fit.
     """
-    o, _ = _ops.parallax_forward(q, r, k, v, cu_seqlens, _scale(q, scale), causal, window_size)
+    o: Tensor = _ops.parallax_forward(q, r, k, v, cu_seqlens, _scale(q, scale), causal, window_size)
     return o
 
 
@@ -295,7 +295,6 @@ def _(
     v: Tensor,
     ridge: Tensor,
     tilt: Tensor,
-    rows: Tensor,
     cu_seqlens: Tensor | None,
     scale: float,
     causal: bool,
@@ -320,9 +319,9 @@ def _(
     scale: float,
     causal: bool,
     window: int | None,
-) -> tuple[Tensor, Tensor]:
+) -> Tensor:
     torch._check(q.dim() == 4 and v.dim() == 4, lambda: "parallax_forward: q and v must have four dimensions")
-    return q.new_empty((*q.shape[:3], v.shape[3])), q.new_empty((*q.shape[:3], 4), dtype=_compute_dtype(q))
+    return q.new_empty((*q.shape[:3], v.shape[3]))
 
 
 @torch.library.register_fake("tilewright::parallax_backward")
@@ -332,7 +331,6 @@ def _(
     r: Tensor,
     k: Tensor,
     v: Tensor,
-    rows: Tensor,
     cu_seqlens: Tensor | None,
     scale: float,
     causal: bool,
@@ -345,25 +343,25 @@ def _lla_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) 
     q, k, v, ridge, start, cu_seqlens, lengths, *options = inputs
     if lengths is not None or start is not None:
         raise RuntimeError("lla_decode has no gradient; use lla_attention, or torch.no_grad()")
-    ctx.save_for_backward(q, k, v, ridge, output[1], output[2], cu_seqlens)
+    ctx.save_for_backward(q, k, v, ridge, output[1], cu_seqlens)
     ctx.options = options
 
 
 def _lla_backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple[Any, ...]:
-    q, k, v, ridge, tilt, rows, cu_seqlens = ctx.saved_tensors
-    grads = _ops.lla_backward(grad, q, k, v, ridge, tilt, rows, cu_seqlens, *ctx.options)
+    q, k, v, ridge, tilt, cu_seqlens = ctx.saved_tensors
+    grads = _ops.lla_backward(grad, q, k, v, ridge, tilt, cu_seqlens, *ctx.options)
     return (*grads, *([None] * (3 + len(ctx.options))))
 
 
-def _parallax_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+def _parallax_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     q, r, k, v, cu_seqlens, *options = inputs
-    ctx.save_for_backward(q, r, k, v, output[1], cu_seqlens)
+    ctx.save_for_backward(q, r, k, v, cu_seqlens)
     ctx.options = options
 
 
-def _parallax_backward(ctx: Any, grad: Tensor, *rest: Any) -> tuple[Any, ...]:
-    q, r, k, v, rows, cu_seqlens = ctx.saved_tensors
-    grads = _ops.parallax_backward(grad, q, r, k, v, rows, cu_seqlens, *ctx.options)
+def _parallax_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    q, r, k, v, cu_seqlens = ctx.saved_tensors
+    grads = _ops.parallax_backward(grad, q, r, k, v, cu_seqlens, *ctx.options)
     return (*grads, None, *([None] * len(ctx.options)))
 
 
