@@ -197,12 +197,12 @@ class LinearAttention final : public Step {
   Heads q_{}, k_{}, v_{}, gate_{}, beta_{};
   Slot target_, window_{};
   DecaySource decay_ = DecaySource::kNone;
-  const float* constant_ = nullptr;   // natural logarithms [heads]
+  const float* constant_ = nullptr;  // natural logarithms [heads]
   float scale_, eps_;
   bool normalize_;
-  int64_t skip_;   // tokens at these first positions are not written
+  int64_t skip_;  // tokens at these first positions are not written
   Combine combine_ = Combine::kStore;
-  const float* mix_ = nullptr;   // [heads]
+  const float* mix_ = nullptr;  // [heads]
   float own_factor_ = 1.0f, window_factor_ = 0.0f;
   int64_t states_at_ = 0;
 };

@@ -29,7 +29,7 @@ def plot(values: dict[str, Any], figure: Figure) -> None:
     """Accuracy of recall by seed; loss of the byte model by position; time a token by length."""
     left, middle, right = figure.subplots(1, 3)
     accuracy = values["recall"]["accuracy"]
-    for place, (name, seeds) in enumerate(accuracy.items()):
+    for place, seeds in enumerate(accuracy.values()):
         left.bar(place, sum(seeds) / len(seeds), color=f"C{place}", alpha=0.5)
         left.plot([place] * len(seeds), seeds, "o", color=f"C{place}")
     left.set_xticks(range(len(accuracy)), [name.replace(" ", "\n") for name in accuracy])
