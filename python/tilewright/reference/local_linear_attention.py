@@ -8,6 +8,8 @@ where the inputs are. Time and memory grow with T S K^2: for small problems only
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -122,7 +124,7 @@ def _bounds(q: Tensor, k: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, 
     if cu_seqlens is None:
         return [(b, 0, q.shape[1], 0, k.shape[1]) for b in range(q.shape[0])]
     offsets = cu_seqlens.tolist()
-    return [(0, first, last, first, last) for first, last in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [(0, first, last, first, last) for first, last in itertools.pairwise(offsets)]
 
 
 def _weights(scores: Tensor, visible: Tensor) -> tuple[Tensor, Tensor]:
