@@ -99,26 +99,6 @@ Cache cache_of(const CacheTensors& tensors, int64_t head_dim, const char* op) {
   return cache;
 }
 
-// cu_seqlens as int64, checked against T.
-Tensor offsets_of(const Tensor& cu_seqlens, int64_t sequences, int64_t tokens, const char* op) {
-  require_cpu(cu_seqlens, op, "cu_seqlens");
-  const ScalarType type = cu_seqlens.scalar_type();
-  require(type == ScalarType::Long || type == ScalarType::Int, op, ": cu_seqlens has dtype ", dtype_name(type),
-          ", needed int64 or int32");
-  require_dim(cu_seqlens, 1, op, "cu_seqlens", "[S+1]");
-  require_size(cu_seqlens, 0, sequences + 1, op, "cu_seqlens", "S+1");
-  const Tensor offsets = torch::stable::contiguous(torch::stable::to(cu_seqlens, ScalarType::Long));
-  const auto* at = data<int64_t>(offsets);
-  require(at[0] == 0, op, ": cu_seqlens starts at ", at[0], ", needed 0");
-  for (int64_t s = 0; s < sequences; ++s) {
-    require(at[s] <= at[s + 1], op, ": cu_seqlens falls from ", at[s], " to ", at[s + 1], " at sequence ", s,
-            ", needed non-decreasing offsets");
-  }
-  require(at[sequences] <= tokens, op, ": cu_seqlens ends at ", at[sequences], ", but there are only T = ", tokens,
-          " tokens");
-  return offsets;
-}
-
 void require_lengths(const Tensor& lengths, int64_t sequences, const char* op) {
   require_cpu(lengths, op, "lengths");
   require_dtype(lengths, ScalarType::Long, op, "lengths");

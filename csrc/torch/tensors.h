@@ -7,6 +7,8 @@
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 
+#include <algorithm>
+#include <atomic>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -75,6 +77,50 @@ T* mutable_data(const Tensor& tensor) {
 
 inline Tensor empty_cpu(const std::vector<int64_t>& sizes, ScalarType type) {
   return torch::stable::empty(sizes, type, std::nullopt, torch::stable::Device(torch::headeronly::DeviceType::CPU));
+}
+
+template <class T>
+constexpr ScalarType scalar_type_of() {
+  return sizeof(T) == sizeof(double) ? ScalarType::Double : ScalarType::Float;
+}
+
+// The tensor in the given dtype with adjacent elements in its last dimension: a copy only where one is needed.
+inline Tensor with_adjacent_rows(const Tensor& tensor, ScalarType type, const char* op, const char* argument) {
+  require(is_floating(tensor.scalar_type()), op, ": ", argument, " has dtype ", dtype_name(tensor.scalar_type()),
+          ", needed float32, bfloat16, float16 or float64");
+  const Tensor converted = torch::stable::to(tensor, type);
+  const int64_t last = converted.dim() - 1;
+  return converted.size(last) <= 1 || converted.stride(last) == 1 ? converted : torch::stable::contiguous(converted);
+}
+
+// cu_seqlens as int64, checked against T.
+inline Tensor offsets_of(const Tensor& cu_seqlens, int64_t sequences, int64_t tokens, const char* op) {
+  require_cpu(cu_seqlens, op, "cu_seqlens");
+  const ScalarType type = cu_seqlens.scalar_type();
+  require(type == ScalarType::Long || type == ScalarType::Int, op, ": cu_seqlens has dtype ", dtype_name(type),
+          ", needed int64 or int32");
+  require_dim(cu_seqlens, 1, op, "cu_seqlens", "[S+1]");
+  require_size(cu_seqlens, 0, sequences + 1, op, "cu_seqlens", "S+1");
+  const Tensor offsets = torch::stable::contiguous(torch::stable::to(cu_seqlens, ScalarType::Long));
+  const auto* at = data<int64_t>(offsets);
+  require(at[0] == 0, op, ": cu_seqlens starts at ", at[0], ", needed 0");
+  for (int64_t s = 0; s < sequences; ++s) {
+    require(at[s] <= at[s + 1], op, ": cu_seqlens falls from ", at[s], " to ", at[s + 1], " at sequence ", s,
+            ", needed non-decreasing offsets");
+  }
+  require(at[sequences] <= tokens, op, ": cu_seqlens ends at ", at[sequences], ", but there are only T = ", tokens,
+          " tokens");
+  return offsets;
+}
+
+// Runs task(i) for i in [0, tasks) on torch's threads, whoever is free takes the next: packed sequences differ in length.
+template <class Task>
+void run_tasks(int64_t tasks, const Task& task) {
+  std::atomic<int64_t> next{0};
+  const int64_t threads = std::min<int64_t>(torch::stable::get_num_threads(), tasks);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t i = next.fetch_add(1); i < tasks; i = next.fetch_add(1)) task(i);
+  });
 }
 
 }  // namespace tilewright::torch_adapter

@@ -42,7 +42,7 @@ from tilewright.ops.lightning_attention import (  # noqa: E402
     lightning_attn_decode,
     lightning_attn_func,
 )
-from tilewright.ops.linear_attention import linear_attention, state_transition  # noqa: E402
+from tilewright.ops.linear_attention import linear_attention, linear_attention_step_, state_transition  # noqa: E402
 from tilewright.ops.local_linear_attention import lla_attention, lla_decode, parallax, relmm  # noqa: E402
 
 __all__ = [
@@ -74,6 +74,7 @@ __all__ = [
     "lightning_attn_decode",
     "lightning_attn_func",
     "linear_attention",
+    "linear_attention_step_",
     "lla_attention",
     "lla_decode",
     "parallax",

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tilewright.ops.linear_attention import Mode, linear_attention
+from tilewright.ops.linear_attention import Mode, linear_attention, linear_attention_step_
 
 
 def l2_normalize(x: Tensor) -> Tensor:
@@ -354,23 +354,5 @@ def gated_delta_rule_decode(
         if b is None:
             raise ValueError("gated_delta_rule_decode: needed beta, or b, its logits; got neither")
         beta = torch.sigmoid(b.float())
-    with torch.no_grad():
-        rows = state if state_indices is None else state[state_indices]
-        o, final = linear_attention(
-            q,
-            k,
-            v,
-            beta=beta,
-            g=g,
-            rule="delta",
-            scale=scale,
-            initial_state=rows,
-            output_final_state=True,
-            mode="recurrent",
-        )
-        assert final is not None
-        if state_indices is None:
-            state.copy_(final)
-        else:
-            state[state_indices] = final.to(state.dtype)
-        return o if out is None else out.copy_(o)
+    o = linear_attention_step_(q, k, v, state, beta=beta, g=g, rule="delta", scale=scale, state_indices=state_indices)
+    return o if out is None else out.copy_(o)

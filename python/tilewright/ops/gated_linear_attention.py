@@ -28,7 +28,7 @@ def chunk_gla(
     *,
     mode: Mode = "chunk",
 ) -> tuple[Tensor, Tensor | None]:
-    """Gated linear attention: `S <- diag(exp(g_t)) S + k v^T`, `o = scale S^T q` (Yang et al., arXiv 2312.06635, eq. 3).
+    """Gated linear attention: `S <- diag(exp(g_t)) S + k v^T`, `o = scale S^T q` (arXiv 2312.06635, eq. 3).
 
     Args:
         q, k: `[B, T, H, K]`.

@@ -12,7 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tilewright.ops.linear_attention import Mode, linear_attention
+from tilewright.ops.linear_attention import Mode, linear_attention, linear_attention_step_
 
 
 def lightning_attn_func(
@@ -96,17 +96,7 @@ def lightning_attn_decode(
     Returns:
         o `[B, T, HV, V]`.
     """
-    with torch.no_grad():
-        rows = state if state_indices is None else state[state_indices]
-        o, final = lightning_attn_func(
-            q, k, v, s, scale=scale, initial_state=rows, output_final_state=True, mode="recurrent"
-        )
-        assert final is not None
-        if state_indices is None:
-            state.copy_(final)
-        else:
-            state[state_indices] = final.to(state.dtype)
-        return o
+    return linear_attention_step_(q, k, v, state, g=_log_decay(s, v.shape[2]), scale=scale, state_indices=state_indices)
 
 
 def build_slope_tensor(

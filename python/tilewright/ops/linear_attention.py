@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from tilewright.ops.sequence import piece
+
 Rule = Literal["additive", "delta"]
 Mode = Literal["chunk", "recurrent"]
+
+_ops = torch.ops.tilewright
 
 
 def linear_attention(
@@ -26,12 +30,86 @@ def linear_attention(
     cu_seqlens: Tensor | None = None,
     mode: Mode = "chunk",
 ) -> tuple[Tensor, Tensor | None]:
-    from tilewright.reference.linear_attention import recurrence
+    """Attention through a matrix state that every token decays, writes to and reads, in this order.
 
-    o, state = recurrence(
-        q, k, v, beta=beta, g=g, rule=rule, scale=scale, initial_state=initial_state, cu_seqlens=cu_seqlens
+    For each value head::
+
+        S  <- diag(exp(g_t)) S
+        S  <- S + k_t v_t^T                                rule "additive"
+        S  <- S + k_t (beta_t (v_t - S^T k_t))^T           rule "delta" (arXiv 2406.06484, eq. 4)
+        o_t = scale S^T q_t
+
+    Time is linear in T, memory beside inputs and outputs does not grow with it (for a gradient: one state every 256
+    tokens, 128 with a decay a channel). Differentiable in q, k, v, beta, g and initial_state.
+
+    Args:
+        q, k: `[B, T, H, K]`, any floating type; float64 is computed in float64, all else in float32.
+        v: `[B, T, HV, V]`, HV a multiple of H; value head j reads query and key head j // (HV / H).
+        beta: `[B, T, HV]`, for the rule "delta". With keys of unit length the state stays bounded for beta in [0, 2].
+        g: natural logarithm of the decay, at most 0: `[HV]`, `[B, T, HV]` or, by channel of the key, `[B, T, HV, K]`.
+            None for no decay. -inf forgets everything.
+        scale: of q; K^-1/2 when None.
+        initial_state: `[N, HV, K, V]`; zero when None. N is B, or the number of packed sequences.
+        output_final_state: return the states after the last tokens.
+        cu_seqlens: int64 or int32 `[N+1]` with B = 1: offsets of packed sequences, which may be empty. Rows of q past
+            the last offset give zeros.
+        mode: "chunk" treats 16 or 32 tokens at once as matrix products; "recurrent" goes token by token, which is the
+            form for decoding. Where a gradient is wanted both run in chunks.
+
+    Returns:
+        o `[B, T, HV, V]` in the dtype of v, and the final states, float32 (float64 for float64), or None. The bits
+        depend neither on the number of threads nor on how sequences are packed.
+
+    Raises:
+        ValueError: rule or mode is neither of its words.
+        RuntimeError: a shape, dtype or device does not fit.
+    """
+    if rule not in ("additive", "delta"):
+        raise ValueError(f"linear_attention: rule = {rule!r}, needed 'additive' or 'delta'")
+    if mode not in ("chunk", "recurrent"):
+        raise ValueError(f"linear_attention: mode = {mode!r}, needed 'chunk' or 'recurrent'")
+    if (here := piece()) is not None:
+        options = {"beta": beta, "g": g, "rule": rule, "scale": scale, "cu_seqlens": cu_seqlens, "mode": mode}
+        return here.linear_attention(
+            linear_attention, q, k, v, initial_state=initial_state, output_final_state=output_final_state, **options
+        )
+    inputs = (q, k, v, beta, g, initial_state)
+    save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    factor = max(q.shape[-1], 1) ** -0.5 if scale is None else float(scale)
+    o, state, _ = _ops.linear_attention(
+        q, k, v, beta, g, initial_state, cu_seqlens, factor, rule == "delta", mode == "recurrent", save
     )
-    return o.to(v.dtype), state if output_final_state else None
+    return o, state if output_final_state else None
+
+
+def linear_attention_step_(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    state: Tensor,
+    *,
+    beta: Tensor | None = None,
+    g: Tensor | None = None,
+    rule: Rule = "additive",
+    scale: float | None = None,
+    state_indices: Tensor | None = None,
+) -> Tensor:
+    """:func:`linear_attention` for the next tokens of a batch, with its states updated in place. No gradient.
+
+    Args:
+        q, k, v, beta, g, rule, scale: as in :func:`linear_attention`; T is usually 1.
+        state: float32 `[P, HV, K, V]`, contiguous: a pool of states; sequence b uses row state_indices[b], or row b.
+        state_indices: int64 `[B]`, no row twice.
+
+    Returns:
+        o `[B, T, HV, V]` in the dtype of v.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit, or a row of the pool does not exist or is named twice.
+    """
+    factor = max(q.shape[-1], 1) ** -0.5 if scale is None else float(scale)
+    o: Tensor = _ops.linear_attention_step(q, k, v, beta, g, state, state_indices, factor, rule == "delta")
+    return o
 
 
 def state_transition(
@@ -79,3 +157,117 @@ def state_transition(
     )
     assert state is not None
     return state[..., -key_size:], state[..., :-key_size]
+
+
+def _wide(*tensors: Tensor) -> torch.dtype:
+    return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
+
+
+@torch.library.register_fake("tilewright::linear_attention")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    g: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    scale: float,
+    delta: bool,
+    recurrent: bool,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    torch._check(q.dim() == 4, lambda: "q must be [B, T, H, K]")
+    torch._check(v.dim() == 4, lambda: "v must be [B, T, HV, V]")
+    wide = _wide(q, k, v)
+    sequences = q.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    sizes = (v.shape[2], q.shape[3], v.shape[3])
+    state = v.new_empty((sequences, *sizes), dtype=wide)
+    kept: int | torch.SymInt = 0
+    if save:
+        step = 128 if g is not None and g.dim() == 4 else 256
+        # How packed sequences fall into segments is in the data.
+        kept = (
+            sequences * (-(-q.shape[1] // step)) if cu_seqlens is None else torch.library.get_ctx().new_dynamic_size()
+        )
+    return v.new_empty(v.shape), state, v.new_empty((kept, *sizes), dtype=wide)
+
+
+@torch.library.register_fake("tilewright::linear_attention_backward")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    g: Tensor | None,
+    cu_seqlens: Tensor | None,
+    checkpoints: Tensor,
+    d_out: Tensor,
+    d_state: Tensor,
+    scale: float,
+    delta: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    wide = _wide(q, k, v)
+    by_token = v.shape[:3]
+    keys = q.new_empty((*by_token, q.shape[3]), dtype=wide)
+    d_beta = q.new_empty(by_token if delta else (0,), dtype=wide)
+    d_g: tuple[int, ...] = (0,)
+    if g is not None:
+        d_g = (*by_token, q.shape[3]) if g.dim() == 4 else by_token
+    return (
+        keys,
+        torch.empty_like(keys),
+        v.new_empty(v.shape, dtype=wide),
+        d_beta,
+        q.new_empty(d_g, dtype=wide),
+        d_state.new_empty(d_state.shape, dtype=wide),
+    )
+
+
+@torch.library.register_fake("tilewright::linear_attention_step")
+def _(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    g: Tensor | None,
+    state: Tensor,
+    state_indices: Tensor | None,
+    scale: float,
+    delta: bool,
+) -> Tensor:
+    return v.new_empty(v.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    q, k, v, beta, g, initial_state, cu_seqlens, scale, delta, _, save = inputs
+    ctx.save_for_backward(q, k, v, beta, g, cu_seqlens, output[2])
+    ctx.initial_dtype = None if initial_state is None else initial_state.dtype
+    ctx.scale, ctx.delta, ctx.save = scale, delta, save
+    ctx.mark_non_differentiable(output[2])
+
+
+def _backward(ctx: Any, d_out: Tensor, d_state: Tensor, _: Tensor) -> tuple[Any, ...]:
+    q, k, v, beta, g, cu_seqlens, checkpoints = ctx.saved_tensors
+    if not ctx.save:
+        raise RuntimeError("linear_attention: no states were kept for the gradient; call the operator with save = True")
+    dq, dk, dv, d_beta, d_g, d_initial = _ops.linear_attention_backward(
+        q, k, v, beta, g, cu_seqlens, checkpoints, d_out, d_state, ctx.scale, ctx.delta
+    )
+    if v.shape[2] != q.shape[2]:
+        # One query and key head serves a group of value heads.
+        dq, dk = (x.unflatten(2, (q.shape[2], -1)).sum(3) for x in (dq, dk))
+    if g is not None and g.dim() == 1:
+        d_g = d_g.sum((0, 1))
+    return (
+        dq.to(q.dtype),
+        dk.to(k.dtype),
+        dv.to(v.dtype),
+        None if beta is None else d_beta.to(beta.dtype),
+        None if g is None else d_g.to(g.dtype),
+        None if ctx.initial_dtype is None else d_initial.to(ctx.initial_dtype),
+        *[None] * 5,
+    )
+
+
+torch.library.register_autograd("tilewright::linear_attention", _backward, setup_context=_setup)

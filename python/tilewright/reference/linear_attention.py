@@ -6,6 +6,8 @@ Plain torch, so that autograd gives the oracle of the gradients too; float64 whe
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 from torch import Tensor
 
@@ -56,7 +58,7 @@ def recurrence(
     bounds = [(b, 0, tokens) for b in range(batch)]
     if cu_seqlens is not None:
         offsets = cu_seqlens.tolist()
-        bounds = [(0, first, last) for first, last in zip(offsets[:-1], offsets[1:], strict=True)]
+        bounds = [(0, first, last) for first, last in itertools.pairwise(offsets)]
     outputs: list[list[Tensor]] = [[] for _ in range(batch)]
     states = []
     for n, (b, first, last) in enumerate(bounds):
@@ -109,7 +111,7 @@ def hgrn_recurrence(
     bounds = [(b, 0, tokens) for b in range(batch)]
     if cu_seqlens is not None:
         offsets = cu_seqlens.tolist()
-        bounds = [(0, first, last) for first, last in zip(offsets[:-1], offsets[1:], strict=True)]
+        bounds = [(0, first, last) for first, last in itertools.pairwise(offsets)]
     rows: list[list[Tensor]] = [[] for _ in range(batch)]
     states = []
     for n, (b, first, last) in enumerate(bounds):

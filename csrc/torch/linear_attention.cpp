@@ -1,0 +1,352 @@
+// SPDX-License-Identifier: Apache-2.0
+// linear_attention (chunk and recurrent form), its gradient, and the decode step as torch operators.
+#include <tuple>
+
+#include "core/memory.h"
+#include "ops/linear_attention/kernels.h"
+#include "torch/tensors.h"
+
+namespace tilewright::torch_adapter {
+namespace {
+
+using linear_attention::Decay;
+using linear_attention::Gradients;
+using linear_attention::Problem;
+using linear_attention::Rows;
+using linear_attention::Rule;
+using linear_attention::Sequences;
+
+// Columns of a state below which sharing a head between threads does not pay.
+constexpr int64_t kColumnsPerPart = 32;
+
+struct Inputs {
+  const Tensor& q;
+  const Tensor& k;
+  const Tensor& v;
+  const std::optional<Tensor>& beta;
+  const std::optional<Tensor>& g;
+  const std::optional<Tensor>& cu_seqlens;
+};
+
+struct Shape {
+  int64_t batch, tokens, heads, value_heads, key_size, value_size;
+};
+
+Shape check_shapes(const Inputs& in, const char* op) {
+  require_cpu(in.q, op, "q");
+  require_cpu(in.k, op, "k");
+  require_cpu(in.v, op, "v");
+  require_dim(in.q, 4, op, "q", "[B, T, H, K]");
+  require_dim(in.k, 4, op, "k", "[B, T, H, K]");
+  require_dim(in.v, 4, op, "v", "[B, T, HV, V]");
+  const Shape s{in.q.size(0), in.q.size(1), in.q.size(2), in.v.size(2), in.q.size(3), in.v.size(3)};
+  for (int64_t d = 0; d < 4; ++d) require_size(in.k, d, in.q.size(d), op, "k", "that of q");
+  require_size(in.v, 0, s.batch, op, "v", "B");
+  require_size(in.v, 1, s.tokens, op, "v", "T");
+  require(s.heads >= 1 && s.key_size >= 1, op, ": q has shape ", shape_of(in.q), ", needed H >= 1 and K >= 1");
+  require(s.value_heads >= 1 && s.value_size >= 1, op, ": v has shape ", shape_of(in.v), ", needed HV >= 1 and V >= 1");
+  require(s.value_heads % s.heads == 0, op, ": v has HV = ", s.value_heads,
+          " heads, needed a multiple of q's H = ", s.heads, "; repeat the values, or give q and k fewer heads");
+  return s;
+}
+
+void check_gate(const Tensor& gate, const Shape& s, const char* op, const char* argument) {
+  require_cpu(gate, op, argument);
+  require_size(gate, 0, s.batch, op, argument, "B");
+  require_size(gate, 1, s.tokens, op, argument, "T");
+  require_size(gate, 2, s.value_heads, op, argument, "HV");
+}
+
+Decay decay_of(const std::optional<Tensor>& g, const Shape& s, const char* op) {
+  if (!g.has_value()) return Decay::kNone;
+  if (g->dim() == 1) {
+    require_cpu(*g, op, "g");
+    require_size(*g, 0, s.value_heads, op, "g", "HV");
+    return Decay::kToken;
+  }
+  require(g->dim() == 3 || g->dim() == 4, op, ": g has shape ", shape_of(*g),
+          ", needed [HV], [B, T, HV] or [B, T, HV, K]");
+  check_gate(*g, s, op, "g");
+  if (g->dim() == 3) return Decay::kToken;
+  require_size(*g, 3, s.key_size, op, "g", "K");
+  return Decay::kChannel;
+}
+
+template <class T>
+Rows<const T> rows_of(const Tensor& tensor) {
+  return {data<T>(tensor), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+template <class T>
+Rows<T> mutable_rows_of(const Tensor& tensor) {
+  return {mutable_data<T>(tensor), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+}
+
+// A checked call. The tensors keep alive what the problem points to; outputs are yet to be set.
+template <class T>
+struct Call {
+  Shape shape;
+  Tensor q, k, v, beta, g, offsets;
+  Problem<T> problem;
+
+  int64_t sequences() const { return problem.sequences.count; }
+  int64_t pairs() const { return sequences() * shape.value_heads; }   // of a sequence and a value head
+  std::vector<int64_t> value_sizes() const { return {shape.batch, shape.tokens, shape.value_heads, shape.value_size}; }
+  std::vector<int64_t> state_sizes() const {
+    return {sequences(), shape.value_heads, shape.key_size, shape.value_size};
+  }
+};
+
+template <class T>
+Call<T> check(const Inputs& in, double scale, bool delta, const char* op) {
+  constexpr ScalarType kType = scalar_type_of<T>();
+  const Shape s = check_shapes(in, op);
+  Call<T> call{s,
+               with_adjacent_rows(in.q, kType, op, "q"),
+               with_adjacent_rows(in.k, kType, op, "k"),
+               with_adjacent_rows(in.v, kType, op, "v"),
+               {},
+               {},
+               {},
+               {}};
+  Problem<T>& p = call.problem;
+  p.rule = delta ? Rule::kDelta : Rule::kAdditive;
+  p.decay = decay_of(in.g, s, op);
+  p.sequences = {s.batch, s.tokens, nullptr};
+  if (in.cu_seqlens.has_value()) {
+    require(s.batch == 1, op, ": q has B = ", s.batch,
+            " with cu_seqlens, needed B = 1: packed sequences lie one after ", "the other along T");
+    require_dim(*in.cu_seqlens, 1, op, "cu_seqlens", "[N+1]");
+    require(in.cu_seqlens->size(0) >= 1, op, ": cu_seqlens is empty, needed [N+1] offsets");
+    call.offsets = offsets_of(*in.cu_seqlens, in.cu_seqlens->size(0) - 1, s.tokens, op);
+    p.sequences = {in.cu_seqlens->size(0) - 1, s.tokens, data<int64_t>(call.offsets)};
+  }
+  p.heads = s.heads;
+  p.value_heads = s.value_heads;
+  p.key_size = s.key_size;
+  p.value_size = s.value_size;
+  p.scale = static_cast<T>(scale);
+  p.parts = 1;
+  p.q = rows_of<T>(call.q);
+  p.k = rows_of<T>(call.k);
+  p.v = rows_of<T>(call.v);
+  if (delta) {
+    require(in.beta.has_value(), op, ": beta is missing, needed [B, T, HV] for the delta rule");
+    require_dim(*in.beta, 3, op, "beta", "[B, T, HV]");
+    check_gate(*in.beta, s, op, "beta");
+    call.beta = torch::stable::to(*in.beta, kType);
+    p.beta = rows_of<T>(call.beta);
+  } else {
+    require(!in.beta.has_value(), op, ": beta is given, but only the delta rule has one; pass None or rule='delta'");
+  }
+  if (p.decay == Decay::kNone) return call;
+  call.g = with_adjacent_rows(*in.g, kType, op, "g");
+  p.g = in.g->dim() == 1 ? Rows<const T>{data<T>(call.g), 0, 0, call.g.stride(0)} : rows_of<T>(call.g);
+  return call;
+}
+
+// The states as they are before the first token.
+template <class T>
+Tensor initial(const Call<T>& call, const std::optional<Tensor>& state, const char* op) {
+  const Tensor copy = empty_cpu(call.state_sizes(), scalar_type_of<T>());
+  if (!state.has_value()) {
+    std::fill_n(mutable_data<T>(copy), copy.numel(), T{0});
+    return copy;
+  }
+  require_cpu(*state, op, "initial_state");
+  require_dim(*state, 4, op, "initial_state", "[N, HV, K, V]");
+  const auto wanted = call.state_sizes();
+  for (int64_t d = 0; d < 4; ++d) {
+    constexpr const char* kLetters[] = {"N", "HV", "K", "V"};
+    require_size(*state, d, wanted[static_cast<size_t>(d)], op, "initial_state", kLetters[d]);
+  }
+  const Tensor source = torch::stable::contiguous(torch::stable::to(*state, scalar_type_of<T>()));
+  std::copy_n(data<T>(source), copy.numel(), mutable_data<T>(copy));
+  return copy;
+}
+
+// [B, T, ...], zero in the rows behind the last sequence, which no task writes.
+template <class T>
+Tensor output(const Call<T>& call, const std::vector<int64_t>& sizes) {
+  const Tensor out = empty_cpu(sizes, scalar_type_of<T>());
+  const Sequences& sequences = call.problem.sequences;
+  const int64_t used = sequences.offsets == nullptr ? call.shape.tokens : sequences.offsets[sequences.count];
+  if (used < call.shape.tokens) {
+    const int64_t row = out.numel() / call.shape.tokens;
+    std::fill_n(mutable_data<T>(out) + used * row, (call.shape.tokens - used) * row, T{0});
+  }
+  return out;
+}
+
+// Where each sequence's kept states begin.
+template <class T>
+std::vector<int64_t> first_segments(const Problem<T>& p) {
+  std::vector<int64_t> first(static_cast<size_t>(p.sequences.count) + 1, 0);
+  for (int64_t n = 0; n < p.sequences.count; ++n) {
+    const int64_t tokens = p.sequences.last(n) - p.sequences.first(n);
+    first[static_cast<size_t>(n) + 1] =
+        first[static_cast<size_t>(n)] + ceil_div(tokens, linear_attention::segment_tokens(p.decay));
+  }
+  return first;
+}
+
+template <class T>
+std::tuple<Tensor, Tensor, Tensor> forward_as(const Inputs& in, const std::optional<Tensor>& initial_state,
+                                              double scale, bool delta, bool recurrent, bool save) {
+  constexpr const char* kOp = "linear_attention";
+  Call<T> call = check<T>(in, scale, delta, kOp);
+  Problem<T>& p = call.problem;
+  const Tensor state = initial(call, initial_state, kOp);
+  const Tensor out = output(call, call.value_sizes());
+  p.out = mutable_rows_of<T>(out);
+  p.state = mutable_data<T>(state);
+  const std::vector<int64_t> segments = save ? first_segments(p) : std::vector<int64_t>{0};
+  const Tensor checkpoints = empty_cpu({segments.back(), p.value_heads, p.key_size, p.value_size}, scalar_type_of<T>());
+  if (save) {
+    p.checkpoints = mutable_data<T>(checkpoints);
+    p.first_segment = segments.data();
+  }
+  const int64_t threads = torch::stable::get_num_threads();
+  if (call.pairs() > 0 && call.pairs() < threads) {
+    p.parts = std::min(ceil_div(p.value_size, kColumnsPerPart), ceil_div(threads, call.pairs()));
+  }
+  const auto& kernels = linear_attention::kernels<T>();
+  // What the backward pass needs is kept by the chunk form.
+  const auto run = recurrent && !save ? kernels.recurrent : kernels.chunk;
+  run_tasks(call.pairs() * p.parts, [&](int64_t task) { run(p, task); });
+  return {torch::stable::to(out, in.v.scalar_type()), state, checkpoints};
+}
+
+bool wants_double(const Inputs& in) {
+  return in.q.scalar_type() == ScalarType::Double || in.k.scalar_type() == ScalarType::Double ||
+         in.v.scalar_type() == ScalarType::Double;
+}
+
+std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
+                                           const std::optional<Tensor>& beta, const std::optional<Tensor>& g,
+                                           const std::optional<Tensor>& initial_state,
+                                           const std::optional<Tensor>& cu_seqlens, double scale, bool delta,
+                                           bool recurrent, bool save) {
+  const Inputs in{q, k, v, beta, g, cu_seqlens};
+  return wants_double(in) ? forward_as<double>(in, initial_state, scale, delta, recurrent, save)
+                          : forward_as<float>(in, initial_state, scale, delta, recurrent, save);
+}
+
+using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
+template <class T>
+SixTensors backward_as(const Inputs& in, const Tensor& checkpoints, const Tensor& d_out, const Tensor& d_state,
+                       double scale, bool delta) {
+  constexpr const char* kOp = "linear_attention_backward";
+  constexpr ScalarType kType = scalar_type_of<T>();
+  Call<T> call = check<T>(in, scale, delta, kOp);
+  Problem<T>& p = call.problem;
+  const std::vector<int64_t> segments = first_segments(p);
+  const std::vector<int64_t> kept{segments.back(), p.value_heads, p.key_size, p.value_size};
+  require_dtype(checkpoints, kType, kOp, "checkpoints");
+  require_dim(checkpoints, 4, kOp, "checkpoints", "[segments, HV, K, V]");
+  for (int64_t d = 0; d < 4; ++d) {
+    require_size(checkpoints, d, kept[static_cast<size_t>(d)], kOp, "checkpoints",
+                 "what linear_attention kept with save");
+  }
+  require(checkpoints.is_contiguous(), kOp, ": checkpoints must be contiguous");
+  p.checkpoints = const_cast<T*>(data<T>(checkpoints));
+  p.first_segment = segments.data();
+  require_dim(d_out, 4, kOp, "d_out", "[B, T, HV, V]");
+  const auto wanted = call.value_sizes();
+  for (int64_t d = 0; d < 4; ++d) require_size(d_out, d, wanted[static_cast<size_t>(d)], kOp, "d_out", "that of v");
+
+  const Tensor from = with_adjacent_rows(d_out, kType, kOp, "d_out");
+  const Tensor state = initial(call, d_state, kOp);
+  const Shape& s = call.shape;
+  const std::vector<int64_t> by_token{s.batch, s.tokens, s.value_heads};
+  const std::vector<int64_t> by_channel{s.batch, s.tokens, s.value_heads, s.key_size};
+  const Tensor dq = output(call, by_channel), dk = output(call, by_channel), dv = output(call, wanted);
+  const Tensor dbeta = delta ? output(call, by_token) : empty_cpu({0}, kType);
+  const Tensor dg = p.decay == Decay::kNone ? empty_cpu({0}, kType)
+                                            : output(call, p.decay == Decay::kChannel ? by_channel : by_token);
+  Gradients<T> gradients{};
+  gradients.d_out = rows_of<T>(from);
+  gradients.d_state = mutable_data<T>(state);
+  gradients.dq = mutable_rows_of<T>(dq);
+  gradients.dk = mutable_rows_of<T>(dk);
+  gradients.dv = mutable_rows_of<T>(dv);
+  if (delta) gradients.dbeta = mutable_rows_of<T>(dbeta);
+  if (p.decay != Decay::kNone) gradients.dg = mutable_rows_of<T>(dg);
+  const auto run = linear_attention::kernels<T>().backward;
+  run_tasks(call.pairs(), [&](int64_t task) { run(p, gradients, task); });
+  return {dq, dk, dv, dbeta, dg, state};
+}
+
+SixTensors backward(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& beta,
+                    const std::optional<Tensor>& g, const std::optional<Tensor>& cu_seqlens, const Tensor& checkpoints,
+                    const Tensor& d_out, const Tensor& d_state, double scale, bool delta) {
+  const Inputs in{q, k, v, beta, g, cu_seqlens};
+  return wants_double(in) ? backward_as<double>(in, checkpoints, d_out, d_state, scale, delta)
+                          : backward_as<float>(in, checkpoints, d_out, d_state, scale, delta);
+}
+
+Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& beta,
+            const std::optional<Tensor>& g, const Tensor& state, const std::optional<Tensor>& state_indices,
+            double scale, bool delta) {
+  constexpr const char* kOp = "linear_attention_step";
+  const std::optional<Tensor> packed;
+  Call<float> call = check<float>({q, k, v, beta, g, packed}, scale, delta, kOp);
+  Problem<float>& p = call.problem;
+  require_cpu(state, kOp, "state");
+  require_dtype(state, ScalarType::Float, kOp, "state");
+  require_dim(state, 4, kOp, "state", "[P, HV, K, V]");
+  require_size(state, 1, p.value_heads, kOp, "state", "HV");
+  require_size(state, 2, p.key_size, kOp, "state", "K");
+  require_size(state, 3, p.value_size, kOp, "state", "V");
+  require(state.is_contiguous(), kOp, ": state is updated in place and must be contiguous; call .contiguous() once");
+  Tensor slots;
+  if (state_indices.has_value()) {
+    require_cpu(*state_indices, kOp, "state_indices");
+    require_dtype(*state_indices, ScalarType::Long, kOp, "state_indices");
+    require_dim(*state_indices, 1, kOp, "state_indices", "[B]");
+    require_size(*state_indices, 0, call.shape.batch, kOp, "state_indices", "B");
+    slots = torch::stable::contiguous(*state_indices);
+    p.slots = data<int64_t>(slots);
+    std::vector<bool> taken(static_cast<size_t>(state.size(0)), false);
+    for (int64_t n = 0; n < call.shape.batch; ++n) {
+      require(p.slots[n] >= 0 && p.slots[n] < state.size(0), kOp, ": state_indices[", n, "] = ", p.slots[n],
+              ", needed a row of state, 0 to ", state.size(0) - 1);
+      require(!taken[static_cast<size_t>(p.slots[n])], kOp, ": state_indices names row ", p.slots[n],
+              " twice; two sequences cannot share a state");
+      taken[static_cast<size_t>(p.slots[n])] = true;
+    }
+  } else {
+    require(state.size(0) == call.shape.batch, kOp, ": state has P = ", state.size(0),
+            " rows for B = ", call.shape.batch, " sequences; give as many, or state_indices");
+  }
+  const Tensor out = empty_cpu(call.value_sizes(), ScalarType::Float);
+  p.out = mutable_rows_of<float>(out);
+  p.state = mutable_data<float>(state);
+  const auto run = linear_attention::kernels<float>().recurrent;
+  run_tasks(call.pairs(), [&](int64_t task) { run(p, task); });
+  return torch::stable::to(out, v.scalar_type());
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(tilewright, m) {
+  m.def(
+      "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? beta, Tensor? g, Tensor? initial_state, "
+      "Tensor? cu_seqlens, float scale, bool delta, bool recurrent, bool save) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_attention_backward(Tensor q, Tensor k, Tensor v, Tensor? beta, Tensor? g, Tensor? cu_seqlens, "
+      "Tensor checkpoints, Tensor d_out, Tensor d_state, float scale, bool delta) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+  m.def(
+      "linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor? beta, Tensor? g, Tensor(a!) state, "
+      "Tensor? state_indices, float scale, bool delta) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tilewright, CPU, m) {
+  m.impl("linear_attention", TORCH_BOX(&forward));
+  m.impl("linear_attention_backward", TORCH_BOX(&backward));
+  m.impl("linear_attention_step", TORCH_BOX(&step));
+}
+
+}  // namespace tilewright::torch_adapter
