@@ -24,7 +24,6 @@ TOKENS, SEGMENT = 1024, 256
 SPREAD, WIDTH, NOISE = 3.0, 1.0, 0.1
 VALIDATION, TESTS = (100, 101), (0, 1, 2, 3)
 BOUNDS = {4: 0.6, 8: 0.4, 16: 0.3}
-RATIOS = {4: "0.57", 8: "0.28", 16: "0.17"}
 BANDWIDTHS = (0.35, 0.5, 0.7, 1.0, 1.4, 2.0)
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
 TOTAL_RIDGES = (1e-3, 1e-1, 1.0, 10.0, 100.0)
@@ -95,13 +94,12 @@ def last_quarters(errors: Tensor) -> Tensor:
     return torch.stack([errors[end - 1 - SEGMENT // 4 : end - 1].mean() for end in range(SEGMENT, TOKENS + 1, SEGMENT)])
 
 
-def choices(size: int, radius: float) -> dict[str, tuple[Predictor, list[tuple[float, ...]]]]:
+def choices(radius: float) -> dict[str, tuple[Predictor, list[tuple[float, ...]]]]:
     """Each predictor with its grid; the kernel average's reaches to narrower windows, which it prefers."""
 
     def lla(x: Tensor, y: Tensor, bandwidth: float, ridge: float) -> Tensor:
         return local_linear(x, y, bandwidth, ridge, radius)
 
-    del size
     return {
         "LLA": (lla, list(itertools.product(BANDWIDTHS, RIDGES))),
         "kernel average": (kernel_average, [(h,) for h in (0.15, 0.25, *BANDWIDTHS)]),
@@ -120,10 +118,11 @@ def piecewise_rows(experiment: Experiment) -> Iterator[Row]:
         tuning, held = [piecewise(size, s) for s in validation], [piecewise(size, s) for s in tests]
         quarters: dict[str, Tensor] = {}
         record: dict[str, Any] = {"curves": {}, "edges": list(range(SEGMENT, TOKENS, SEGMENT)), "chosen": {}}
-        for name, (predict, grid) in choices(size, 4 * SPREAD * size**0.5).items():
-            chosen = min(
-                grid, key=lambda g: sum(float(last_quarters(squared_errors(predict(*d, *g), d[1])).mean()) for d in tuning)
-            )  # fmt: skip
+        for name, (predict, grid) in choices(4 * SPREAD * size**0.5).items():
+            tried = {
+                g: sum(float(last_quarters(squared_errors(predict(*d, *g), d[1])).mean()) for d in tuning) for g in grid
+            }
+            chosen = min(tried, key=lambda g: tried[g])
             errors = torch.stack([squared_errors(predict(x, y, *chosen), y) for x, y in held])
             quarters[name] = torch.stack([last_quarters(e) for e in errors]).mean(0)
             smooth = errors.mean(0)[: 32 * ((TOKENS - 1) // 32)].view(-1, 32).mean(-1)
@@ -142,7 +141,7 @@ def piecewise_rows(experiment: Experiment) -> Iterator[Row]:
 
 
 def real_data() -> dict[str, tuple[Tensor, Tensor]]:
-    """Standardised: diabetes (442 x 10, one target); digits, the 2 x 2 centre from 12 components of the other pixels."""
+    """Standardised diabetes (442 x 10, one target); digits: the 2 x 2 centre from 12 components of the other pixels."""
     import numpy as np
 
     try:

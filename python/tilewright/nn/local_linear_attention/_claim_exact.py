@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -34,8 +36,7 @@ def draw(seed: int, tokens: int, size: int, value_size: int, unit: bool = False)
     """q, k, v `[1, T, 1, .]`, float64, q and k of norm 1 if asked."""
     generator = torch.Generator().manual_seed(seed)
     q, k, v = (
-        torch.randn(1, tokens, 1, width, generator=generator, dtype=torch.float64)
-        for width in (size, size, value_size)
+        torch.randn(1, tokens, 1, width, generator=generator, dtype=torch.float64) for width in (size, size, value_size)
     )
     if unit:
         q, k = (x / x.norm(dim=-1, keepdim=True) for x in (q, k))
@@ -124,8 +125,8 @@ def limit_rows() -> Iterator[Row]:
     softmax, affine, average, sums = [], [], [], []
     for seed in SEEDS:
         q, k, v = (x.float() for x in draw(seed, 256, 16, 8))
-        heads = [x.transpose(1, 2).double() for x in (q, k, v)]
-        plain = scaled_dot_product_attention(*heads, is_causal=True).transpose(1, 2)
+        a, b, c = (x.transpose(1, 2).double() for x in (q, k, v))
+        plain = scaled_dot_product_attention(a, b, c, is_causal=True).transpose(1, 2)
         softmax.append(relative(lla_attention(q, k, v, ridge_lambda=1e8), plain))
         generator = torch.Generator().manual_seed(seed)
         slope, offset = torch.randn(16, 8, generator=generator), torch.randn(8, generator=generator)
@@ -171,9 +172,13 @@ print(json.dumps(peaks))
 
 
 def peak_bytes(form: str, sizes: list[int]) -> list[int]:
-    """Growth of the resident peak of a fresh process by the time that it has run each of the rising sizes."""
+    """Growth of the resident peak of a fresh process by the time that it has run each of the rising sizes.
+
+    The C library gives back at once what is freed (from 64 KiB on), so that the peak is what was needed at one time.
+    """
     command = [sys.executable, "-c", _PROBE, form, json.dumps(sizes)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    given_back = {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | given_back)
     if done.returncode:
         raise RuntimeError(f"the process that measures memory failed: {done.stderr.strip()[-300:]}")
     return list(json.loads(done.stdout))
@@ -189,8 +194,8 @@ def memory_rows(experiment: Experiment) -> Iterator[Row]:
     }
     growth = {}
     for form, measured in found.items():
-        peaks: list[int] = measured["bytes"]  # type: ignore[assignment]
-        growth[form] = [later / earlier for earlier, later in zip(peaks, peaks[1:], strict=False)]
+        peaks: list[int] = measured["bytes"]
+        growth[form] = [later / earlier for earlier, later in itertools.pairwise(peaks)]
     name = "forward and backward, 8 heads of 64: peak memory at twice the length, largest ratio from T = 512"
     yield at_most(name, max(growth["FlashLLA"]), 2.2, paper="linear")
     yield at_least("the dense solve, one head: the same ratio from T = 256", growth["dense solve"][-1], 3.0)

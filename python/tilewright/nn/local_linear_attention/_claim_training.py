@@ -83,7 +83,7 @@ def regression_error(model: nn.Module, batch: Batch) -> Tensor:
 
 
 def recall_batch(generator: torch.Generator, batch: int) -> Batch:
-    """One-hot tokens `[B, 3 P, 2 N]`: P keys each followed by its value, then the keys in another order; values asked."""
+    """One-hot tokens `[B, 3 P, 2 N]`, P keys and values in turn, then the keys in another order; their values."""
     keys = torch.rand(batch, VOCABULARY, generator=generator).argsort(-1)[:, :STORED]
     values = torch.randint(VOCABULARY, (batch, STORED), generator=generator)
     order = torch.rand(batch, STORED, generator=generator).argsort(-1)

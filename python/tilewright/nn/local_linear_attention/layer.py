@@ -100,15 +100,15 @@ class LocalLinearAttention(nn.Module):
         if self.ridge_logit is not None:
             nn.init.constant_(self.ridge_logit, self.ridge_lambda + math.log(-math.expm1(-self.ridge_lambda)))
 
-    def ridge(self, hidden_states: Tensor) -> float | Tensor:
-        """lambda: a number, `[H]` or `[B, T, H]`; at least 1e-6, which float32 can still tell from none."""
+    def ridge(self, hidden_states: Tensor) -> Tensor:
+        """lambda: `[1]`, `[H]` or `[B, T, H]`, in float32 or wider; a learned one is at least 1e-6."""
         if self.ridge_logit is None:
-            return self.ridge_lambda
+            wide = torch.promote_types(hidden_states.dtype, torch.float32)
+            return hidden_states.new_full((1,), self.ridge_lambda, dtype=wide)
         logit = self.ridge_logit
         if self.ridge_proj is not None:
             logit = logit + self.ridge_proj(hidden_states)
-        wide = logit if logit.dtype == torch.float64 else logit.float()
-        return F.softplus(wide) + 1e-6
+        return F.softplus(logit.to(torch.promote_types(logit.dtype, torch.float32))) + 1e-6
 
     def forward(
         self,
@@ -138,8 +138,7 @@ class LocalLinearAttention(nn.Module):
         seen = 0 if cache is None else cache.get_seq_length(self.layer_idx)
         positions = default_positions(hidden_states, seen, cu_seqlens) if position_ids is None else position_ids
         q, k, v = self._project(hidden_states, positions)
-        ridge = self.ridge(hidden_states)
-        rows = torch.as_tensor(ridge, device=q.device).expand(batch, tokens, self.num_heads)
+        rows = self.ridge(hidden_states).expand(batch, tokens, self.num_heads)
         keep = current_columns(attention_mask, tokens)
         if cache is None or not cache[self.layer_idx]:
             o = self._whole(q, k, v, rows, cu_seqlens, keep)
@@ -205,9 +204,7 @@ class LocalLinearAttention(nn.Module):
         keys, values, lengths = self._append(cache, k, v, keep)
         if q.shape[1] == 1 and keep is None:
             start = cache[self.layer_idx].get("rho")
-            o, rho = lla_decode(
-                q, keys, values, lengths, ridge_lambda=ridge, rho_init=start, **self._options()
-            )  # fmt: skip
+            o, rho = lla_decode(q, keys, values, lengths, ridge_lambda=ridge, rho_init=start, **self._options())
             if self.warm_start:
                 cache.update(self.layer_idx, 0, rho=rho)
             return o
