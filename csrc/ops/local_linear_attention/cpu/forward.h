@@ -12,7 +12,7 @@ struct ForwardScratch {
   T *right, *x;        // [rows, key_row]: kbar - q, and the solution
   T* values;           // [64, value_row]
   T* out;              // [rows, value_row]
-  T *shift, *marks;    // [rows]: kbar.x; where values are not finite
+  T *shift, *total, *marks;  // [rows]: kbar.x; sum of the tilted weights; where values are not finite
 };
 
 template <class T>
