@@ -41,9 +41,7 @@ def works_of(q: Tensor, k: Tensor, v: Tensor, case: dict[str, Any]) -> dict[str,
 
     works: dict[str, Callable[[int], Any]] = {
         "lla_attention": lambda _: lla_attention(q, k, v, ridge_lambda=ridge, solver="cg"),
-        f"lla_attention, {case['iterations']} iterations": lambda _: lla_attention(
-            q, k, v, ridge_lambda=ridge, **fixed
-        ),
+        f"lla_attention, {case['iterations']} iterations": fixed,
         "lla_attention and its gradients": forward_backward,
     }
     if case["head_dim"] <= 32:

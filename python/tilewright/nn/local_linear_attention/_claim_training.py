@@ -166,7 +166,7 @@ def rows(experiment: Experiment) -> Iterator[Row]:
         "in-context regression",
         lambda kind: Model(kind, 2 * SIZE + 1, SIZE, None),
         partial(train, draw=regression_batch, loss=regression_error, judge=regression_error),
-        300 if experiment.quick else 2000,
+        250 if experiment.quick else 1000,
     )
     ratios = [a / b for a, b in zip(regression["LLA"]["results"], regression["softmax"]["results"], strict=True)]
     yield at_most(
@@ -182,7 +182,7 @@ def rows(experiment: Experiment) -> Iterator[Row]:
         "recall",
         lambda kind: Model(kind, 2 * VOCABULARY, VOCABULARY, 10000.0),
         partial(train, draw=recall_batch, loss=recall_loss, judge=recall_misses),
-        1500,
+        800,
     )
     missed = {kind: sum(found["results"]) / len(found["results"]) for kind, found in recall.items()}
     yield at_most(
