@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 BENCH = Path(__file__).resolve().parent
-OPERATORS = ("linear", "attention")
+OPERATORS = ("linear", "attention", "local_linear_attention")
 QUICK_SIZES = {"m": 8, "n": 64, "k": 128, "tokens": 64, "queries": 64, "layers": 2, "prompt": 32, "decode": 4}
 SECONDS, QUICK_SECONDS = 2.0, 0.01
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from tilewright.nn.hybrid_linear_attention import HybridConfig, HybridForCausalLM, build_hybrid
     from tilewright.nn.lightning_attention import LightningAttention, MultiScaleRetention
     from tilewright.nn.linear_attention import LinearAttention
+    from tilewright.nn.local_linear_attention import LocalLinearAttention
     from tilewright.nn.mom import MomAttention, MomConfig, MomForCausalLM, load_balancing_loss, mom_attention, mom_route
     from tilewright.nn.short_convolution import ShortConvolution
     from tilewright.nn.softmax_attention import SlidingWindowAttention, SoftmaxAttention
@@ -39,6 +40,7 @@ __all__ = [
     "KimiDeltaAttention",
     "LightningAttention",
     "LinearAttention",
+    "LocalLinearAttention",
     "MixerCache",
     "MomAttention",
     "MomConfig",
@@ -70,6 +72,7 @@ _LAZY = {
     "KimiDeltaAttention": "delta_rule",
     "LightningAttention": "lightning_attention",
     "LinearAttention": "linear_attention",
+    "LocalLinearAttention": "local_linear_attention",
     "MixerCache": "cache",
     "MomAttention": "mom",
     "MomConfig": "mom",
