@@ -46,6 +46,31 @@ struct Simd<float> {
   // p * 2^n for integral n.
   static V scale_by_power(V p, V n) { return _mm512_scalef_ps(p, n); }
   static V round(V a) { return _mm512_roundscale_ps(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC); }
+  // to = from^T for a square of kLanes rows: pairs, quads, then quarters of the registers change places.
+  static void transpose_square(const float* from, int64_t ld_from, float* to, int64_t ld_to) {
+    V r[16], s[16];
+    for (int i = 0; i < 16; ++i) r[i] = load(from + i * ld_from);
+    for (int i = 0; i < 16; i += 2) {
+      s[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
+      s[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 16; i += 4) {
+      for (int j = 0; j < 2; ++j) {
+        r[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(s[i + j]), _mm512_castps_pd(s[i + j + 2])));
+        r[i + 2 * j + 1] =
+            _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(s[i + j]), _mm512_castps_pd(s[i + j + 2])));
+      }
+    }
+    for (int i = 0; i < 4; ++i) {
+      const V low = _mm512_shuffle_f32x4(r[i], r[i + 4], 0x88), high = _mm512_shuffle_f32x4(r[i], r[i + 4], 0xdd);
+      const V low2 = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0x88);
+      const V high2 = _mm512_shuffle_f32x4(r[i + 8], r[i + 12], 0xdd);
+      store(to + i * ld_to, _mm512_shuffle_f32x4(low, low2, 0x88));
+      store(to + (i + 4) * ld_to, _mm512_shuffle_f32x4(high, high2, 0x88));
+      store(to + (i + 8) * ld_to, _mm512_shuffle_f32x4(low, low2, 0xdd));
+      store(to + (i + 12) * ld_to, _mm512_shuffle_f32x4(high, high2, 0xdd));
+    }
+  }
 
  private:
   static __mmask16 mask(int64_t n) { return static_cast<__mmask16>(n >= 16 ? 0xffffu : (1u << n) - 1u); }
@@ -106,6 +131,24 @@ struct Simd<float> {
   static V scale_by_power(V p, V n) {
     const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
     return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+  }
+  static void transpose_square(const float* from, int64_t ld_from, float* to, int64_t ld_to) {
+    V r[8], s[8];
+    for (int i = 0; i < 8; ++i) r[i] = load(from + i * ld_from);
+    for (int i = 0; i < 8; i += 2) {
+      s[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+      s[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+      for (int j = 0; j < 2; ++j) {
+        r[i + 2 * j] = _mm256_shuffle_ps(s[i + j], s[i + j + 2], 0x44);
+        r[i + 2 * j + 1] = _mm256_shuffle_ps(s[i + j], s[i + j + 2], 0xee);
+      }
+    }
+    for (int i = 0; i < 4; ++i) {
+      store(to + i * ld_to, _mm256_permute2f128_ps(r[i], r[i + 4], 0x20));
+      store(to + (i + 4) * ld_to, _mm256_permute2f128_ps(r[i], r[i + 4], 0x31));
+    }
   }
 
  private:

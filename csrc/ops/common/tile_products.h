@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Products of small row-major tiles that stay in the cache, blocked over registers.
 //
-//   multiply   C = [previous +] A B        A [M, depth] with any two strides, so that A^T costs no copy;
+//   multiply   C = [before +] A B          A [M, depth] with any two strides, so that A^T costs no copy;
 //                                          B [depth, N] and C [M, N] with rows of adjacent elements
 //   transpose  B = A^T
 //
@@ -38,6 +38,13 @@ enum class Before {
   kScale,     // C = diag(row_scale) C + A B
 };
 
+// What is added, where it is not C itself: rows as far apart as those of C.
+template <class T>
+struct Added {
+  const T* row_scale = nullptr;
+  const T* before = nullptr;   // null: C
+};
+
 template <class T>
 struct Left {
   const T* data;
@@ -56,7 +63,7 @@ Left<T> columns_of(const T* data, int64_t stride) {
 }
 
 template <class T, int kRows, int kVectors, Before kBefore>
-void multiply_block(Left<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t depth, const T* row_scale) {
+void multiply_block(Left<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t depth, Added<T> added) {
   using S = Simd<T>;
   typename S::V sum[kRows][kVectors];
   for (int i = 0; i < kRows; ++i) {
@@ -64,8 +71,8 @@ void multiply_block(Left<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64
       if constexpr (kBefore == Before::kNothing) {
         sum[i][j] = S::zero();
       } else {
-        sum[i][j] = S::load(c + i * ldc + j * S::kLanes);
-        if constexpr (kBefore == Before::kScale) sum[i][j] = S::mul(sum[i][j], S::set1(row_scale[i]));
+        sum[i][j] = S::load(added.before + i * ldc + j * S::kLanes);
+        if constexpr (kBefore == Before::kScale) sum[i][j] = S::mul(sum[i][j], S::set1(added.row_scale[i]));
       }
     }
   }
@@ -83,15 +90,15 @@ void multiply_block(Left<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64
 }
 
 template <class T, int kVectors, Before kBefore>
-void multiply_panel(Left<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t m, int64_t depth,
-                    const T* row_scale) {
+void multiply_panel(Left<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t m, int64_t depth, Added<T> added) {
   // Accumulators, the row of B and one broadcast fill the registers.
   constexpr int kTall = Simd<T>::kRegisters == 32 ? 12 : 6;
   int64_t i = 0;
   const auto block = [&]<int kRows>() {
     for (; i + kRows <= m; i += kRows) {
       multiply_block<T, kRows, kVectors, kBefore>({a.data + i * a.row_stride, a.row_stride, a.column_stride}, b, ldb,
-                                                  c + i * ldc, ldc, depth, row_scale + i);
+                                                  c + i * ldc, ldc, depth,
+                                                  {added.row_scale + i, added.before + i * ldc});
     }
   };
   block.template operator()<kTall>();
@@ -103,23 +110,32 @@ void multiply_panel(Left<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64
 // C [m, n] from A [m, depth] and B [depth, n]; n a multiple of the vector.
 template <Before kBefore, class T>
 void multiply(Left<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t m, int64_t n, int64_t depth,
-              const T* row_scale = nullptr) {
+              Added<T> added = {}) {
   constexpr int64_t kLanes = Simd<T>::kLanes;
+  const T* before = added.before == nullptr ? c : added.before;
   int64_t j = 0;
   for (; j + 2 * kLanes <= n; j += 2 * kLanes) {
-    multiply_panel<T, 2, kBefore>(a, b + j, ldb, c + j, ldc, m, depth, row_scale);
+    multiply_panel<T, 2, kBefore>(a, b + j, ldb, c + j, ldc, m, depth, {added.row_scale, before + j});
   }
-  if (j < n) multiply_panel<T, 1, kBefore>(a, b + j, ldb, c + j, ldc, m, depth, row_scale);
+  if (j < n) multiply_panel<T, 1, kBefore>(a, b + j, ldb, c + j, ldc, m, depth, {added.row_scale, before + j});
 }
 
-// to [n, m] = from [m, n]^T, both with rows of adjacent elements. Blocks of 16 lines keep both sides in the cache.
+// to [n, m] = from [m, n]^T, both with rows of adjacent elements.
 template <class T>
 void transpose(const T* from, int64_t ld_from, T* to, int64_t ld_to, int64_t m, int64_t n) {
-  constexpr int64_t kBlock = 16;
-  for (int64_t i0 = 0; i0 < m; i0 += kBlock) {
-    const int64_t i1 = i0 + kBlock < m ? i0 + kBlock : m;
-    for (int64_t j = 0; j < n; ++j) {
-      for (int64_t i = i0; i < i1; ++i) to[j * ld_to + i] = from[i * ld_from + j];
+  constexpr int64_t kSquare = Simd<T>::kLanes;
+  for (int64_t i = 0; i < m; i += kSquare) {
+    for (int64_t j = 0; j < n; j += kSquare) {
+      const T* square = from + i * ld_from + j;
+      if constexpr (requires { Simd<T>::transpose_square(square, ld_from, to, ld_to); }) {
+        if (i + kSquare <= m && j + kSquare <= n) {
+          Simd<T>::transpose_square(square, ld_from, to + j * ld_to + i, ld_to);
+          continue;
+        }
+      }
+      for (int64_t c = 0; c < kSquare && j + c < n; ++c) {
+        for (int64_t r = 0; r < kSquare && i + r < m; ++r) to[(j + c) * ld_to + i + r] = square[r * ld_from + c];
+      }
     }
   }
 }

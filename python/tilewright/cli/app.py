@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tilewright.cli import bench, chat, demo, doctor, evaluate, fetch, generate, linearize, quantize, reproduce
+from tilewright.cli import bench, chat, demo, doctor, evaluate, fetch, generate, linearize, quantize, reproduce, study
 from tilewright.cli.shared import DEBUG_VARIABLE, Verbs
 
 EPILOG = "Exit codes: 0 done, 1 claim or check failed, 2 bad input, 3 package missing, 70 internal, 130 interrupted."
@@ -28,6 +28,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "eval": evaluate.evaluate,
     "bench": bench.bench,
     "reproduce": reproduce.reproduce,
+    "study": study.study,
     "doctor": doctor.doctor,
 }
 

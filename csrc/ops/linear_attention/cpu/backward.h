@@ -93,8 +93,7 @@ class Backward {
                                  p_.key_size);
       chunk_.solve(d_out_, writes(c), residuals(c), ldv_, columns_);
     }
-    std::copy(state(c), state(c) + p_.key_size * ldv_, state(c + 1));
-    chunk_.update_state(writes(c), state(c + 1), ldv_, columns_);
+    chunk_.update_state(writes(c), state(c), state(c + 1), ldv_, columns_);
   }
 
   void reverse(int64_t c, int64_t first, int64_t end) {
@@ -173,8 +172,9 @@ class Backward {
     const int64_t width = padded<T>(p_.key_size);
     if constexpr (!C::kChannel) {
       multiply<Before::kKeep>(rows_of<T>(pairs_, ldp_), chunk_.minus(), ldk_, d_read_, ldk_, stack, width, rows);
-      multiply<kDecay == Decay::kToken ? Before::kScale : Before::kKeep>(
-          columns_of<T>(pairs_, ldp_), chunk_.plus(), ldk_, d_write_, ldk_, rows, width, stack, chunk_.onto());
+      multiply<kDecay == Decay::kToken ? Before::kScale : Before::kKeep>(columns_of<T>(pairs_, ldp_), chunk_.plus(),
+                                                                         ldk_, d_write_, ldk_, rows, width, stack,
+                                                                         {.row_scale = chunk_.onto()});
     } else {
       for (int64_t r = 0; r < C::kStack; ++r) scale(chunk_.into(), d_read_ + r * rows * ldk_);
       scale(chunk_.onto(), d_write_);
@@ -255,8 +255,9 @@ class Backward {
       d_gate_[d] = S::sum(sum);
     }
     std::fill(d_gate_ + p_.key_size, d_gate_ + padded<T>(p_.key_size), T{0});
-    T total = 0;
-    for (int64_t d = 0; d < p_.key_size; ++d) total += d_gate_[d];
+    // A sum over tokens of differences: in double, so that only the terms are rounded.
+    double total = 0;
+    for (int64_t d = 0; d < p_.key_size; ++d) total += static_cast<double>(d_gate_[d]);
     for (int64_t i = chunk_.tokens() - 1; i >= 0; --i) {
       V token = S::zero();
       for (int64_t d = 0; d < padded<T>(p_.key_size); d += S::kLanes) {
@@ -276,8 +277,8 @@ class Backward {
       if constexpr (C::kChannel) {
         std::copy(d_gate_, d_gate_ + p_.key_size, to);
       } else {
-        total += S::sum(token);
-        *to = total;
+        total += static_cast<double>(S::sum(token));
+        *to = static_cast<T>(total);
       }
     }
   }
@@ -301,7 +302,7 @@ class Backward {
   // dS before the chunk = diag(whole) dS + Q_in^T dO - K_in^T dR.
   void advance() {
     multiply<C::kStateBefore>(columns_of(chunk_.in(), ldk_), scaled_, ldv_, d_state_, ldv_, p_.key_size, columns_,
-                              C::kStack * chunk_.rows(), chunk_.whole());
+                              C::kStack * chunk_.rows(), {.row_scale = chunk_.whole()});
   }
 
   const Problem<T>& p_;

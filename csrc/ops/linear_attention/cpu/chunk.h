@@ -101,9 +101,9 @@ class Chunk {
     form_products();
   }
 
-  // Adds the chunk's writes u [rows, columns] to the state [K, columns].
-  void update_state(const T* u, T* state, int64_t ldv, int64_t columns) const {
-    multiply<kStateBefore>(columns_of(out_, ldk_), u, ldv, state, ldv, key_size_, columns, rows_, whole_);
+  // after [K, columns] = what is left of before, plus the chunk's writes u [rows, columns].
+  void update_state(const T* u, const T* before, T* after, int64_t ldv, int64_t columns) const {
+    multiply<kStateBefore>(columns_of(out_, ldk_), u, ldv, after, ldv, key_size_, columns, rows_, {whole_, before});
   }
 
   // v's rows of columns [first_column, first_column + width), zero up to `columns` and for missing tokens.

@@ -63,12 +63,12 @@ class Forward {
                                columns_, p_.key_size);
     if constexpr (C::kDelta) chunk_.solve(read_ + rows * ldv_, u_, nullptr, ldv_, columns_);
     multiply<C::kReadBefore>(rows_of(chunk_.queries_keys(), chunk_.ldp()), u_, ldv_, read_, ldv_, rows, columns_, rows,
-                             chunk_.into());
+                             {.row_scale = chunk_.into()});
     for (int64_t i = 0; i < chunk_.tokens(); ++i) {
       const T* from = read_ + i * ldv_;
       std::copy(from, from + width_, p_.out.row(chunk_.batch(), chunk_.first() + i, head_) + first_column_);
     }
-    chunk_.update_state(u_, state_, ldv_, columns_);
+    chunk_.update_state(u_, state_, state_, ldv_, columns_);
   }
 
   void load_state(const T* from) {
