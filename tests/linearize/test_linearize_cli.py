@@ -158,3 +158,31 @@ def test_a_conversation_goes_on_from_the_state(folder):
         next(runner.generate([5] * 250, max_new_tokens=20))
     with pytest.raises(ValueError, match=r"needed 1 \.\. 256"):
         Runner(loaded.model, 300)
+
+
+def test_an_interrupted_training_goes_on_bit_for_bit(source, text, tmp_path, monkeypatch):
+    from tilewright.linearize import tuning
+    from tilewright.train import Trainer
+
+    arguments = ("linearize", source, "--text", text, *SHORT, "--json")
+    whole = json.loads(invoke(*arguments, "-o", tmp_path / "whole").stdout)
+    step = Trainer._step
+
+    def interrupted(self, number):
+        if number == 3:
+            raise RuntimeError("the machine stopped")
+        return step(self, number)
+
+    monkeypatch.setattr(tuning, "_SAVE_EVERY", 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", interrupted)
+        assert invoke(*arguments, "-o", tmp_path / "m").exit_code != ExitCode.OK
+    assert not (tmp_path / "m").exists()
+    again = invoke(*arguments, "-o", tmp_path / "m")
+    assert again.exit_code == ExitCode.BAD_INPUT
+    assert "--resume" in again.stderr
+    resumed = json.loads(invoke(*arguments, "-o", tmp_path / "m", "--resume").stdout)
+    assert resumed["report"]["losses"] == whole["report"]["losses"]
+    states = [linearize.load(tmp_path / name).model.state_dict() for name in ("m", "whole")]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "whole"]
