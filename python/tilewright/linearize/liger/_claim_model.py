@@ -23,6 +23,7 @@ from tilewright.linearize.liger.config import LigerConfig
 from tilewright.linearize.liger.method import LigerAttention, liger_attention
 from tilewright.linearize.text import text_tokens
 from tilewright.linearize.tuning import tune_lora
+from tilewright.train import TrainingError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,7 +37,8 @@ class Scale:
     """How much of everything: the claim's two forms differ in this alone.
 
     first: first converted layer. window: tokens of an evaluation window, windows: how many. length: tokens of a
-    training step. steps, short: of the main runs and of the ablation's. rates: learning rates to choose from.
+    training step. steps, short: of the main runs and of the ablation's. rates: learning rates to choose from. kept:
+    layers of the model that the hybrid does not convert.
     """
 
     first: int
@@ -47,10 +49,11 @@ class Scale:
     short: int
     rates: tuple[float, ...]
     seeds: tuple[int, ...]
+    kept: tuple[int, ...]
 
 
-FULL = Scale(0, 512, 2, 256, 60, 16, (1e-3, 3e-3, 1e-2), (0, 1))
-QUICK = Scale(26, 256, 2, 128, 12, 8, (3e-3,), (0,))
+FULL = Scale(0, 512, 2, 128, 48, 10, (1e-3, 3e-3, 1e-2), (0, 1), (7, 14, 21, 28))
+QUICK = Scale(26, 256, 2, 96, 24, 6, (1e-2,), (0,), (27,))
 
 
 class Bench:
