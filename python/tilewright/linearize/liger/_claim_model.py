@@ -128,8 +128,12 @@ class Bench:
         return convert(self.tail, how, config, keep=kept)
 
     def tuned(self, tail: PreTrainedModel, seed: int, lr: float, steps: int) -> float:
-        """Tune a converted tail and measure it."""
-        tune_lora(tail, self.batches(seed), steps=steps, lr=lr, warmup=steps // 8, also=MAPS, seed=seed, progress=False)
+        """Tune a converted tail and measure it; a training that diverges counts as infinite perplexity."""
+        how: dict[str, Any] = {"warmup": steps // 8, "also": MAPS, "seed": seed, "progress": False}
+        try:
+            tune_lora(tail, self.batches(seed), steps=steps, lr=lr, **how)
+        except TrainingError:
+            return math.inf
         return self.perplexity(tail)
 
     def whole(self, tail: PreTrainedModel) -> PreTrainedModel:
