@@ -50,6 +50,14 @@ _OWN_FILES = {
 }
 
 
+@dataclass(frozen=True)
+class LinearizedConfig:
+    """What generating needs to know of a model, by the names of :class:`tilewright.models.LlamaConfig`."""
+
+    max_position_embeddings: int
+    eos_token_ids: tuple[int, ...]
+
+
 @dataclass(eq=False)
 class LinearizedModel:
     """A converted model with what belongs to it; ``training`` is what its recipe reported."""
@@ -69,6 +77,16 @@ class LinearizedModel:
         if self.tokenizer_factory is None:
             raise CheckpointError(f"{self.source or 'model'}: no tokenizer came with this model")
         return self.tokenizer_factory()
+
+    @property
+    def config(self) -> LinearizedConfig:
+        """Length limit and end tokens."""
+        base: Any = self.model.config
+        ends = self.model.generation_config.eos_token_id if self.model.generation_config else None
+        return LinearizedConfig(
+            int(base.max_position_embeddings),
+            tuple(ends) if isinstance(ends, list) else () if ends is None else (ends,),
+        )
 
     @property
     def linearization(self) -> Linearization:
@@ -120,7 +138,7 @@ def save(
     done = linearization(model)
     if done is None:
         raise ValueError(f"{type(model).__name__} is not linearized; convert it first")
-    tensors = state_tensors(model)
+    tensors = {name: tensor.cpu().contiguous() for name, tensor in own_tensors(model).items()}
     if adapter := next((name for name in tensors if ".lora_" in name), None):
         raise ValueError(f"parameter {adapter!r} is of an adapter; call tilewright.adapt.merge_lora(model) first")
     header = {
@@ -129,7 +147,7 @@ def save(
         "method": done.method,
         "config": done.config.to_dict(),
         "layers": list(done.layers),
-        "base": model.config.to_dict(),
+        "base": json.loads(model.config.to_json_string(use_diff=False)),
         "training": training or {},
         "source": source,
         "checksums": {name: _fingerprint(tensor) for name, tensor in tensors.items()},
@@ -152,14 +170,14 @@ def _write(folder: Path, header: dict[str, Any], tensors: dict[str, Tensor]) -> 
         raise OSError(f"{_WEIGHTS}: cannot be written: {wrong}") from wrong
 
 
-def state_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+def own_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
     """Parameters and persistent buffers by name, a tied one once (under the name that comes first)."""
-    seen: dict[int, str] = {}
+    seen: set[int] = set()
     tensors = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) not in seen:
-            seen[id(tensor)] = name
-            tensors[name] = tensor.detach().cpu().contiguous()
+            seen.add(id(tensor))
+            tensors[name] = tensor.detach()
     return tensors
 
 
@@ -173,7 +191,7 @@ def load(directory: str | os.PathLike[str]) -> LinearizedModel:
     header = _read_header(place)
     model = _skeleton(header)
     tensors = _read_tensors(place, header["checksums"])
-    expected = state_tensors(model)
+    expected = own_tensors(model)
     for name, tensor in expected.items():
         if name not in tensors:
             raise CheckpointError(f"{_WEIGHTS}: tensor {name!r} is missing")
@@ -187,6 +205,10 @@ def load(directory: str | os.PathLike[str]) -> LinearizedModel:
     model.load_state_dict(tensors, strict=False, assign=True)
     model.tie_weights()
     factory = (lambda: saved_tokenizer(place)) if (place / "tokenizer.json").exists() else None
+    defaults: Any = model.generation_config
+    if defaults.pad_token_id is None and defaults.eos_token_id is not None:
+        ends = defaults.eos_token_id
+        defaults.pad_token_id = ends[0] if isinstance(ends, list) else ends
     model.eval().requires_grad_(False)
     return LinearizedModel(model, header["training"], header["source"] or place.name, factory)
 
