@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Exactness, feature-map facts and decoding of Hedgehog's claim; the T x T oracle here shares no code with the method."""
+"""Exactness and feature-map facts of Hedgehog's claim; the T x T oracle here shares no code with the method."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tilewright.claims import Experiment, Row, at_least, at_most, falling
+from tilewright.claims import Experiment, Row, at_most, falling
 from tilewright.linearize.hedgehog.diagnostics import attention_entropy, monotonicity
 from tilewright.linearize.hedgehog.losses import attention_distill_loss
 from tilewright.nn.hedgehog import HedgehogFeatureMap, hedgehog_attention
@@ -34,7 +33,9 @@ def exact_rows(experiment: Experiment) -> Iterator[Row]:
     short, long = 512, 1024
     sizes = [_largest_tensor(tokens) for tokens in (short, long)]
     experiment.values["largest tensor"] = dict(zip(("512", "1024"), sizes, strict=True))
-    yield at_most("largest tensor of the loss and its gradient, T = 1024 over T = 512", sizes[1] / sizes[0], long / short)
+    yield at_most(
+        "largest tensor of the loss and its gradient, T = 1024 over T = 512", sizes[1] / sizes[0], long / short
+    )
 
 
 _FORMS: dict[str, dict[str, Any]] = {
@@ -138,7 +139,7 @@ def _largest_tensor(tokens: int) -> int:
     q, k, _ = _inputs(tokens, torch.float32)
     phi_q, phi_k = _maps(*_matrices(torch.float32))
     with _Largest() as seen:
-        attention_distill_loss(q, k, phi_q, phi_k, block_size=64).backward()  # type: ignore[no-untyped-call]
+        attention_distill_loss(q, k, phi_q, phi_k, block_size=64).backward()
     return seen.elements
 
 
@@ -152,7 +153,9 @@ def map_rows(experiment: Experiment) -> Iterator[Row]:
         float((HedgehogFeatureMap(DIM, activation="exp")(x) / exp - 1).abs().max().detach()),
         float((HedgehogFeatureMap(DIM)(x) / torch.cat(parts, -1) - 1).abs().max().detach()),
     )
-    yield at_most("identity initialisation against [exp(x), exp(-x)] and its softmax form: relative error", error, 1e-12)
+    yield at_most(
+        "identity initialisation against [exp(x), exp(-x)] and its softmax form: relative error", error, 1e-12
+    )
     entropies, correlations = [], []
     # Keys of norms far apart would rank by norm; real attention is compared in item 3, this is about direction.
     q, k = (torch.nn.functional.normalize(y, dim=-1) * DIM**0.5 for y in _inputs(96, torch.float64)[:2])
@@ -168,6 +171,10 @@ def map_rows(experiment: Experiment) -> Iterator[Row]:
     experiment.values["t"] = {"entropy": entropies, "spearman": correlations}
     yield falling("entropy of rows with W = t I, t = 1, 2, 4", entropies, paper="spikier with t")
     rising = falling("Spearman correlation with W = t I, t = 1, 2, 4, negated", [-c for c in correlations])
-    yield Row("Spearman correlation with W = t I, t = 1, 2, 4", "more monotone with t", " < ".join(
-        f"{c:.4g}" for c in correlations
-    ), "strictly rising", rising.holds)
+    yield Row(
+        "Spearman correlation with W = t I, t = 1, 2, 4",
+        "more monotone with t",
+        " < ".join(f"{c:.4g}" for c in correlations),
+        "strictly rising",
+        rising.holds,
+    )

@@ -5,16 +5,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tilewright.data.recall import IGNORE, Stream, multi_query_recall
+from tilewright.data.recall import IGNORE
 from tilewright.linearize.hedgehog.config import HedgehogConfig
-from tilewright.linearize.hedgehog.distillation import distill
-from tilewright.linearize.hedgehog.module import FeatureAttention, feature_attentions, softmax_teacher
+from tilewright.linearize.hedgehog.module import FeatureAttention
 
 HEADS, WIDTH = 2, 32
 LEARNING_RATES = (1e-3, 3e-3, 1e-2)
