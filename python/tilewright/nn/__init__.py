@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from tilewright.nn.cache import MixerCache
     from tilewright.nn.delta_rule import DeltaNet, GatedDeltaNet, KimiDeltaAttention
     from tilewright.nn.gated_linear_attention import HGRN2, GatedLinearAttention
+    from tilewright.nn.hedgehog import HedgehogFeatureMap, HedgehogLinearAttention, hedgehog_attention
     from tilewright.nn.hgrn import HGRN
     from tilewright.nn.hybrid_linear_attention import HybridConfig, HybridForCausalLM, build_hybrid
     from tilewright.nn.lightning_attention import LightningAttention, MultiScaleRetention
@@ -33,6 +34,8 @@ __all__ = [
     "GatedDeltaNet",
     "GatedLinearAttention",
     "GatedMLP",
+    "HedgehogFeatureMap",
+    "HedgehogLinearAttention",
     "HybridConfig",
     "HybridForCausalLM",
     "Int4Embedding",
@@ -55,6 +58,7 @@ __all__ = [
     "W4A8Linear",
     "accelerate",
     "build_hybrid",
+    "hedgehog_attention",
     "load_balancing_loss",
     "mom_attention",
     "mom_route",
@@ -67,6 +71,8 @@ _LAZY = {
     "GatedLinearAttention": "gated_linear_attention",
     "HGRN": "hgrn",
     "HGRN2": "gated_linear_attention",
+    "HedgehogFeatureMap": "hedgehog",
+    "HedgehogLinearAttention": "hedgehog",
     "HybridConfig": "hybrid_linear_attention",
     "HybridForCausalLM": "hybrid_linear_attention",
     "KimiDeltaAttention": "delta_rule",
@@ -82,6 +88,7 @@ _LAZY = {
     "SlidingWindowAttention": "softmax_attention",
     "SoftmaxAttention": "softmax_attention",
     "build_hybrid": "hybrid_linear_attention",
+    "hedgehog_attention": "hedgehog",
     "load_balancing_loss": "mom",
     "mom_attention": "mom",
     "mom_route": "mom",
