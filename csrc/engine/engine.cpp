@@ -34,9 +34,12 @@ void check_state(const Program& program, const State& state) {
   const StateHeader& header = state.header();
   require(header.program == program.checksum,
           "engine: state belongs to another program; allocate one with engine_state() for this model");
-  const int64_t needed = layout_of(program, header.sequences, header.capacity).bytes();
+  const StateLayout layout = layout_of(program, header.sequences, header.capacity);
+  const int64_t needed = layout.bytes();
   require(state.bytes == needed, "engine: state has ", state.bytes, " bytes, ", header.sequences, " sequences of ",
           header.capacity, " tokens need ", needed, "; it is damaged");
+  require(header.recurrent == (layout.recurrent() ? 1 : 0), "engine: state says ", header.recurrent,
+          " for whether it is recurrent, the program the opposite; it is damaged");
 }
 
 // cu_seqlens against T and S, lengths against L; fills the lengths and positions after this batch.
@@ -88,6 +91,7 @@ void format_state(Words program, Arena weights, int64_t sequences, int64_t capac
   header.sequences = sequences;
   header.capacity = capacity;
   header.bytes = bytes;
+  header.recurrent = layout_of(workspace().program, sequences, capacity).recurrent() ? 1 : 0;
   std::memcpy(data, &header, sizeof(header));
   std::memset(data + sizeof(header), 0, static_cast<size_t>(sequences) * sizeof(int64_t));
 }

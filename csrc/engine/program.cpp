@@ -90,6 +90,13 @@ float Reader::real(const char* name) {
   return static_cast<float>(value);
 }
 
+Slot Reader::optional_slot(const char* name, int64_t width) {
+  check(at_ < arguments_.count, "argument '", name, "' is missing, the record has ", arguments_.count, " arguments");
+  if (arguments_.data[at_] != kAbsent) return slot(name, width);
+  ++at_;
+  return {0, 0};
+}
+
 Slot Reader::slot(const char* name, int64_t width) {
   const int64_t index = integer(name, 0, static_cast<int64_t>(slots_.size()) - 1);
   const Slot slot = slots_[static_cast<size_t>(index)];

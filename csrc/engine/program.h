@@ -60,6 +60,8 @@ class Reader {
   int64_t integer(const char* name, int64_t least, int64_t most);
   float real(const char* name);
   Slot slot(const char* name, int64_t width = kAnyWidth);
+  // kAbsent gives width 0.
+  Slot optional_slot(const char* name, int64_t width = kAnyWidth);
   // Floats or a packed blob in the weights. kAbsent gives null.
   const float* floats(const char* name, int64_t count);
   const float* optional_floats(const char* name, int64_t count);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "engine/state.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "core/require.h"
@@ -26,6 +27,24 @@ int64_t StateLayout::reserve(int64_t bytes) {
           " tokens need more than 2^46 bytes; lower max_length or the batch");
   bytes_ += round_up(bytes, kCacheLine);
   return at;
+}
+
+int64_t StateLayout::reserve_rows(int64_t rows, int64_t bytes) {
+  const auto wide = static_cast<__int128>(rows) * bytes;
+  return reserve(wide > INT64_MAX ? INT64_MAX : static_cast<int64_t>(wide));
+}
+
+void truncate(const State& state, const int64_t* lengths, const char* op) {
+  const StateHeader& header = state.header();
+  for (int64_t s = 0; s < header.sequences; ++s) {
+    const int64_t held = state.lengths()[s];
+    require(lengths[s] >= 0 && lengths[s] <= held, op, ": lengths[", s, "] = ", lengths[s], ", needed 0 .. ", held,
+            ", what sequence ", s, " holds");
+    require(header.recurrent == 0 || lengths[s] == 0 || lengths[s] == held, op, ": lengths[", s, "] = ", lengths[s],
+            ", but sequence ", s, " is summed up in a recurrent state of ", held,
+            " tokens, which gives none back; keep all, reset to 0, or restore a copy of the state made earlier");
+  }
+  std::copy(lengths, lengths + header.sequences, state.lengths());
 }
 
 State open_state(uint8_t* data, int64_t bytes) {

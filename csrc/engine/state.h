@@ -20,7 +20,8 @@ struct StateHeader {
   int64_t sequences;   // S
   int64_t capacity;    // L
   int64_t bytes;       // of the whole arena
-  int64_t reserved[2];
+  int64_t recurrent;   // 1: tokens cannot be taken back, short of all of them
+  int64_t reserved;
 };
 static_assert(sizeof(StateHeader) == 64);
 
@@ -33,9 +34,16 @@ class StateLayout {
   int64_t bytes() const { return bytes_; }
   // Byte offset of a fresh region.
   int64_t reserve(int64_t bytes);
+  // The same for counts whose product may be more than can be had.
+  int64_t reserve_rows(int64_t rows, int64_t bytes);
+
+  // Some step keeps a summary of its tokens, not the tokens.
+  void forbid_truncation() { recurrent_ = true; }
+  bool recurrent() const { return recurrent_; }
 
  private:
   int64_t sequences_, capacity_, bytes_;
+  bool recurrent_ = false;
 };
 
 // A state whose header has been checked.
@@ -46,6 +54,9 @@ struct State {
   const StateHeader& header() const { return *reinterpret_cast<const StateHeader*>(data); }
   int64_t* lengths() const { return reinterpret_cast<int64_t*>(data + sizeof(StateHeader)); }
 };
+
+// Cuts every sequence back to lengths[s] tokens; throws where that cannot be done, and then changes none.
+void truncate(const State& state, const int64_t* lengths, const char* op);
 
 // Throws unless the bytes are a state of this version with every length in 0..L.
 State open_state(uint8_t* data, int64_t bytes);

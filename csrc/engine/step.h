@@ -59,6 +59,10 @@ enum class Kind : int64_t {
   kAttention = 5,
   kSelectLast = 6,
   kLogits = 7,
+  kRotate = 8,
+  kFeatureMap = 9,
+  kWindowAttention = 10,
+  kLinearAttention = 11,
 };
 
 struct RecordKind {

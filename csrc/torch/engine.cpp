@@ -91,12 +91,7 @@ void engine_truncate(const Tensor& state, const Tensor& lengths) {
   const int64_t sequences = opened.header().sequences;
   const Tensor wanted = longs(lengths, kOp, "lengths");
   require_size(wanted, 0, sequences, kOp, "lengths", "S");
-  const auto* next = data<int64_t>(wanted);
-  for (int64_t s = 0; s < sequences; ++s) {
-    require(next[s] >= 0 && next[s] <= opened.lengths()[s], kOp, ": lengths[", s, "] = ", next[s], ", needed 0 .. ",
-            opened.lengths()[s], ", what sequence ", s, " holds");
-  }
-  std::copy(next, next + sequences, opened.lengths());
+  engine::truncate(opened, data<int64_t>(wanted), kOp);
 }
 
 Tensor engine_forward(const Tensor& program, const Tensor& weights, const Tensor& state, const Tensor& tokens,

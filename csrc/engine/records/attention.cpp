@@ -79,12 +79,9 @@ class Attention final : public Step {
     const int64_t row = int4_fp8_attention::row_bytes(cache_.format, cache_.head_dim);
     const int64_t scales = int4_fp8_attention::scale_row_bytes(cache_.format, cache_.scale_type, cache_.head_dim);
     cache_.capacity = layout.capacity();
-    // Products of 31-bit counts: the last factor is applied where an overflow is seen.
+    // Products of 31-bit counts: the last factors are applied where an overflow is seen.
     const int64_t tokens = layout.sequences() * layout.capacity();
-    const auto region = [&](int64_t bytes) {
-      const auto wide = static_cast<__int128>(tokens) * cache_.heads * bytes;
-      return layout.reserve(wide > INT64_MAX ? INT64_MAX : static_cast<int64_t>(wide));
-    };
+    const auto region = [&](int64_t bytes) { return layout.reserve_rows(tokens, cache_.heads * bytes); };
     k_at_ = region(row);
     v_at_ = region(row);
     k_scales_at_ = region(scales);

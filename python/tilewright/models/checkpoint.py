@@ -57,7 +57,9 @@ def save(model: LanguageModel, directory: str | os.PathLike[str], *, tokenizer: 
     Raises:
         FileExistsError: the directory holds something that is not a tilewright checkpoint.
         CheckpointError: the model's weights are not those of its configuration.
+        ValueError: the model is linearized.
     """
+    model.require_softmax("save")
     target = Path(directory)
     require_replaceable(target)
     check_weights(model.config, model.weights, model.source or "model")

@@ -16,6 +16,7 @@ from tilewright.ops import engine as ops
 
 BLOCK_TOKENS = 512
 """Tokens of prompt that one call takes: enough to reuse each weight often, few enough to keep the workspace small."""
+_LONGEST = 2**31 - 1
 _CACHES: dict[int, CacheFormat] = {4: "int4", 16: "bf16"}
 
 
@@ -58,11 +59,23 @@ class SamplingConfig:
         return cast("list[int]", chosen.tolist())
 
 
+@dataclass(frozen=True)
+class EngineSnapshot:
+    """What the sequences of an :class:`Engine` held at some moment."""
+
+    state: Tensor
+    held: tuple[tuple[int, ...], ...]
+
+
 class Engine:
     """A compiled model and the memory of ``batch`` sequences of up to ``max_length`` tokens, allocated once.
 
     A token's logits are the same bits whichever block, batch or number of threads (``torch.set_num_threads``) it is
     computed in.
+
+    In a linearized model layers sum their tokens up in a state of constant size: a sequence can then not be cut back,
+    only forgotten, or restored from a :meth:`snapshot`; and where all layers are such, max_length costs no memory and
+    may exceed the model's limit.
 
     Args:
         model: an image, or a loaded model to compile.
@@ -87,10 +100,7 @@ class Engine:
         kv_bits: int | None = None,
         release: bool = False,
     ) -> None:
-        limit = model.config.max_position_embeddings
-        length = limit if max_length is None else max_length
-        if not 1 <= length <= limit:
-            raise ValueError(f"Engine: max_length = {max_length}, needed 1 .. {limit}, the model's limit")
+        length = _length(model, max_length)
         if batch < 1:
             raise ValueError(f"Engine: batch = {batch}, needed at least 1")
         if isinstance(model, LanguageModel):
@@ -121,9 +131,24 @@ class Engine:
         """Keep the first ``lengths[s]`` tokens of each sequence.
 
         Raises:
-            RuntimeError: a sequence does not hold that many.
+            RuntimeError: a sequence does not hold that many, or is recurrent and would keep some but not all.
         """
         ops.engine_truncate_(self._state, torch.tensor(list(lengths), dtype=torch.int64))
+
+    def snapshot(self) -> EngineSnapshot:
+        """A copy of what all sequences hold, to go back to: for a recurrent model the only way, and a cheap one."""
+        return EngineSnapshot(self._state.clone(), tuple(tuple(held) for held in self._held))
+
+    def restore(self, snapshot: EngineSnapshot) -> None:
+        """Make all sequences what they were at a :meth:`snapshot` of this engine.
+
+        Raises:
+            ValueError: the snapshot is of an engine of another model, length or batch.
+        """
+        if snapshot.state.shape != self._state.shape or not torch.equal(snapshot.state[:48], self._state[:48]):
+            raise ValueError("Engine: the snapshot is of an engine with another model, max_length or batch")
+        self._state.copy_(snapshot.state)
+        self._held = [list(held) for held in snapshot.held]
 
     def forward(self, tokens: Sequence[Sequence[int]], all_logits: bool = False) -> Tensor:
         """Append tokens to every sequence, in one call.
@@ -289,7 +314,9 @@ class Engine:
         kept = []
         for ids, had, length in zip(prompts, self._held, self.lengths, strict=True):
             most = min(len(ids) - 1, len(had), length)
-            kept.append(next((i for i in range(most) if ids[i] != had[i]), max(most, 0)))
+            shared = next((i for i in range(most) if ids[i] != had[i]), max(most, 0))
+            # A recurrent state is of use for all of its tokens or for none.
+            kept.append(0 if self.image.recurrent_layers and shared != length else shared)
         self.truncate(kept)
         return kept
 
@@ -313,6 +340,19 @@ class Engine:
                     f"the prompt, ask for fewer new tokens, or make the engine with a larger max_length (the model's "
                     f"limit is {self.image.config.max_position_embeddings})"
                 )
+
+
+def _length(model: ModelImage | LanguageModel, wanted: int | None) -> int:
+    """The max_length of an engine, checked."""
+    own = model.config.max_position_embeddings
+    recurrent = model.recurrent_layers if isinstance(model, ModelImage) else len(model.mixers)
+    constant = recurrent == model.config.num_hidden_layers
+    limit = _LONGEST if constant else own
+    length = own if wanted is None else wanted
+    if not 1 <= length <= limit:
+        whose = "the most that an engine counts" if constant else "the model's limit"
+        raise ValueError(f"Engine: max_length = {wanted}, needed 1 .. {limit}, {whose}")
+    return length
 
 
 def decided_formats(

@@ -63,8 +63,9 @@ def to_transformers(
         The model in eval mode, without gradients.
 
     Raises:
-        ValueError: an option is none of its words, or does not fit the weights.
+        ValueError: an option is none of its words, or does not fit the weights, or the model is linearized.
     """
+    model.require_softmax("to_transformers")
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**model.config.to_transformers())

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import math
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -18,6 +17,8 @@ from tilewright.formats.int8 import GROUP as INT8_GROUP
 from tilewright.formats.int8 import Int8Weight
 from tilewright.models.config import LlamaConfig
 from tilewright.models.language_model import LanguageModel, Weight
+from tilewright.models.mixer_records import ABSENT, MixerRecords, float_bits
+from tilewright.models.mixers import LinearMixer
 from tilewright.ops import dense_linear
 from tilewright.ops import engine as ops
 
@@ -29,7 +30,6 @@ QueryFormat = Literal["fp8", "float32"]
 _MAGIC, _VERSION = 0x454E49474E455754, 1
 _HEADER_WORDS, _CHECKSUM_AT = 8, 3
 _EMBED, _ANGLES, _LINEAR, _GATED_LINEAR, _ATTENTION, _SELECT_LAST, _LOGITS = range(1, 8)
-_ABSENT = -1
 _NO_WINDOW = 1 << 62
 _CACHE_LINE = 64
 _ACTIVATIONS = {"int8": 0, "fp8": 1, "fp8-fold": 2}
@@ -53,6 +53,7 @@ class ModelImage:
         act, kv, query: formats of activations, KV cache and queries.
         scale_group: columns of an INT8 activation that share a scale; 0 is one scale a token.
         notes: what was stored differently from the checkpoint.
+        recurrent_layers: how many layers sum their tokens up in a state; a sequence cannot be cut back then.
     """
 
     program: Tensor
@@ -63,6 +64,12 @@ class ModelImage:
     query: QueryFormat
     scale_group: int
     notes: tuple[str, ...] = ()
+    recurrent_layers: int = 0
+
+    @property
+    def has_constant_state(self) -> bool:
+        """Whether no layer keeps all tokens, so that memory does not grow with a sequence."""
+        return self.recurrent_layers == self.config.num_hidden_layers
 
     @property
     def nbytes(self) -> int:
@@ -101,9 +108,10 @@ def compile(
             raise ValueError(f"compile: {name} = {value!r}, needed one of {', '.join(map(repr, known))}")
     weights = model.weights if release else dict(model.weights)
     group = activation_scale_group(act, scale_group, weights)
-    compiler = _Compiler(model.config, weights, _ACTIVATIONS[act], group, _CACHES[kv], _QUERIES[query])
+    compiler = _Compiler(model.config, weights, _ACTIVATIONS[act], group, _CACHES[kv], _QUERIES[query], model.mixers)
     program, arena = compiler.compile()
-    return ModelImage(program, arena, model.config, act, kv, query, group, tuple(compiler.notes))
+    notes = tuple(compiler.notes)
+    return ModelImage(program, arena, model.config, act, kv, query, group, notes, len(model.mixers))
 
 
 def activation_scale_group(act: Activation, wanted: int | None, weights: dict[str, Weight]) -> int:
@@ -132,11 +140,13 @@ class _Compiler:
     scale_group: int
     kv: int
     query: int
+    mixers: dict[int, LinearMixer] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     slots: list[tuple[int, int]] = field(default_factory=list)
     records: list[list[int]] = field(default_factory=list)
     parts: list[tuple[int, Tensor]] = field(default_factory=list)
     bytes: int = 0
+    mixer_slots: dict[tuple[str, int], int] = field(default_factory=dict)
 
     def compile(self) -> tuple[Tensor, Tensor]:
         c = self.config
@@ -146,28 +156,32 @@ class _Compiler:
         self.q, after = self._slot(layer, q_width)
         self.k, after = self._slot(after, kv_width)
         self.v, after = self._slot(after, kv_width)
-        self.attended, _ = self._slot(after, q_width)
+        self.attended, self.after_layer = self._slot(after, q_width)
         # The MLP starts when a layer's attention is over.
         self.inner, _ = self._slot(layer, c.intermediate_size)
 
         table = self._matrix("model.embed_tokens.weight")
         self._record(_EMBED, [self.hidden, *table])
         frequencies = self._floats(c.rope_frequencies())
-        self._record(_ANGLES, [self.angles, frequencies, _bits(c.rotation_gain)])
+        self._record(_ANGLES, [self.angles, frequencies, float_bits(c.rotation_gain)])
         for index in range(c.num_hidden_layers):
-            self._layer(f"model.layers.{index}.", last=index == c.num_hidden_layers - 1)
+            self._layer(index)
         norm = self._norm("model.norm.weight")
         head = table if c.tie_word_embeddings else self._matrix("lm_head.weight")
         self._record(_LOGITS, [self.hidden, *norm, *self._activation(), *head])
         return self._program(), self._arena()
 
-    def _layer(self, prefix: str, last: bool) -> None:
+    def _layer(self, index: int) -> None:
+        prefix = f"model.layers.{index}."
         attention, mlp = prefix + "self_attn.", prefix + "mlp."
         norm = self._norm(prefix + "input_layernorm.weight")
         projections = [(attention + "q_proj", self.q), (attention + "k_proj", self.k), (attention + "v_proj", self.v)]
         self._linear(self.hidden, norm, projections)
-        self._attention(attention)
-        if last:
+        if index in self.mixers:
+            self._mixer(self.mixers[index])
+        else:
+            self._attention(attention)
+        if index == self.config.num_hidden_layers - 1:
             self._record(_SELECT_LAST, [2, self.hidden, self.attended])
         self._linear(self.attended, _NO_NORM, [(attention + "o_proj", self.hidden)], add=True)
         norm = self._norm(prefix + "post_attention_layernorm.weight")
@@ -200,7 +214,7 @@ class _Compiler:
     def _attention(self, prefix: str) -> None:
         c = self.config
         scales = self.weights.pop(prefix + "key_scale", None)
-        key_scale = query_scale = _ABSENT
+        key_scale = query_scale = ABSENT
         if scales is not None:
             assert isinstance(scales, Tensor)
             key_scale, query_scale = self._floats(scales), self._floats(1.0 / scales.to(torch.float32))
@@ -208,18 +222,34 @@ class _Compiler:
         shape = [c.num_attention_heads, c.num_key_value_heads, c.head_dim]
         slots = [self.q, self.k, self.v, self.attended, self.angles]
         formats = [self.kv, _FLOAT32_SCALES, self.query]
-        self._record(_ATTENTION, [*shape, *slots, *formats, _bits(c.head_dim**-0.5), window, key_scale, query_scale])
+        self._record(
+            _ATTENTION, [*shape, *slots, *formats, float_bits(c.head_dim**-0.5), window, key_scale, query_scale]
+        )
+
+    def _mixer(self, mixer: LinearMixer) -> None:
+        c = self.config
+        records = MixerRecords(
+            mixer, c.num_attention_heads, c.num_key_value_heads, c.head_dim, self._take, self._floats
+        )
+        slots = {"q": self.q, "k": self.k, "v": self.v, "attended": self.attended, "angles": self.angles}
+        for name, width in records.slots.items():
+            # Layers of one shape share their slots.
+            if (name, width) not in self.mixer_slots:
+                self.mixer_slots[name, width], self.after_layer = self._slot(self.after_layer, width)
+            slots[name] = self.mixer_slots[name, width]
+        for kind, arguments in records.records(slots):
+            self._record(kind, arguments)
 
     def _activation(self) -> tuple[int, int]:
         return self.act, self.scale_group
 
     def _norm(self, name: str) -> tuple[int, int]:
-        return self._floats(self._take(name)), _bits(self.config.rms_norm_eps)
+        return self._floats(self._take(name)), float_bits(self.config.rms_norm_eps)
 
     def _bias(self, name: str) -> int:
         bias = self.weights.pop(name + ".bias", None)
         if bias is None:
-            return _ABSENT
+            return ABSENT
         assert isinstance(bias, Tensor)
         return self._floats(bias)
 
@@ -275,19 +305,13 @@ class _Compiler:
         return arena
 
 
-_NO_NORM = (_ABSENT, struct.unpack("<q", struct.pack("<d", 0.0))[0])
+_NO_NORM = (ABSENT, float_bits(0.0))
 
 
 def seal(program: Tensor) -> Tensor:
     """Write the checksum into a program's header, in place, and return the program."""
     program[_CHECKSUM_AT] = ops.engine_checksum(program)
     return program
-
-
-def _bits(value: float) -> int:
-    """A float as the program holds it: the bits of a float64."""
-    bits: int = struct.unpack("<q", struct.pack("<d", value))[0]
-    return bits
 
 
 def input_kind(weight: Weight) -> tuple[object, ...]:

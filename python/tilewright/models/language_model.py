@@ -15,6 +15,7 @@ from tilewright.formats.int4 import Int4Weight
 from tilewright.formats.int8 import Int8Weight
 from tilewright.models.config import LlamaConfig
 from tilewright.models.errors import CheckpointError
+from tilewright.models.mixers import LinearMixer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,6 +40,8 @@ class LanguageModel:
     A tied output head has no ``lm_head.weight``. ``settings`` holds what a quantizer decided beside
     the weights (method, activation and cache formats), ``notes`` what a reader should know about the
     import (a tensor kept in float because its format has no exact low-bit form here, for example).
+    ``mixers`` says, by layer index, which layers have linear attention in place of softmax attention; their
+    parameters are among the weights.
     """
 
     config: LlamaConfig
@@ -46,6 +49,7 @@ class LanguageModel:
     notes: list[str] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     source: str = ""
+    mixers: dict[int, LinearMixer] = field(default_factory=dict)
     tokenizer_factory: Callable[[], PreTrainedTokenizerBase] | None = field(default=None, repr=False)
 
     @cached_property
@@ -70,6 +74,14 @@ class LanguageModel:
         """One weight as a float tensor (a copy for low-bit weights)."""
         weight = self.weights[name]
         return weight.to(dtype) if isinstance(weight, Tensor) else weight.dequantize(dtype)
+
+    def require_softmax(self, what: str) -> None:
+        """Raise a ValueError unless every layer has softmax attention, which ``what`` needs."""
+        if self.mixers:
+            raise ValueError(
+                f"{what}: layer {min(self.mixers)} has linear attention; a model with softmax attention in every layer "
+                "is needed (tilewright.linearize saves and loads linearized models, models.engine runs them)"
+            )
 
     @property
     def output_name(self) -> str:

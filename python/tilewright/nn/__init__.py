@@ -6,6 +6,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from tilewright.nn.accelerate import Acceleration, accelerate
 from tilewright.nn.linear import W4A8Linear
 from tilewright.nn.matrix import BFloat16Linear, Int4Embedding, Int8Linear, PackedEmbedding
 from tilewright.nn.token import GatedMLP, RMSNorm, RotaryAngles
@@ -18,12 +19,14 @@ if TYPE_CHECKING:
     from tilewright.nn.hybrid_linear_attention import HybridConfig, HybridForCausalLM, build_hybrid
     from tilewright.nn.lightning_attention import LightningAttention, MultiScaleRetention
     from tilewright.nn.linear_attention import LinearAttention
+    from tilewright.nn.mom import MomAttention, MomConfig, MomForCausalLM, load_balancing_loss, mom_attention, mom_route
     from tilewright.nn.short_convolution import ShortConvolution
     from tilewright.nn.softmax_attention import SlidingWindowAttention, SoftmaxAttention
 
 __all__ = [
     "HGRN",
     "HGRN2",
+    "Acceleration",
     "BFloat16Linear",
     "DeltaNet",
     "GatedDeltaNet",
@@ -37,6 +40,9 @@ __all__ = [
     "LightningAttention",
     "LinearAttention",
     "MixerCache",
+    "MomAttention",
+    "MomConfig",
+    "MomForCausalLM",
     "MultiScaleRetention",
     "PackedEmbedding",
     "RMSNorm",
@@ -45,7 +51,11 @@ __all__ = [
     "SlidingWindowAttention",
     "SoftmaxAttention",
     "W4A8Linear",
+    "accelerate",
     "build_hybrid",
+    "load_balancing_loss",
+    "mom_attention",
+    "mom_route",
 ]
 
 # Token mixers and what is built of them, imported on use.
@@ -61,11 +71,17 @@ _LAZY = {
     "LightningAttention": "lightning_attention",
     "LinearAttention": "linear_attention",
     "MixerCache": "cache",
+    "MomAttention": "mom",
+    "MomConfig": "mom",
+    "MomForCausalLM": "mom",
     "MultiScaleRetention": "lightning_attention",
     "ShortConvolution": "short_convolution",
     "SlidingWindowAttention": "softmax_attention",
     "SoftmaxAttention": "softmax_attention",
     "build_hybrid": "hybrid_linear_attention",
+    "load_balancing_loss": "mom",
+    "mom_attention": "mom",
+    "mom_route": "mom",
 }
 
 

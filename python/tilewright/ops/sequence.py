@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-
 StateResult = tuple[Tensor, "Tensor | None"]
 Operator = Callable[..., StateResult]
 

@@ -255,8 +255,9 @@ class Backward {
       d_gate_[d] = S::sum(sum);
     }
     std::fill(d_gate_ + p_.key_size, d_gate_ + padded<T>(p_.key_size), T{0});
-    T total = 0;
-    for (int64_t d = 0; d < p_.key_size; ++d) total += d_gate_[d];
+    // A sum over tokens of differences: in double, so that only the terms are rounded.
+    double total = 0;
+    for (int64_t d = 0; d < p_.key_size; ++d) total += static_cast<double>(d_gate_[d]);
     for (int64_t i = chunk_.tokens() - 1; i >= 0; --i) {
       V token = S::zero();
       for (int64_t d = 0; d < padded<T>(p_.key_size); d += S::kLanes) {
@@ -276,8 +277,8 @@ class Backward {
       if constexpr (C::kChannel) {
         std::copy(d_gate_, d_gate_ + p_.key_size, to);
       } else {
-        total += S::sum(token);
-        *to = total;
+        total += static_cast<double>(S::sum(token));
+        *to = static_cast<T>(total);
       }
     }
   }

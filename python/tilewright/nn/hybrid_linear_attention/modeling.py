@@ -148,6 +148,8 @@ class HybridModel(HybridPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("HybridModel: needed one of input_ids and inputs_embeds")
         x = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        if use_cache is None and cu_seqlens is not None:
+            use_cache = False  # packed sequences are for training and scoring; mixers refuse a cache with them
         states = self._cache(past_key_values if cache is None else cache, use_cache)
         seen = 0 if states is None else states.get_seq_length()
         if position_ids is None:

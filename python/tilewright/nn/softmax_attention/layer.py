@@ -25,7 +25,8 @@ class SoftmaxAttention(nn.Module):
         num_heads: H, of the queries.
         num_kv_heads: of keys and values, a divisor of H; H when None.
         head_dim: K = V; D / H when None.
-        window_size: a token sees itself and the window_size - 1 tokens before it; None: all.
+        window_size: a token sees itself and the window_size - 1 tokens before it; None: all. Columns are counted,
+            so padding belongs on the left.
         rope_theta: base of the rotary frequencies; None: no positions.
         qk_norm: an RMS norm on each head's queries and keys.
         norm_eps: of that norm.
