@@ -90,12 +90,13 @@ def relative_rows(experiment: Experiment) -> Iterator[Row]:
     inputs = _inputs(150, 1)
     q, k, v = (inputs[name].detach() for name in ("q", "k", "v"))
     heads, scale = q.shape[2], q.shape[-1] ** -0.5
-    gamma = 1 - 2.0 ** (-5 - torch.arange(heads, dtype=torch.float64))
-    want = ops.lightning_attn_func(q, k, v, -gamma.log(), scale=scale)[0]
-    g = gamma.log().expand(*q.shape[:3])
+    # Retention keeps log gamma, gamma = 1 - 2^(-5-h), in float32; the others are fed the same numbers.
+    decay = torch.log1p(-(2.0 ** (-5 - torch.arange(heads, dtype=torch.float64)))).float().double()
+    want = ops.lightning_attn_func(q, k, v, -decay, scale=scale)[0]
+    g = decay.expand(*q.shape[:3])
     got = {
         "retention": ops.chunk_retention(q, k, v)[0],
-        "constant gate": ops.chunk_simple_gla(q, k, v, g_gamma=gamma.log())[0],
+        "constant gate": ops.chunk_simple_gla(q, k, v, g_gamma=decay)[0],
         "gate per token": ops.chunk_simple_gla(q, k, v, g=g)[0],
         "gate per channel": ops.chunk_gla(q, k, v, g[..., None].expand(*q.shape))[0],
     }
@@ -170,8 +171,8 @@ class BlockedLightning(LightningAttention):
         heads = (self.num_heads, self.head_dim)
         q, k, v = (silu(w(x)).unflatten(-1, heads) for w in (self.q_proj, self.k_proj, self.v_proj))
         slopes, carried, parts = torch.tensor(self.slopes), None, []
-        for cut in zip(*(y.split(self.block, 1) for y in (q, k, v)), strict=True):
-            part, carried = lightning_attn_func(*cut, slopes, initial_state=carried, output_final_state=True)
+        for a, b, c in zip(*(y.split(self.block, 1) for y in (q, k, v)), strict=True):
+            part, carried = lightning_attn_func(a, b, c, slopes, initial_state=carried, output_final_state=True)
             parts.append(part)
         o = self.norm(torch.cat(parts, 1).flatten(-2))
         return self.o_proj(torch.sigmoid(self.output_gate(x)) * o), {}  # type: ignore[misc]
