@@ -125,7 +125,7 @@ def text_rows(experiment: Experiment) -> Iterator[Row]:
 
 
 def _small(study: Study, steps: int) -> Study:
-    """The same grid with one seed, one rate, two layers and a few steps: it shows that the study runs."""
+    """The same grid with one seed, one rate, narrow layers and a few steps: it shows that the study runs."""
     setting = replace(study.setting, steps=steps, num_layers=4, batch=4, evaluation=64, hidden_size=32)
     return replace(study, setting=setting, rates=study.rates[1:2], seeds=1, ratios=("pure", "3:1", "full"))
 
