@@ -47,8 +47,8 @@ class FeatureMap final : public Step {
     p.function = static_cast<Function>(reader.integer("function", 0, feature_map::kFunctions - 1));
     p.heads = reader.integer("heads", 1, kMaxHeads);
     const int64_t source_heads = reader.integer("source heads", 1, kMaxHeads);
-    reader.check(map.source.width % source_heads == 0, "slot 'source' of width ", map.source.width,
-                 " does not hold ", source_heads, " heads");
+    reader.check(map.source.width % source_heads == 0, "slot 'source' of width ", map.source.width, " does not hold ",
+                 source_heads, " heads");
     reader.check(p.heads % source_heads == 0, p.heads, " heads are not a multiple of ", source_heads, " source heads");
     p.heads_per_source = p.heads / source_heads;
     p.size = map.source.width / source_heads;

@@ -52,16 +52,16 @@ inline constexpr int64_t kMaxSize = 4096;
 struct Problem {
   Function function;
   float factor;
-  float cap;                   // kCappedExpPair
-  int64_t heads;               // of the result
-  int64_t heads_per_source;    // that read one vector of x
-  int64_t size;                // D <= kMaxSize
-  int64_t inner;               // values of y a head, <= kMaxSize; D without a weight
-  const float* weight;         // [heads, D, inner] or null
-  const float* bias;           // [heads, inner] or null
-  int64_t weight_stride, bias_stride;   // 0: all heads share one
-  const float* x;              // [heads / heads_per_source, D]
-  float* out;                  // [heads, features(function, inner)]
+  float cap;  // kCappedExpPair
+  int64_t heads;  // of the result
+  int64_t heads_per_source;  // that read one vector of x
+  int64_t size;  // D <= kMaxSize
+  int64_t inner;  // values of y a head, <= kMaxSize; D without a weight
+  const float* weight;  // [heads, D, inner] or null
+  const float* bias;  // [heads, inner] or null
+  int64_t weight_stride, bias_stride;  // 0: all heads share one
+  const float* x;  // [heads / heads_per_source, D]
+  float* out;  // [heads, features(function, inner)]
 };
 
 using Apply = void (*)(const Problem&);

@@ -25,21 +25,21 @@ constexpr int64_t ring_floats(int64_t window, int64_t key_size, int64_t value_si
 }
 
 struct Problem {
-  int64_t window, heads, key_size, value_size;   // heads: of queries, for this key head
+  int64_t window, heads, key_size, value_size;  // heads: of queries, for this key head
   float scale;
-  bool normalize;           // divide; otherwise out has the sum of weights behind each head's values
-  float* keys;              // [key_size, padded_rows(window)]
-  float* values;            // [window, value_size]
-  int64_t position;         // of the first token
+  bool normalize;  // divide; otherwise out has the sum of weights behind each head's values
+  float* keys;  // [key_size, padded_rows(window)]
+  float* values;  // [window, value_size]
+  int64_t position;  // of the first token
   int64_t tokens;
-  const float* q;           // rows [heads, key_size]
-  const float* k;           // rows [key_size]
-  const float* v;           // rows [value_size]
-  float* out;               // rows [heads, value_size or value_size + 1]
-  float* k_leaving;         // rows [key_size]; token p gets that of p - W, where there is one; may be k, or null
-  float* v_leaving;         // rows [value_size], likewise
-  int64_t q_stride, k_stride, v_stride, out_stride, k_leaving_stride, v_leaving_stride;   // of rows
-  float* weights;           // [padded_rows(window)], scratch
+  const float* q;  // rows [heads, key_size]
+  const float* k;  // rows [key_size]
+  const float* v;  // rows [value_size]
+  float* out;  // rows [heads, value_size or value_size + 1]
+  float* k_leaving;  // rows [key_size]; token p gets that of p - W, where there is one; may be k, or null
+  float* v_leaving;  // rows [value_size], likewise
+  int64_t q_stride, k_stride, v_stride, out_stride, k_leaving_stride, v_leaving_stride;  // of rows
+  float* weights;  // [padded_rows(window)], scratch
 };
 
 using Attend = void (*)(const Problem&);

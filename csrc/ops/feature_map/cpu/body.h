@@ -132,16 +132,20 @@ void apply_function(const Problem& p, const float* y, float* out) {
     case Function::kCappedExpPair: return capped_exp_pair(y, n, p.cap, factor, out);
     case Function::kJointSoftmax: return joint_softmax(y, n, factor, out);
     case Function::kElu:
-      return map(y, n, out, [=](const Lanes& v) TILEWRIGHT_LANES { return (v > 0.0f ? v + 1.0f : exp_lanes(v)) * factor; });
+      return map(y, n, out,
+                 [=](const Lanes& v) TILEWRIGHT_LANES { return (v > 0.0f ? v + 1.0f : exp_lanes(v)) * factor; });
     case Function::kRelu:
       // The comparison is this way round so that NaN stays.
       return map(y, n, out, [=](const Lanes& v) TILEWRIGHT_LANES { return (v < 0.0f ? all_lanes(0.0f) : v) * factor; });
     case Function::kLogSigmoid:
       return map(y, n, out, [=](const Lanes& v) TILEWRIGHT_LANES { return log_sigmoid(v) * factor; });
-    case Function::kSigmoid: return map(y, n, out, [=](const Lanes& v) TILEWRIGHT_LANES { return sigmoid(v) * factor; });
-    case Function::kComplement: return map(y, n, out, [=](const Lanes& v) TILEWRIGHT_LANES { return sigmoid(-v) * factor; });
+    case Function::kSigmoid:
+      return map(y, n, out, [=](const Lanes& v) TILEWRIGHT_LANES { return sigmoid(v) * factor; });
+    case Function::kComplement:
+      return map(y, n, out, [=](const Lanes& v) TILEWRIGHT_LANES { return sigmoid(-v) * factor; });
     case Function::kUnitNorm: return unit_norm(y, n, factor, out);
-    case Function::kSilu: return map(y, n, out, [=](const Lanes& v) TILEWRIGHT_LANES { return v * sigmoid(v) * factor; });
+    case Function::kSilu:
+      return map(y, n, out, [=](const Lanes& v) TILEWRIGHT_LANES { return v * sigmoid(v) * factor; });
   }
 }
 
