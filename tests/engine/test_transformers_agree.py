@@ -15,6 +15,7 @@ from engine_models import engine_model, token_ids
 
 from tilewright.models import Int4KVCache, load, to_transformers
 from tilewright.models.engine import Engine
+from tilewright.models.hf_names import cache_name
 from tilewright.models.image import compile
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -82,7 +83,7 @@ def test_generate_gives_the_engines_tokens(kind: str, cached: str) -> None:
     theirs, engine = both(model, act="int8", kv_bits=4)
     prompt = token_ids(9)
     arguments: dict[str, Any] = {
-        "stored": {"past_key_values": Int4KVCache(model)},
+        "stored": {cache_name(): Int4KVCache(model)},
         "float": {},
         "none": {"use_cache": False},
     }[cached]
@@ -97,7 +98,7 @@ def test_a_padded_batch_gives_each_prompts_own_tokens(stored: bool) -> None:
     prompts = [token_ids(count, seed=count) for count in (3, 8, 1)]
     ids = torch.tensor([[0] * (8 - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (8 - len(p)) + [1] * len(p) for p in prompts])
-    cache = {"past_key_values": Int4KVCache(model)} if stored else {}
+    cache = {cache_name(): Int4KVCache(model)} if stored else {}
     out = theirs.generate(ids, attention_mask=mask, max_new_tokens=10, **GREEDY, **cache)
     for row, prompt in zip(out, prompts, strict=True):
         assert row[8:].tolist() == list(engine.generate(prompt, max_new_tokens=10, stop_tokens=()))
@@ -126,7 +127,7 @@ def test_transformers_own_attention_can_be_chosen() -> None:
         taken: list[torch.Tensor] = []
         hook = first.o_proj.register_forward_pre_hook(lambda _module, inputs, to=taken: to.append(inputs[0]))
         with torch.no_grad():
-            theirs(ids, past_key_values=Int4KVCache(model))
+            theirs(ids, **{cache_name(): Int4KVCache(model)})
         hook.remove()
         outputs += taken
     # the operator's products may be of bfloat16 pairs, relative 2^-8 each; see csrc/ops/int4_fp8_attention
@@ -148,7 +149,7 @@ def test_smollm2_gives_the_engines_tokens(smollm2: Any, act: str) -> None:
         with torch.no_grad():
             assert torch.equal(theirs(ids).logits[0], engine.logits(prompt))
         cache = Int4KVCache(smollm2)
-        out = theirs.generate(ids, max_new_tokens=24, past_key_values=cache, **GREEDY)
+        out = theirs.generate(ids, max_new_tokens=24, **{cache_name(): cache}, **GREEDY)
         assert out[0, len(prompt) :].tolist() == list(engine.generate(prompt, max_new_tokens=24, stop_tokens=()))
 
 

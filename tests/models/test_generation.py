@@ -9,6 +9,7 @@ from tiny_models import random_weights, tiny_config, write_gguf
 
 from tilewright.models import EngineForCausalLM, LanguageModel, load
 from tilewright.models.engine import Engine
+from tilewright.models.hf_names import cache_name
 
 PROMPT = [5, 9, 17, 33, 65, 8, 2, 40]
 SHORT = [7, 70, 3]
@@ -51,7 +52,7 @@ def test_all_logits_equal_those_of_steps(model):
     whole = model(ids).logits[0]
     cache = model.new_cache(1)
     for index in range(len(PROMPT)):
-        step = model(ids[:, index : index + 1], past_key_values=cache, logits_to_keep=1).logits[0, 0]
+        step = model(ids[:, index : index + 1], **{cache_name(): cache}, logits_to_keep=1).logits[0, 0]
         assert torch.equal(step, whole[index])
 
 
@@ -76,9 +77,9 @@ def test_beams_are_those_of_a_search_without_a_cache(model):
 def test_reordered_rows_continue_as_if_written_so(model):
     cache = model.new_cache(2)
     rows = torch.tensor([PROMPT[:4], [5, 9, 80, 81]])
-    model(rows, past_key_values=cache)
+    model(rows, **{cache_name(): cache})
     cache.reorder_cache(torch.tensor([1, 1]))
-    following = model(torch.tensor([[3], [4]]), past_key_values=cache).logits[:, 0]
+    following = model(torch.tensor([[3], [4]]), **{cache_name(): cache}).logits[:, 0]
     for row, token in enumerate((3, 4)):
         alone = model(torch.tensor([[5, 9, 80, 81, token]])).logits[0, -1]
         assert torch.equal(following[row], alone)
@@ -87,10 +88,10 @@ def test_reordered_rows_continue_as_if_written_so(model):
 def test_cropped_cache_continues_from_there(model):
     cache = model.new_cache(1)
     ids = torch.tensor([PROMPT])
-    whole = model(ids, past_key_values=cache).logits
+    whole = model(ids, **{cache_name(): cache}).logits
     cache.crop(-3)
     assert cache.get_seq_length() == len(PROMPT) - 3
-    assert torch.equal(model(ids[:, -3:], past_key_values=cache).logits, whole[:, -3:])
+    assert torch.equal(model(ids[:, -3:], **{cache_name(): cache}).logits, whole[:, -3:])
 
 
 def test_memory_of_a_dropped_cache_is_used_again(loaded):

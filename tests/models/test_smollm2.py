@@ -140,11 +140,17 @@ def test_no_float_copy_of_the_weights_stays(smollm2_gguf, tmp_path):
     assert peak <= 2 * nbytes
 
 
-def test_it_answers_with_a_low_bit_forward_pass(model):
+@pytest.mark.parametrize(
+    ("text", "continued"),
+    [
+        ("The capital of France is", " Paris"),
+        ("The opposite of hot is", " cold"),
+        ("Water freezes at zero degrees", " Celsius"),
+    ],
+)
+def test_it_continues_with_a_low_bit_forward_pass(model, text, continued):
+    # In float32 each of these leads the next token by more than two: rounding does not decide.
     theirs = to_transformers(model, act="fp8")
-    chat = [{"role": "user", "content": "What is the capital of France?"}]
-    prompt = model.tokenizer.apply_chat_template(
-        chat, add_generation_prompt=True, return_tensors="pt", return_dict=True
-    )["input_ids"]
-    out = theirs.generate(prompt, max_new_tokens=12, do_sample=False)
-    assert "Paris" in model.tokenizer.decode(out[0, prompt.shape[1] :])
+    prompt = model.tokenizer(text, return_tensors="pt")["input_ids"]
+    out = theirs.generate(prompt, max_new_tokens=4, do_sample=False)
+    assert model.tokenizer.decode(out[0, prompt.shape[1] :]).startswith(continued)

@@ -9,6 +9,7 @@ from tiny_models import KINDS, random_weights, tiny_config, write_gguf, write_tr
 
 from tilewright.formats import quantize_int4
 from tilewright.models import LanguageModel, hf_attention, load, to_transformers
+from tilewright.models.hf_names import cache_name
 from tilewright.models.int4_cache import Int4CacheLayer, Int4KVCache
 from tilewright.nn import Int8Linear, W4A8Linear
 from tilewright.ops import quantize_fp8_per_token, quantize_int8_per_token
@@ -78,7 +79,7 @@ def test_generate_with_the_int4_cache_handles_batches_and_beams(tmp_path):
     prompts = torch.cat((PROMPT, PROMPT.flip(1)))
     cache = Int4KVCache(loaded)
     out = model.generate(
-        prompts, past_key_values=cache, max_new_tokens=6, do_sample=False, num_beams=2, eos_token_id=None
+        prompts, **{cache_name(): cache}, max_new_tokens=6, do_sample=False, num_beams=2, eos_token_id=None
     )
     assert out.shape == (2, PROMPT.shape[1] + 6)
     # 13 cached tokens, 4 beams, 2 heads of 16 channels: 8 bytes of codes and 4 of scale, for keys and values, 2 layers
@@ -90,10 +91,10 @@ def test_prefill_in_pieces_equals_one_piece_with_the_int4_cache(tmp_path):
     loaded = load_tiny(tmp_path)
     model = to_transformers(loaded, dequantize=True, dtype=torch.float64)
     with torch.no_grad():
-        whole = model(PROMPT, past_key_values=Int4KVCache(loaded)).logits[0, -1]
+        whole = model(PROMPT, **{cache_name(): Int4KVCache(loaded)}).logits[0, -1]
         cache = Int4KVCache(loaded)
-        model(PROMPT[:, :3], past_key_values=cache)
-        parts = model(PROMPT[:, 3:], past_key_values=cache).logits[0, -1]
+        model(PROMPT[:, :3], **{cache_name(): cache})
+        parts = model(PROMPT[:, 3:], **{cache_name(): cache}).logits[0, -1]
     torch.testing.assert_close(whole, parts, rtol=1e-9, atol=1e-9)
 
 

@@ -11,6 +11,7 @@ from small_models import small_config, small_model, tokens
 
 from tilewright.capture import observe
 from tilewright.models import RopeScaling, to_transformers
+from tilewright.models.hf_names import cache_name
 from tilewright.quantize.fireq.rope import KeyRange, calibrate_keys, key_scales, key_site, scale_rows
 from tilewright.quantize.simulate import Simulation, simulated
 from tilewright.reducers import AbsMax
@@ -28,7 +29,7 @@ ROPES = {
 def cached_keys(module, ids):
     """Keys after RoPE as transformers caches them: one [B, H_kv, T, D] per layer."""
     with torch.no_grad():
-        return [layer.keys for layer in module(ids, use_cache=True).past_key_values.layers]
+        return [layer.keys for layer in module(ids, use_cache=True)[cache_name()].layers]
 
 
 @pytest.mark.parametrize("name", ROPES)

@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from tilewright.cli import bench, chat, demo, doctor, evaluate, fetch, generate, quantize, reproduce
+from tilewright.cli import bench, chat, demo, doctor, evaluate, fetch, generate, linearize, quantize, reproduce, study
 from tilewright.cli.shared import DEBUG_VARIABLE, Verbs
 
 EPILOG = "Exit codes: 0 done, 1 claim or check failed, 2 bad input, 3 package missing, 70 internal, 130 interrupted."
@@ -22,11 +22,13 @@ VERBS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
     "fetch": fetch.fetch,
     "quantize": quantize.quantize,
+    "linearize": linearize.linearize,
     "generate": generate.generate,
     "chat": chat.chat,
     "eval": evaluate.evaluate,
     "bench": bench.bench,
     "reproduce": reproduce.reproduce,
+    "study": study.study,
     "doctor": doctor.doctor,
 }
 

@@ -12,6 +12,8 @@ from tilewright.cli.shared import model_path, use_threads
 from tilewright.cli.stream import TextStream, stream_text
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tilewright.models import LanguageModel
     from tilewright.models.engine import SamplingConfig
 
@@ -124,6 +126,26 @@ class Session:
         return [int(i) for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
+class LinearizedSession(Session):
+    """A model written by `tw linearize`: torch runs it, layer by layer, with a state of constant size."""
+
+    def start(self, context: int) -> None:
+        """Make room for `context` tokens."""
+        from tilewright.linearize.runner import Runner
+
+        loaded: Any = self.model
+        self.engine = Runner(loaded.model, context)
+
+
+def _open_linearized(path: Path, act: str | None, kv: str | None) -> Session:
+    from tilewright.linearize import load
+
+    if act is not None or kv is not None:
+        raise ValueError(f"{path.name} is a linearized model and runs in float; leave out --act and --kv")
+    loaded: Any = load(path)
+    return LinearizedSession(path.name, loaded, loaded.tokenizer)
+
+
 def open_session(model: str, act: str | None = None, kv: str | None = None, threads: int | None = None) -> Session:
     """Load a model; its engine is built by `Session.start`.
 
@@ -134,7 +156,10 @@ def open_session(model: str, act: str | None = None, kv: str | None = None, thre
     require_choice("--kv", kv, tuple(CACHES))
     path = model_path(model)
     use_threads(threads)
+    from tilewright.linearize import is_linearized
     from tilewright.models import load
 
+    if is_linearized(path):
+        return _open_linearized(path, act, kv)
     loaded = load(path)
     return Session(path.name, loaded, loaded.tokenizer, act, CACHES[kv] if kv else None)

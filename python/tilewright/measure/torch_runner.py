@@ -11,6 +11,8 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, DynamicCache
 
+from tilewright.models.hf_names import cache_name
+
 
 class Runner:
     """A transformers model in `dtype` ("float32" or "bfloat16"), loaded by transformers itself."""
@@ -43,7 +45,7 @@ class Runner:
 
     def prefill(self, tokens: list[int]) -> int:
         ids = torch.tensor([tokens])
-        out = self.model(input_ids=ids, past_key_values=self.cache, use_cache=True, logits_to_keep=1)
+        out = self.model(input_ids=ids, **{cache_name(): self.cache}, use_cache=True, logits_to_keep=1)
         return int(out.logits[0, -1].argmax())
 
     def step(self, token: int) -> int:

@@ -14,6 +14,7 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from tilewright.models.engine import BLOCK_TOKENS, Engine
 from tilewright.models.hf import generation_defaults
+from tilewright.models.hf_names import cache_name
 from tilewright.models.image import Activation, ModelImage
 from tilewright.models.language_model import LanguageModel
 
@@ -164,6 +165,7 @@ class EngineForCausalLM(PreTrainedModel, GenerationMixin):
         use_cache: bool = True,
         logits_to_keep: int = 0,
         return_dict: bool = True,
+        cache: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits behind the given tokens.
@@ -171,7 +173,8 @@ class EngineForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: int64 [B, T].
             attention_mask: [B, positions so far + T], zero at padding, or None.
-            past_key_values: an EngineCache, or an empty cache of another kind, which is replaced by one.
+            past_key_values, cache: an EngineCache, or an empty cache of another kind, which is replaced by one; the
+                older and the newer name of one argument.
             logits_to_keep: 1 for those of the last position only, 0 for all.
 
         Returns:
@@ -182,25 +185,25 @@ class EngineForCausalLM(PreTrainedModel, GenerationMixin):
         """
         del return_dict
         _refuse(kwargs)
-        cache = past_key_values
-        if not isinstance(cache, EngineCache):
-            if cache is not None and cache.get_seq_length() > 0:
-                raise ValueError(f"EngineForCausalLM: past_key_values is a filled {type(cache).__name__}; pass none")
-            cache = self.new_cache(input_ids.shape[0])
-        if cache.engine.batch != input_ids.shape[0]:
-            raise ValueError(f"EngineForCausalLM: {input_ids.shape[0]} rows, the cache holds {cache.engine.batch}")
+        given = past_key_values if cache is None else cache
+        if given is not None and not isinstance(given, EngineCache) and given.get_seq_length() > 0:
+            raise ValueError(f"EngineForCausalLM: {cache_name()} is a filled {type(given).__name__}; pass none")
+        held = given if isinstance(given, EngineCache) else self.new_cache(input_ids.shape[0])
+        if held.engine.batch != input_ids.shape[0]:
+            raise ValueError(f"EngineForCausalLM: {input_ids.shape[0]} rows, the cache holds {held.engine.batch}")
         mask = _real_tokens(input_ids, attention_mask)
         rows = [ids[keep].tolist() for ids, keep in zip(input_ids, mask, strict=True)]
         if logits_to_keep == 1 and bool(mask[:, -1].all()):
-            logits = cache.extend(rows, input_ids.shape[1])[:, None]
+            logits = held.extend(rows, input_ids.shape[1])[:, None]
         else:
             logits = torch.zeros(*input_ids.shape, self.image.config.vocab_size)
             for out, keep, found in zip(
-                logits, mask, cache.extend_with_all_logits(rows, input_ids.shape[1]), strict=True
+                logits, mask, held.extend_with_all_logits(rows, input_ids.shape[1]), strict=True
             ):
                 out[keep] = found
             logits = logits[:, -logits_to_keep:] if logits_to_keep else logits
-        return CausalLMOutputWithPast(logits=logits, past_key_values=cache if use_cache else None)
+        states: dict[str, Any] = {cache_name(): held} if use_cache else {}
+        return CausalLMOutputWithPast(logits=logits, **states)
 
     def save_pretrained(self, *_args: Any, **_kwargs: Any) -> None:
         """Refused: the engine holds compiled weights; :func:`tilewright.models.save` writes the model itself."""

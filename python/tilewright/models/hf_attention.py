@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
+from tilewright.models.hf_names import cache_name, cache_of
 from tilewright.models.image import CacheFormat, QueryFormat
 from tilewright.models.int4_cache import Int4KVCache, StoredRows, stored_cache
 from tilewright.ops import int4_fp8_attention
@@ -44,9 +45,9 @@ def attach(attention: nn.Module, formats: AttentionFormats, key_scale: Tensor | 
 
 def _read_as_stored(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
     """An INT4 cache hands its codes to :func:`attend`, which reads them as they are."""
-    cache = kwargs.get("past_key_values")
+    cache = cache_of(kwargs)
     if isinstance(cache, Int4KVCache) and getattr(module.config, "_attn_implementation", None) == NAME:
-        kwargs = kwargs | {"past_key_values": StoredRows(cache)}
+        kwargs = kwargs | {cache_name(): StoredRows(cache)}
     return args, kwargs
 
 

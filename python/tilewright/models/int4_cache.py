@@ -18,10 +18,11 @@ _SCALE_DTYPE, _SCALE_BYTES = torch.float32, 4
 class Int4KVCache(Cache):
     """Keys and values at 4 bits a number, one float32 scale per token, head and group of up to 128 channels.
 
-    Give it to any transformers model of the Llama family as ``past_key_values``; attention then sees the
-    rounded keys and values. A low-bit model of :func:`tilewright.models.to_transformers` reads the codes
-    themselves, as the decode engine does. Where the model carries a post-RoPE key scale S
-    (``self_attn.key_scale``), keys are rounded after multiplication with S and divided by it on the way out.
+    Give it to any transformers model of the Llama family as its ``cache`` (``past_key_values`` before transformers
+    5.24); attention then sees the rounded keys and values. A low-bit model of
+    :func:`tilewright.models.to_transformers` reads the codes themselves, as the decode engine does. Where the model
+    carries a post-RoPE key scale S (``self_attn.key_scale``), keys are rounded after multiplication with S and divided
+    by it on the way out.
 
     Args:
         model: the loaded model whose layers the cache serves.

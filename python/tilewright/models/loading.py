@@ -40,6 +40,8 @@ def _load_directory(place: Path, file: str | None = None) -> LanguageModel:
     from tilewright.models.checkpoint import is_checkpoint, load_checkpoint
     from tilewright.models.safetensors_import import load_transformers
 
+    if (place / "linearized.json").is_file():
+        raise CheckpointError(f"{place.name}: is a linearized model; load it with tilewright.linearize.load(directory)")
     if file in (None, "model.safetensors") and is_checkpoint(place):
         return load_checkpoint(place)
     return load_transformers(place, file)

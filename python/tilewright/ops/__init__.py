@@ -43,6 +43,7 @@ from tilewright.ops.lightning_attention import (  # noqa: E402
     lightning_attn_func,
 )
 from tilewright.ops.linear_attention import linear_attention, linear_attention_step_, state_transition  # noqa: E402
+from tilewright.ops.local_linear_attention import lla_attention, lla_decode, parallax, relmm  # noqa: E402
 
 __all__ = [
     "KVCache",
@@ -74,7 +75,11 @@ __all__ = [
     "lightning_attn_func",
     "linear_attention",
     "linear_attention_step_",
+    "lla_attention",
+    "lla_decode",
+    "parallax",
     "quantize_fp8_per_token",
     "quantize_int8_per_token",
+    "relmm",
     "state_transition",
 ]

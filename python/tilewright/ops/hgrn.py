@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tilewright.ops.sequence import piece
+
 _ops = torch.ops.tilewright
 
 
@@ -35,6 +37,9 @@ def chunk_hgrn(
     Raises:
         RuntimeError: a shape, dtype or device does not fit.
     """
+    if (here := piece()) is not None:
+        options = {"output_final_state": output_final_state, "cu_seqlens": cu_seqlens}
+        return here.hgrn(chunk_hgrn, x, g, initial_state=initial_state, **options)
     h, state = _ops.hgrn(x, g, initial_state, cu_seqlens)
     return h.to(x.dtype), state if output_final_state else None
 

@@ -8,6 +8,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from tilewright.ops.sequence import piece
+
 Rule = Literal["additive", "delta"]
 Mode = Literal["chunk", "recurrent"]
 
@@ -66,6 +68,11 @@ def linear_attention(
         raise ValueError(f"linear_attention: rule = {rule!r}, needed 'additive' or 'delta'")
     if mode not in ("chunk", "recurrent"):
         raise ValueError(f"linear_attention: mode = {mode!r}, needed 'chunk' or 'recurrent'")
+    if (here := piece()) is not None:
+        options = {"beta": beta, "g": g, "rule": rule, "scale": scale, "cu_seqlens": cu_seqlens, "mode": mode}
+        return here.linear_attention(
+            linear_attention, q, k, v, initial_state=initial_state, output_final_state=output_final_state, **options
+        )
     inputs = (q, k, v, beta, g, initial_state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     factor = max(q.shape[-1], 1) ** -0.5 if scale is None else float(scale)

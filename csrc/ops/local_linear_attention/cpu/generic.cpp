@@ -1,0 +1,3 @@
+// SPDX-License-Identifier: Apache-2.0
+#define TILEWRIGHT_LEVEL generic
+#include "ops/local_linear_attention/cpu/body.h"

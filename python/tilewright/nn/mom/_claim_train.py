@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What small models of mixtures of memories learn, beside one memory of equal state or of equal active parameters."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tilewright.claims import Experiment, Row, at_least, at_most
+from tilewright.data.bytes import VOCABULARY, ByteWindows, byte_text, held_out_windows
+from tilewright.data.recall import mix, multi_query_recall
+from tilewright.nn.hybrid_linear_attention.configuration import HybridConfig
+from tilewright.nn.hybrid_linear_attention.modeling import HybridForCausalLM
+from tilewright.nn.mom.configuration import MomConfig
+from tilewright.nn.mom.modeling import MomForCausalLM
+from tilewright.nn.mom.routing import mom_route
+from tilewright.train import TrainConfig, Trainer
+from tilewright.train.losses import Loss, token_accuracy, token_loss
+
+MEMORIES, TOPK = 4, 2
+BALANCE = 0.01
+HELD_OUT = 10_007
+"""Seed of the batches that measure; training takes 0, 1, 2."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """Model sizes and the length of a run."""
+
+    vocabulary: int
+    width: int
+    head_dim: int
+    heads: int
+    single_expand_v: float
+    batch: int
+    steps: int
+    rates: tuple[float, ...]
+    stages: tuple[int, ...] = ()
+    pairs: int = 0
+    length: int = 0
+
+
+# Six stages of growing numbers of pairs; the last three tenths of the steps have them all.
+RECALL = Task(128, 64, 16, 1, 5.0, 32, 500, (3e-3, 5e-3, 1e-2), (8, 8, 8, 16, 32, 48), pairs=48)
+QUICK_RECALL = replace(RECALL, vocabulary=48, width=32, head_dim=4, batch=32, steps=300, stages=(4, 4, 8, 12), pairs=12)
+# One memory with V = 5/2 K has at least the active parameters of two routed ones and a shared one.
+LANGUAGE = Task(VOCABULARY, 64, 16, 2, 2.5, 16, 300, (3e-3, 5e-3, 1e-2), length=256)
+QUICK_LANGUAGE = replace(LANGUAGE, batch=8, steps=40, rates=(1e-2,), length=128)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One training: of a mixture, or of one memory."""
+
+    task: Task
+    mixture: bool
+    rate: float
+    seed: int
+    balance: float = BALANCE
+
+
+def build(job: Job) -> HybridForCausalLM:
+    """A language model of two layers; those of one seed share embeddings, feed-forwards and head."""
+    torch.manual_seed(job.seed)
+    task = job.task
+    sizes: dict[str, Any] = {
+        "vocab_size": task.vocabulary,
+        "hidden_size": task.width,
+        "num_hidden_layers": 2,
+        "num_heads": task.heads,
+        "intermediate_size": 2 * task.width,
+        "tie_word_embeddings": False,
+        "use_cache": False,
+    }
+    if job.mixture:
+        layer: dict[str, Any] = {
+            "head_dim": task.head_dim,
+            "num_memories": MEMORIES,
+            "topk": TOPK,
+            "aux_loss_scale": job.balance,
+        }
+        model: HybridForCausalLM = MomForCausalLM(MomConfig(**sizes, **layer))
+    else:
+        layer = {"head_dim": task.head_dim, "expand_v": task.single_expand_v}
+        model = HybridForCausalLM(HybridConfig(**sizes, mixer="gated_deltanet", mixer_options=layer))
+    _forget_slowly(model)
+    return model
+
+
+def _forget_slowly(model: nn.Module) -> None:
+    """All heads of both models start with a decay of exp(-0.001); the usual draw may leave a head few tokens."""
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if name.endswith("A_log"):
+                p.zero_()
+            elif name.endswith("dt_bias"):
+                p.fill_(math.log(math.expm1(1e-3)))
+
+
+def _loss(balance: float) -> Loss:
+    """Next-token loss, and for a mixture the balance of its routers."""
+
+    def loss(model: nn.Module, batch: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        kept: list[Any] = []
+
+        def call(inputs: Tensor) -> Any:
+            kept.append(
+                model(inputs, output_router_logits=True) if isinstance(model, MomForCausalLM) else model(inputs)
+            )
+            return kept[-1]
+
+        total, count = token_loss(call, batch)  # type: ignore[arg-type]
+        if isinstance(model, MomForCausalLM):
+            total = total + balance * kept[-1].aux_loss * count
+        return total, count
+
+    return loss
+
+
+def _train(job: Job, batches: Callable[[int], Any]) -> HybridForCausalLM:
+    torch.set_num_threads(1)
+    model = build(job)
+    steps = job.task.steps
+    config = TrainConfig(
+        steps=steps, lr=job.rate, warmup=steps // 20, betas=(0.9, 0.98), weight_decay=0.0, seed=job.seed
+    )
+    Trainer(model, batches, config, loss=_loss(job.balance), progress=False).run()
+    return model.eval()
+
+
+def recall_batches(task: Task, seed: int) -> Callable[[int], Any]:
+    """Multi-query recall whose number of pairs grows with the step; shorter sequences come in larger batches."""
+
+    def batch(step: int) -> tuple[Tensor, Tensor]:
+        stage = min(int(step / (0.7 * task.steps) * len(task.stages)), len(task.stages) - 1)
+        pairs = task.stages[stage]
+        rows = task.batch * min(4, task.pairs // pairs)
+        return multi_query_recall(rows, mix(seed, step), length=3 * pairs + 2, pairs=pairs, vocabulary=task.vocabulary)
+
+    return batch
+
+
+def recall(job: Job) -> dict[str, Any]:
+    """Train one model on recall: accuracy with all pairs, and the entropy of each router's choices over ln M."""
+    task = job.task
+    model = _train(job, recall_batches(task, job.seed))
+    held_out = [
+        multi_query_recall(
+            64, mix(HELD_OUT, i), length=3 * task.pairs + 2, pairs=task.pairs, vocabulary=task.vocabulary
+        )
+        for i in range(4)
+    ]
+    return {
+        "accuracy": token_accuracy(model, held_out),
+        "entropy": _entropies(model, held_out[0][0]),
+        "parameters": sum(p.numel() for p in model.parameters()),
+    }
+
+
+@torch.no_grad()
+def _entropies(model: nn.Module, inputs: Tensor) -> list[float]:
+    """Of the memories chosen, by layer, over ln M."""
+    if not isinstance(model, MomForCausalLM):
+        return []
+    found = []
+    for logits in model(inputs, output_router_logits=True).router_logits:
+        counts = torch.bincount(mom_route(logits, TOPK)[1].flatten(), minlength=MEMORIES).double()
+        share = counts / counts.sum()
+        found.append(float(torch.special.entr(share).sum()) / math.log(MEMORIES))
+    return found
+
+
+def language(job: Job) -> dict[str, Any]:
+    """Train one model on bytes of documentation: mean loss of held-out windows, and by position."""
+    task = job.task
+    text = byte_text("documentation", "calibration")
+    model = _train(job, ByteWindows(text, task.batch, task.length, seed=job.seed))
+    windows = held_out_windows(
+        byte_text("documentation", "evaluation"), length=task.length, batch=16, count=64 if task.steps < 100 else 256
+    )
+    with torch.no_grad():
+        losses = torch.cat(
+            [nn.functional.cross_entropy(model(x).logits.transpose(1, 2), y, reduction="none") for x, y in windows]
+        )
+    positions = losses.mean(0)
+    return {
+        "loss": float(losses.mean()),
+        "by position": [float(part.mean()) for part in positions.chunk(8)],
+        "active parameters": active_parameters(model),
+    }
+
+
+def active_parameters(model: HybridForCausalLM) -> int:
+    """Parameters that a token is multiplied by: of a memory's own ones, k + 1 of M + 1 parts."""
+    total = 0
+    for name, p in model.named_parameters():
+        own = (
+            isinstance(model, MomForCausalLM)
+            and ".mixer." in name
+            and p.dim() == 3
+            and not name.endswith("conv.weight")
+        )
+        total += p.numel() * (TOPK + 1) // (MEMORIES + 1) if own else p.numel()
+    return total
+
+
+def tuned(
+    work: Callable[[Job], dict[str, Any]], task: Task, seeds: Iterable[int], score: Callable[[dict[str, Any]], float]
+) -> dict[bool, tuple[float, list[dict[str, Any]]]]:
+    """For the mixture and for one memory: the best rate of the first seed, and what it gives for all seeds."""
+    first, *others = seeds
+    jobs = [Job(task, mixture, rate, first) for mixture in (True, False) for rate in task.rates]
+    found = dict(zip(jobs, _all(work, jobs), strict=True))
+    best = {m: max((j for j in jobs if j.mixture == m), key=lambda j: score(found[j])) for m in (True, False)}
+    more = [replace(best[m], seed=seed) for m in (True, False) for seed in others]
+    found |= dict(zip(more, _all(work, more), strict=True))
+    return {m: (j.rate, [found[j], *(found[r] for r in more if r.mixture == m)]) for m, j in best.items()}
+
+
+def _all(work: Callable[[Job], dict[str, Any]], jobs: list[Job]) -> list[dict[str, Any]]:
+    """One process a thread, because models this small gain nothing from two."""
+    workers = min(torch.get_num_threads(), len(jobs))
+    if workers < 2:
+        return [work(job) for job in jobs]
+    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
+        return list(pool.map(work, jobs))
+
+
+def recall_rows(experiment: Experiment) -> Iterator[Row]:
+    """More pairs than a state has rows: a mixture against one memory with as many numbers of state."""
+    task, seeds = (QUICK_RECALL, (0,)) if experiment.quick else (RECALL, (0, 1, 2))
+    if experiment.quick:
+        task = replace(task, rates=(1e-2,))
+    experiment.say(f"recall of {task.pairs} pairs, K = {task.head_dim}")
+    found = tuned(recall, task, seeds, lambda r: float(r["accuracy"]))
+    (rate, mixture), (single_rate, single) = found[True], found[False]
+    unbalanced = _all(recall, [Job(task, True, rate, seed, balance=0.0) for seed in seeds])
+    mine, other = ([r["accuracy"] for r in runs] for runs in (mixture, single))
+    experiment.values["recall"] = {
+        "pairs": task.pairs,
+        "rates": {"mixture": rate, "one memory": single_rate},
+        "parameters": {"mixture": mixture[0]["parameters"], "one memory": single[0]["parameters"]},
+        "accuracy": {"mixture": mine, "one memory": other, "unbalanced": [r["accuracy"] for r in unbalanced]},
+        "entropy": {"mixture": [r["entropy"] for r in mixture], "unbalanced": [r["entropy"] for r in unbalanced]},
+    }
+    name = f"recall of {task.pairs} pairs with K = {task.head_dim}"
+    spare = single[0]["parameters"] - mixture[0]["parameters"]
+    yield at_least("parameters of the one-memory model of equal state, more than the mixture's", spare, 0)
+    yield Row(f"{name}: accuracy of one memory of equal state", "", statistics.mean(other), "reported", True)
+    gain = statistics.mean(mine) - statistics.mean(other)
+    yield at_least(f"{name}: accuracy of the mixture, more than that, mean of {len(seeds)} seeds", gain, 0.05)
+    entropy = min(min(r["entropy"]) for r in mixture)
+    yield at_least(
+        "entropy of the chosen memories over ln M, with balance loss: least of layers and seeds", entropy, 0.8
+    )
+    alone = min(min(r["entropy"]) for r in unbalanced)
+    yield Row("the same without", "", alone, "reported", True)
+
+
+def language_rows(experiment: Experiment) -> Iterator[Row]:
+    """Bytes of documentation at equal active parameters."""
+    task, seeds = (QUICK_LANGUAGE, (0,)) if experiment.quick else (LANGUAGE, (0, 1, 2))
+    experiment.say("a byte model of documentation")
+    found = tuned(language, task, seeds, lambda r: -float(r["loss"]))
+    (rate, mixture), (single_rate, single) = found[True], found[False]
+    mine, other = ([r["loss"] for r in runs] for runs in (mixture, single))
+    experiment.values["language"] = {
+        "rates": {"mixture": rate, "one memory": single_rate},
+        "active parameters": {
+            name: r[0]["active parameters"] for name, r in (("mixture", mixture), ("one memory", single))
+        },
+        "loss": {"mixture": mine, "one memory": other},
+        "by position": {
+            name: [statistics.mean(column) for column in zip(*(r["by position"] for r in runs), strict=True)]
+            for name, runs in (("mixture", mixture), ("one memory", single))
+        },
+    }
+    spare = single[0]["active parameters"] - mixture[0]["active parameters"]
+    yield at_least("active parameters of the one-memory byte model, more than the mixture's", spare, 0)
+    ratio = statistics.mean(mine) / statistics.mean(other)
+    yield at_most(f"byte model: loss of the mixture over one memory's, mean of {len(seeds)} seeds", ratio, 1.01)
