@@ -39,8 +39,9 @@ def linear_attention(
         S  <- S + k_t (beta_t (v_t - S^T k_t))^T           rule "delta" (arXiv 2406.06484, eq. 4)
         o_t = scale S^T q_t
 
-    Time is linear in T, memory beside inputs and outputs does not grow with it (for a gradient: one state every 256
-    tokens, 128 with a decay a channel, and for the delta rule as many numbers as v has). Differentiable in q, k, v, beta, g and initial_state.
+    Time is linear in T, memory beside inputs and outputs does not grow with it. A gradient keeps one state every 256
+    tokens (128 with a decay a channel) and, for the delta rule, as many numbers as v has. Differentiable in q, k, v,
+    beta, g and initial_state.
 
     Args:
         q, k: `[B, T, H, K]`, any floating type; float64 is computed in float64, all else in float32.
