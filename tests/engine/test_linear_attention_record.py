@@ -66,7 +66,16 @@ class Layer(image._Compiler):
 
     def _words(self, slots: dict[str, int]) -> list[int]:
         change = lambda name, value: self.changes.get(name, value)  # noqa: E731
-        words = [change("heads", HEADS), self.rule, change("key", KEY), VALUE, slots["q"], slots["k"], slots["v"]]
+        words = [
+            change("heads", HEADS),
+            change("states", HEADS),
+            self.rule,
+            change("key", KEY),
+            VALUE,
+            slots["q"],
+            slots["k"],
+            slots["v"],
+        ]
         words += [slots["out"], self.decay]
         words += {
             NONE: [],
@@ -117,7 +126,8 @@ def test_every_rule_and_decay_is_as_exact_as_float32_torch(rule: int, decay: int
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"heads": 3}, r"slot 'q' holds 2 heads, needed a divisor of 3"),
+        ({"heads": 6}, r"6 heads are not a multiple of 4 state heads"),
+        ({"states": 2}, r"slot 'v' holds 4 heads, needed a divisor of 2"),
         ({"key": 7}, r"slot 'q' of width 24 does not hold heads of size 7"),
         ({"gate": "beta"}, r"slot 'gate' of width 4 does not hold heads of size 12"),
         ({"combine": 2}, r"a shared denominator needs argument 'normalize' = 1"),

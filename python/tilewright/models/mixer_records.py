@@ -72,6 +72,8 @@ class MixerRecords:
                     f"LinearMixer: {made.target} has {made.heads} heads of {made.features} features; the mapped "
                     f"queries have {self._query.features}, and heads must divide the {heads} of the queries"
                 )
+        # Query heads that share keys and values share a state.
+        self._states = max(kv_heads, self._key.heads)
         self.slots = {m.target: m.heads * m.features for m in (self._query, self._key, self._gate) if m is not None}
         if self._shares_denominator:
             self.slots["window"] = heads * (head_dim + 1)
@@ -133,7 +135,7 @@ class MixerRecords:
 
     def _linear(self, slots: dict[str, int]) -> list[int]:
         mixer, window = self._mixer, self._mixer.window
-        shape = [self._heads, _ADDITIVE, self._query.features, self._head_dim]
+        shape = [self._heads, self._states, _ADDITIVE, self._query.features, self._head_dim]
         sources = [slots[self._query.target], slots[self._key.target], slots["v"]]
         decay = [_NO_DECAY] if self._gate is None else [_CHANNEL_DECAY, slots[self._gate.target]]
         record = [*shape, *sources, slots["attended"], *decay, float_bits(mixer.scale)]
