@@ -131,7 +131,7 @@ class LinearizedSession(Session):
 
     def start(self, context: int) -> None:
         """Make room for `context` tokens; the model's weights move into the engine."""
-        from tilewright.linearize.engine import to_language_model
+        from tilewright.linearize.native import to_language_model
         from tilewright.linearize.runner import Runner
         from tilewright.models.engine import Engine
 

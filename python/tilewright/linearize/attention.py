@@ -18,7 +18,6 @@ from tilewright.linearize.window import padding_first, put_back, take
 
 if TYPE_CHECKING:
     from tilewright.linearize.cache import StateLayer
-    from tilewright.models.mixers import LinearMixer
 
 ATTENTION_CLASSES = {
     "llama": "LlamaAttention",
@@ -91,15 +90,6 @@ class ConvertedAttention(nn.Module):
             [B, T, H, D], any float type.
         """
         raise NotImplementedError
-
-    def engine_mixer(self, prefix: str) -> tuple[LinearMixer, dict[str, Tensor]] | None:
-        """How the decode engine computes this layer: a mixer, and the parameters that it names beside the projections.
-
-        prefix: of the layer's parameter names, for example "model.layers.3.self_attn.". None: the engine has no records
-        for this form, and torch runs the model.
-        """
-        del prefix
-        return None
 
     def forward(
         self,

@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
     from tilewright.linearize.cache import StateLayer
     from tilewright.linearize.tuning import Batches
-    from tilewright.models.mixers import LinearMixer
 
 _STATES = ("recurrent_state", "slot_keys")
 
@@ -120,38 +119,6 @@ class LigerAttention(ConvertedAttention):
         return liger_attention(
             q, k, v, self.gate_logits(k), cos=cos, sin=sin, config=self.liger, real=real, state=state
         )
-
-    def engine_mixer(self, prefix: str) -> tuple[LinearMixer, dict[str, Tensor]] | None:
-        """For "gla" and "hgrn2" with any pool and gate; gated slot attention has no records in the engine."""
-        from tilewright.models.mixers import HeadMap, LinearMixer, Window
-
-        liger = self.liger
-        if liger.variant == "gsa":
-            return None
-        matrix = self._gate_map()
-        name = None if matrix is None else prefix + "gate"
-        hgrn2 = liger.variant == "hgrn2"
-        factor = 1.0 if hgrn2 else 1 / liger.gate_logit_normalizer
-        mixer = LinearMixer(
-            query=HeadMap("softmax"),
-            key=HeadMap("complement", weight=name) if hgrn2 else HeadMap("softmax"),
-            gate=None if liger.gate == "none" else HeadMap("log_sigmoid", weight=name, factor=factor),
-            normalize=liger.normalize,
-            # without the softmax branch a window of one token stands for it, with weight 0
-            window=Window(liger.window_size if liger.beta else 1, None, float(liger.alpha), float(liger.beta)),
-        )
-        return mixer, {} if name is None or matrix is None else {name: matrix}
-
-    def _gate_map(self) -> Tensor | None:
-        """The linear map [H_kv or 1, D, D] from a head's key to its gate logits; None: the identity."""
-        made = None
-        if self.liger.gate == "random":
-            made = self.get_buffer("gate_matrix").float()
-        if not isinstance(self.liger.pool, str):
-            size = self.head_dim // self.liger.pool
-            average = torch.block_diag(*[torch.full((size, size), 1 / size)] * self.liger.pool)[None]
-            made = average if made is None else made @ average
-        return made
 
     def extra_repr(self) -> str:
         """For print(model)."""
