@@ -29,6 +29,7 @@ def run(experiment: Experiment) -> Iterator[Row]:
     rates, rows = ablation(experiment, bench)
     tuned, hybrid = yield from recovery_rows(experiment, bench, rates["liger"])
     yield from rows
+    yield from _claim_layer.cause_rows(experiment, bench)
     yield from _claim_layer.decode_rows(experiment, bench, tuned)
     yield from _claim_layer.cost_rows(experiment, bench)
     yield from recall_rows(experiment, bench, {"base": bench.tail, "liger": tuned, "hybrid": hybrid})
