@@ -53,12 +53,12 @@ def ablation(experiment: Experiment, bench: Bench) -> tuple[dict[str, float], li
         scores = {}
         for lr in bench.scale.rates:
             tail = bench.converted(config, maps=name == "learned feature maps")
-            scores[lr] = bench.tuned(tail, bench.scale.seeds[0], lr, bench.scale.short)
+            scores[lr] = bench.tuned(tail, bench.scale.seeds[0], lr, bench.scale.short, 1)
         rates[name] = min(scores, key=lambda lr: scores[lr])
         found[name] = [scores[rates[name]]]
         for seed in bench.scale.seeds[1:]:
             tail = bench.converted(config, maps=name == "learned feature maps")
-            found[name].append(bench.tuned(tail, seed, rates[name], bench.scale.short))
+            found[name].append(bench.tuned(tail, seed, rates[name], bench.scale.short, 1))
     experiment.values["ablation"], experiment.values["rates"] = found, rates
     ratio = {name: min(other / own for other, own in zip(found[name], found["liger"], strict=True)) for name in found}
     paper = {"random gate": "3.16 / 2.96", "no gate": "3.00 / 2.96", "no window": "3.75 / 2.96"}
