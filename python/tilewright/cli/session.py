@@ -127,14 +127,21 @@ class Session:
 
 
 class LinearizedSession(Session):
-    """A model written by `tw linearize`: torch runs it, layer by layer, with a state of constant size."""
+    """A model written by `tw linearize`, in the decode engine where it has the layers' form, else in torch."""
 
     def start(self, context: int) -> None:
-        """Make room for `context` tokens."""
+        """Make room for `context` tokens; the model's weights move into the engine."""
+        from tilewright.linearize.native import to_language_model
         from tilewright.linearize.runner import Runner
+        from tilewright.models.engine import Engine
 
         loaded: Any = self.model
-        self.engine = Runner(loaded.model, context)
+        try:
+            converted = to_language_model(loaded)
+        except ValueError:
+            self.engine = Runner(loaded.model, context)
+        else:
+            self.engine = Engine(converted, max_length=context, release=True)
 
 
 class HybridSession(Session):
@@ -161,7 +168,7 @@ def _open_linearized(path: Path, act: str | None, kv: str | None) -> Session:
     from tilewright.linearize import load
 
     if act is not None or kv is not None:
-        raise ValueError(f"{path.name} is a linearized model and runs in float; leave out --act and --kv")
+        raise ValueError(f"{path.name} is a linearized model with its own formats; leave out --act and --kv")
     loaded: Any = load(path)
     return LinearizedSession(path.name, loaded, loaded.tokenizer)
 
