@@ -66,7 +66,16 @@ class Layer(image._Compiler):
 
     def _words(self, slots: dict[str, int]) -> list[int]:
         change = lambda name, value: self.changes.get(name, value)  # noqa: E731
-        words = [change("heads", HEADS), change("states", HEADS), self.rule, change("key", KEY), VALUE, slots["q"], slots["k"], slots["v"]]
+        words = [
+            change("heads", HEADS),
+            change("states", HEADS),
+            self.rule,
+            change("key", KEY),
+            VALUE,
+            slots["q"],
+            slots["k"],
+            slots["v"],
+        ]
         words += [slots["out"], self.decay]
         words += {
             NONE: [],
