@@ -127,7 +127,7 @@ class Session:
 
 
 class LinearizedSession(Session):
-    """A model written by `tw linearize` in a form that only torch runs, layer by layer, with a state of constant size."""
+    """A model written by `tw linearize` that only torch runs, layer by layer, in constant memory."""
 
     def start(self, context: int) -> None:
         """Make room for `context` tokens."""
