@@ -70,6 +70,40 @@ def operator_table(records: list[dict[str, Any]]) -> str:
     return table(rows)
 
 
+FAMILY_RATIOS = {
+    "times transformers": "transformers",
+    "times fla torch": "fla torch code",
+    "times chunked torch": "chunked torch",
+    "times torch.compile": "torch.compile",
+    "times attention": "torch attention",
+    "times copy": "copy of the states",
+}
+
+
+def family_table(records: list[dict[str, Any]]) -> str:
+    """One case of the linear-attention family at one thread count."""
+    rows = []
+    for r in records:
+        ratios = r["ratios"]
+        rows.append(
+            {
+                "method": r["op"],
+                "tokens": str(r["problem"].get("tokens", "")),
+                "median": duration(r["median_ns"]),
+                "spread": f"{duration(r['p20_ns'])} to {duration(r['p80_ns'])}",
+                "tok/s": f"{r['tokens_per_s']:.0f}" if "tokens_per_s" in r else "",
+                "GB/s": f"{r['bytes'] / r['median_ns']:.1f}" if "bytes" in r else "",
+                "GOP/s": f"{r['operations'] / r['median_ns']:.1f}",
+                "of matrix product": share(ratios.get("matrix product")),
+                "forward's share": share(ratios.get("its forward pass")),
+                **{column: times(ratios.get(name)) for column, name in FAMILY_RATIOS.items()},
+                "peak MB": f"{r['peak_bytes'] / 1e6:.0f}" if "peak_bytes" in r else "",
+                "error": f"{r['relative_error']:.1e}" if r["relative_error"] else "",
+            }
+        )
+    return table(rows)
+
+
 def model_table(records: list[dict[str, Any]]) -> str:
     """One whole model at one thread count."""
     rows = []
@@ -90,6 +124,16 @@ def model_table(records: list[dict[str, Any]]) -> str:
     return table(rows)
 
 
+SHARES = {
+    "bandwidth": "of the bandwidth",
+    "peak": "of the peak",
+    "matrix product": "of the matrix product",
+    "its forward pass": "of the time is the forward pass",
+    "the median rate": "of the median rate",
+    "copy of the states": "of the speed of a copy",
+}
+
+
 def goal_lines(records: list[dict[str, Any]]) -> str:
     """What each goal asked for and what was measured."""
     lines = []
@@ -97,8 +141,12 @@ def goal_lines(records: list[dict[str, Any]]) -> str:
         for goal in record["goals"]:
             measure = f"{goal['measure']}, " if "measure" in goal else ""
             verdict = "reached" if goal["reached"] else "**not reached**"
-            over = {"bandwidth": "of the bandwidth", "peak": "of the peak"}.get(goal["over"], f"times {goal['over']}")
-            lines.append(f"- {measure}{goal['of']}: {goal['got']:.2f} {over}, goal {goal['at_least']:.2f}: {verdict}")
+            over = SHARES.get(goal["over"], f"times {goal['over']}")
+            family = record.get("kind") == "linear_attention" and "tokens" in record["problem"]
+            tokens = f" T={record['problem']['tokens']}" if family else ""
+            lines.append(
+                f"- {measure}{goal['of']}{tokens}: {goal['got']:.2f} {over}, goal {goal['at_least']:.2f}: {verdict}"
+            )
     return "\n".join(lines) + "\n" if lines else ""
 
 
@@ -117,7 +165,7 @@ def tables(records: list[dict[str, Any]]) -> str:
     parts = []
     for (case, threads), group in groupby(records, lambda record: (record["case"], record["threads"])):
         rows = list(group)
-        draw = model_table if rows[0]["kind"] == "model" else operator_table
+        draw = {"model": model_table, "linear_attention": family_table}.get(rows[0]["kind"], operator_table)
         parts += [f"### {case}, {threads} thread{'s' if threads > 1 else ''}\n", draw(rows)]
         parts += [lines for lines in (goal_lines(rows), instruction_lines(rows)) if lines]
     return "\n".join(parts)

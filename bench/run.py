@@ -20,8 +20,11 @@ from pathlib import Path
 from typing import Any
 
 BENCH = Path(__file__).resolve().parent
-OPERATORS = ("linear", "attention")
-QUICK_SIZES = {"m": 8, "n": 64, "k": 128, "tokens": 64, "queries": 64, "layers": 2, "prompt": 32, "decode": 4}
+OPERATORS = ("linear", "attention", "linear_attention", "local_linear_attention")
+QUICK_SIZES = {
+    "m": 8, "n": 64, "k": 128, "tokens": 64, "queries": 64, "layers": 2, "prompt": 32, "decode": 4, "shortest": 64,
+    "longest": 256, "attention_until": 256, "batch": 2,
+}  # fmt: skip
 SECONDS, QUICK_SECONDS = 2.0, 0.01
 
 
@@ -37,7 +40,9 @@ def load_cases(path: Path = BENCH / "cases.toml") -> list[dict[str, Any]]:
 
 def shrunk(case: dict[str, Any]) -> dict[str, Any]:
     """The case at a size that runs in a moment."""
-    small = {key: min(value, QUICK_SIZES[key]) for key, value in case.items() if key in QUICK_SIZES}
+    small: dict[str, Any] = {key: min(value, QUICK_SIZES[key]) for key, value in case.items() if key in QUICK_SIZES}
+    if "compile" in case:  # the compiler takes a minute at any size
+        small["compile"] = False
     return case | small | ({"rounds": 1, "repeats": 1, "windows": 1} if case["kind"] == "model" else {})
 
 

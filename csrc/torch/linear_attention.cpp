@@ -145,6 +145,13 @@ Call<T> check(const Inputs& in, double scale, bool delta, const char* op) {
   return call;
 }
 
+void require_same_sizes(const Tensor& tensor, const std::vector<int64_t>& sizes, const char* op, const char* argument,
+                        const char* what) {
+  const auto rank = static_cast<int64_t>(sizes.size());
+  require(tensor.dim() == rank, op, ": ", argument, " has shape ", shape_of(tensor), ", needed ", rank, " dimensions");
+  for (int64_t d = 0; d < rank; ++d) require_size(tensor, d, sizes[static_cast<size_t>(d)], op, argument, what);
+}
+
 // The states as they are before the first token.
 template <class T>
 Tensor initial(const Call<T>& call, const std::optional<Tensor>& state, const char* op) {
@@ -190,9 +197,12 @@ std::vector<int64_t> first_segments(const Problem<T>& p) {
   return first;
 }
 
+using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
+using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
 template <class T>
-std::tuple<Tensor, Tensor, Tensor> forward_as(const Inputs& in, const std::optional<Tensor>& initial_state,
-                                              double scale, bool delta, bool recurrent, bool save) {
+FourTensors forward_as(const Inputs& in, const std::optional<Tensor>& initial_state, double scale, bool delta,
+                       bool recurrent, bool save) {
   constexpr const char* kOp = "linear_attention";
   Call<T> call = check<T>(in, scale, delta, kOp);
   Problem<T>& p = call.problem;
@@ -201,10 +211,14 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(const Inputs& in, const std::optio
   p.out = mutable_rows_of<T>(out);
   p.state = mutable_data<T>(state);
   const std::vector<int64_t> segments = save ? first_segments(p) : std::vector<int64_t>{0};
-  const Tensor checkpoints = empty_cpu({segments.back(), p.value_heads, p.key_size, p.value_size}, scalar_type_of<T>());
+  constexpr ScalarType kType = scalar_type_of<T>();
+  const Tensor checkpoints = empty_cpu({segments.back(), p.value_heads, p.key_size, p.value_size}, kType);
+  const Tensor errors =
+      save && delta ? output(call, call.value_sizes()) : empty_cpu({0, 0, p.value_heads, p.value_size}, kType);
   if (save) {
     p.checkpoints = mutable_data<T>(checkpoints);
     p.first_segment = segments.data();
+    if (delta) p.errors = mutable_rows_of<T>(errors);
   }
   const int64_t threads = torch::stable::get_num_threads();
   if (call.pairs() > 0 && call.pairs() < threads) {
@@ -214,7 +228,7 @@ std::tuple<Tensor, Tensor, Tensor> forward_as(const Inputs& in, const std::optio
   // What the backward pass needs is kept by the chunk form.
   const auto run = recurrent && !save ? kernels.recurrent : kernels.chunk;
   run_tasks(call.pairs() * p.parts, [&](int64_t task) { run(p, task); });
-  return {torch::stable::to(out, in.v.scalar_type()), state, checkpoints};
+  return {torch::stable::to(out, in.v.scalar_type()), state, checkpoints, errors};
 }
 
 bool wants_double(const Inputs& in) {
@@ -222,21 +236,17 @@ bool wants_double(const Inputs& in) {
          in.v.scalar_type() == ScalarType::Double;
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& q, const Tensor& k, const Tensor& v,
-                                           const std::optional<Tensor>& beta, const std::optional<Tensor>& g,
-                                           const std::optional<Tensor>& initial_state,
-                                           const std::optional<Tensor>& cu_seqlens, double scale, bool delta,
-                                           bool recurrent, bool save) {
+FourTensors forward(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& beta,
+                    const std::optional<Tensor>& g, const std::optional<Tensor>& initial_state,
+                    const std::optional<Tensor>& cu_seqlens, double scale, bool delta, bool recurrent, bool save) {
   const Inputs in{q, k, v, beta, g, cu_seqlens};
   return wants_double(in) ? forward_as<double>(in, initial_state, scale, delta, recurrent, save)
                           : forward_as<float>(in, initial_state, scale, delta, recurrent, save);
 }
 
-using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
-
 template <class T>
-SixTensors backward_as(const Inputs& in, const Tensor& checkpoints, const Tensor& d_out, const Tensor& d_state,
-                       double scale, bool delta) {
+SixTensors backward_as(const Inputs& in, const Tensor& checkpoints, const Tensor& errors, const Tensor& d_out,
+                       const Tensor& d_state, double scale, bool delta) {
   constexpr const char* kOp = "linear_attention_backward";
   constexpr ScalarType kType = scalar_type_of<T>();
   Call<T> call = check<T>(in, scale, delta, kOp);
@@ -244,7 +254,6 @@ SixTensors backward_as(const Inputs& in, const Tensor& checkpoints, const Tensor
   const std::vector<int64_t> segments = first_segments(p);
   const std::vector<int64_t> kept{segments.back(), p.value_heads, p.key_size, p.value_size};
   require_dtype(checkpoints, kType, kOp, "checkpoints");
-  require_dim(checkpoints, 4, kOp, "checkpoints", "[segments, HV, K, V]");
   for (int64_t d = 0; d < 4; ++d) {
     require_size(checkpoints, d, kept[static_cast<size_t>(d)], kOp, "checkpoints",
                  "what linear_attention kept with save");
@@ -252,9 +261,14 @@ SixTensors backward_as(const Inputs& in, const Tensor& checkpoints, const Tensor
   require(checkpoints.is_contiguous(), kOp, ": checkpoints must be contiguous");
   p.checkpoints = const_cast<T*>(data<T>(checkpoints));
   p.first_segment = segments.data();
-  require_dim(d_out, 4, kOp, "d_out", "[B, T, HV, V]");
+  if (delta) {
+    require_dtype(errors, kType, kOp, "errors");
+    require_same_sizes(errors, call.value_sizes(), kOp, "errors", "that of v");
+    const Rows<const T> rows = rows_of<T>(errors);
+    p.errors = {const_cast<T*>(rows.data), rows.batch, rows.token, rows.head};
+  }
   const auto wanted = call.value_sizes();
-  for (int64_t d = 0; d < 4; ++d) require_size(d_out, d, wanted[static_cast<size_t>(d)], kOp, "d_out", "that of v");
+  require_same_sizes(d_out, wanted, kOp, "d_out", "that of v");
 
   const Tensor from = with_adjacent_rows(d_out, kType, kOp, "d_out");
   const Tensor state = initial(call, d_state, kOp);
@@ -280,10 +294,10 @@ SixTensors backward_as(const Inputs& in, const Tensor& checkpoints, const Tensor
 
 SixTensors backward(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& beta,
                     const std::optional<Tensor>& g, const std::optional<Tensor>& cu_seqlens, const Tensor& checkpoints,
-                    const Tensor& d_out, const Tensor& d_state, double scale, bool delta) {
+                    const Tensor& errors, const Tensor& d_out, const Tensor& d_state, double scale, bool delta) {
   const Inputs in{q, k, v, beta, g, cu_seqlens};
-  return wants_double(in) ? backward_as<double>(in, checkpoints, d_out, d_state, scale, delta)
-                          : backward_as<float>(in, checkpoints, d_out, d_state, scale, delta);
+  return wants_double(in) ? backward_as<double>(in, checkpoints, errors, d_out, d_state, scale, delta)
+                          : backward_as<float>(in, checkpoints, errors, d_out, d_state, scale, delta);
 }
 
 Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& beta,
@@ -333,10 +347,10 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
 STABLE_TORCH_LIBRARY_FRAGMENT(tilewright, m) {
   m.def(
       "linear_attention(Tensor q, Tensor k, Tensor v, Tensor? beta, Tensor? g, Tensor? initial_state, "
-      "Tensor? cu_seqlens, float scale, bool delta, bool recurrent, bool save) -> (Tensor, Tensor, Tensor)");
+      "Tensor? cu_seqlens, float scale, bool delta, bool recurrent, bool save) -> (Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "linear_attention_backward(Tensor q, Tensor k, Tensor v, Tensor? beta, Tensor? g, Tensor? cu_seqlens, "
-      "Tensor checkpoints, Tensor d_out, Tensor d_state, float scale, bool delta) "
+      "Tensor checkpoints, Tensor errors, Tensor d_out, Tensor d_state, float scale, bool delta) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
   m.def(
       "linear_attention_step(Tensor q, Tensor k, Tensor v, Tensor? beta, Tensor? g, Tensor(a!) state, "

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from trainees import VOCABULARY, SequenceModel
+from trainees import VOCABULARY, hybrid
 
 from tilewright import ops
 from tilewright.data.recall import Stream, multi_query_recall
@@ -28,10 +28,10 @@ KINDS = {"fsdp": {}, "replicated": {"fsdp": False}, "sequence": {"sequence": 2}}
 
 def train(
     parallel: Parallel, dtype: torch.dtype, directory: Path | None = None, steps: int = 6
-) -> tuple[Result, SequenceModel, Trainer]:
+) -> tuple[Result, nn.Module, Trainer]:
     """Train the small model of these tests; the same call in one process is the expectation."""
     torch.manual_seed(parallel.rank)  # unlike everywhere: the trainer must make the weights equal
-    model = SequenceModel(seed=parallel.rank).to(dtype)
+    model = hybrid(parallel.rank).to(dtype)
     config = TrainConfig(**{**CONFIG.to_dict(), "betas": CONFIG.betas, "steps": steps})
     trainer = Trainer(model, STREAM, config, parallel=parallel, directory=directory)
     return trainer.run(resume=directory is not None), model, trainer

@@ -13,6 +13,7 @@ import parallel_worker
 import pytest
 import torch
 import torch.distributed as dist
+from trainees import hybrid
 
 from tilewright.train import Parallel
 from tilewright.train.trainer import CHECKPOINT
@@ -72,12 +73,13 @@ def distance(one: dict, two: dict, key: str) -> float:
 def test_two_processes_train_as_one(folder, expected, kind, key):
     """Both float32 runs are measured against one process in float64: two err at most twice as much as one.
 
-    The numbers themselves are sums, of 24 terms (a loss) and of 14 squared norms (a norm), whose other order may change
-    them by a unit in the last place for each term. In float64 all of this is smaller by the ratio of the precisions.
+    The numbers themselves are sums, of 24 terms (a loss) and of each parameter's squared norm (a norm), whose other
+    order may change them by a unit in the last place for each term. In float64 all of this is smaller by the ratio of
+    the precisions.
     """
     exact = expected[torch.float64]
     error_of_one = distance(expected[torch.float32], exact, key)
-    terms = {"losses": 24, "norms": 14, "weights": 0}[key]
+    terms = {"losses": 24, "norms": len(list(hybrid().parameters())), "weights": 0}[key]
     for dtype in (torch.float32, torch.float64):
         eps = torch.finfo(dtype).eps
         order = terms * eps * max(exact["losses" if key == "losses" else "norms"])
@@ -96,12 +98,12 @@ def test_processes_agree_bit_for_bit(folder, kind):
 
 
 def test_fsdp_shards_every_parameter_and_keeps_the_marks(folder):
-    model = parallel_worker.SequenceModel()
+    model = hybrid()
     parameters = list(model.named_parameters())
     for kind in KINDS:
         sharded = 0 if kind == "replicated" else len(parameters)
         assert load(folder, kind, torch.float32, 0)["sharded"] == sharded
-    undecayed = sum(p.numel() for name, p in parameters if p.dim() < 2 or name == "head.weight")
+    undecayed = sum(p.numel() for name, p in parameters if p.dim() < 2 or name == "lm_head.weight")
     assert {load(folder, kind, torch.float32, 0)["undecayed"] for kind in KINDS} == {undecayed}
 
 

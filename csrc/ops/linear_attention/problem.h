@@ -57,9 +57,10 @@ struct Problem {
   const int64_t* slots;  // [N]: the row of state that each sequence owns; null: row n
   int64_t parts;  // tasks that share the value columns of a head
 
-  // Chunk form only: the states before every kSegment-th chunk, for the backward pass. Null: not kept.
-  T* checkpoints = nullptr;  // [all segments, HV, K, V]
+  // Chunk form only, for the backward pass; null: not kept.
+  T* checkpoints = nullptr;  // [all segments, HV, K, V]: the states before every kSegment-th chunk
   const int64_t* first_segment = nullptr;  // [N + 1]
+  Rows<T> errors{};  // [B, T, HV, V]: of the delta rule, u / beta
 
   int64_t slot(int64_t n) const { return slots == nullptr ? n : slots[n]; }
   int64_t state_size() const { return key_size * value_size; }

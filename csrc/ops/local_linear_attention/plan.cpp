@@ -53,9 +53,24 @@ KeyItem key_item(const Plan& plan, int64_t index) {
   return {&span, head, first, std::min(kKeysPerTile, span.segment.keys - first)};
 }
 
+namespace {
+
+constexpr int64_t kKeptBytes = int64_t{16} << 20;
+
+thread_local Scratch memory;
+thread_local int64_t held = 0;
+
+}  // namespace
+
 void* thread_memory(int64_t bytes) {
-  static thread_local Scratch memory;
+  held = std::max(held, bytes);
   return memory.get<char>(bytes);
+}
+
+void trim_thread_memory() {
+  if (held <= kKeptBytes) return;
+  memory = Scratch{};
+  held = 0;
 }
 
 }  // namespace tilewright::local_linear_attention

@@ -50,7 +50,9 @@ struct KeyItem {
 };
 KeyItem key_item(const Plan& plan, int64_t index);
 
-// 64-byte aligned memory of the calling thread, kept between calls.
+// 64-byte aligned memory of the calling thread, kept for its next item.
 void* thread_memory(int64_t bytes);
+// Gives it back where it is large: a thread that once met a long sequence does not hold on to its scratch.
+void trim_thread_memory();
 
 }  // namespace tilewright::local_linear_attention

@@ -9,7 +9,20 @@ from typing import Annotated
 
 import typer
 
-from tilewright.cli import bench, chat, demo, doctor, evaluate, fetch, generate, linearize, quantize, reproduce, study
+from tilewright.cli import (
+    bench,
+    chat,
+    demo,
+    doctor,
+    evaluate,
+    fetch,
+    generate,
+    linearize,
+    quantize,
+    reproduce,
+    study,
+    train,
+)
 from tilewright.cli.shared import DEBUG_VARIABLE, Verbs
 
 EPILOG = "Exit codes: 0 done, 1 claim or check failed, 2 bad input, 3 package missing, 70 internal, 130 interrupted."
@@ -23,6 +36,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "fetch": fetch.fetch,
     "quantize": quantize.quantize,
     "linearize": linearize.linearize,
+    "train": train.train,
     "generate": generate.generate,
     "chat": chat.chat,
     "eval": evaluate.evaluate,

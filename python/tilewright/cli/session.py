@@ -137,6 +137,26 @@ class LinearizedSession(Session):
         self.engine = Runner(loaded.model, context)
 
 
+class HybridSession(Session):
+    """A model written by `tw train`: torch runs it, layer by layer; linear layers have states of constant size."""
+
+    def start(self, context: int) -> None:
+        """Make room for `context` tokens."""
+        from tilewright.train.runner import HybridRunner
+
+        loaded: Any = self.model
+        self.engine = HybridRunner(loaded, context)
+
+
+def _open_hybrid(path: Path, act: str | None, kv: str | None) -> Session:
+    from tilewright.models.hybrid import load_hybrid
+
+    if act is not None or kv is not None:
+        raise ValueError(f"{path.name} is a hybrid model and runs in float; leave out --act and --kv")
+    loaded: Any = load_hybrid(path)
+    return HybridSession(path.name, loaded, loaded.tokenizer)
+
+
 def _open_linearized(path: Path, act: str | None, kv: str | None) -> Session:
     from tilewright.linearize import load
     from tilewright.linearize.native import NoNativeForm, to_language_model
@@ -164,7 +184,10 @@ def open_session(model: str, act: str | None = None, kv: str | None = None, thre
     use_threads(threads)
     from tilewright.linearize import is_linearized
     from tilewright.models import load
+    from tilewright.models.hybrid import is_hybrid
 
+    if is_hybrid(path):
+        return _open_hybrid(path, act, kv)
     if is_linearized(path):
         return _open_linearized(path, act, kv)
     loaded = load(path)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from tilewright.models.engine import SamplingConfig
+from tilewright.models.hf_names import cache_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -48,13 +49,10 @@ class Runner:
                 f"{self.max_length} in all are needed"
             )
         with torch.inference_mode():
-            out: Any = self.model(torch.tensor([list(ids)]), use_cache=True, logits_to_keep=keep, **self._cache())
+            cache: dict[str, Any] = {cache_name(): self.cache}
+            out: Any = self.model(torch.tensor([list(ids)]), use_cache=True, logits_to_keep=keep, **cache)
         self.held += ids
         return out.logits[0].float()
-
-    def _cache(self) -> dict[str, Any]:
-        """The cache under the name that this transformers has for it."""
-        return {cache_argument(): self.cache}
 
     def logits(self, tokens: Tensor | Sequence[int]) -> Tensor:
         """float32 [T, vocabulary] at every position of a text of its own."""
@@ -97,13 +95,3 @@ class Runner:
         defaults: Any = self.model.generation_config
         ends = defaults.eos_token_id
         return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
-
-
-def cache_argument() -> str:
-    """How transformers' causal models call their cache: "cache" since 5.24, "past_key_values" before."""
-    from dataclasses import fields
-
-    from transformers.modeling_outputs import CausalLMOutputWithPast
-
-    names = {field.name for field in fields(CausalLMOutputWithPast)}
-    return "cache" if "cache" in names else "past_key_values"

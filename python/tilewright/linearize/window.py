@@ -49,9 +49,10 @@ def window_attention(
     reach = max(0, k.shape[1] - tokens - window + 1)
     k, v = k[:, reach:].to(kind), v[:, reach:].to(kind)
     real = None if real is None else real[:, reach:]
+    if not tokens:
+        return v.new_zeros(len(q), 0, heads, v.shape[3]), v.new_zeros(len(q), 0, heads)
     # Few queries are one block over all keys that they reach.
-    block = tokens if tokens <= window else window
-    return _blocks(q, k, v, real, max(block, 1), window)
+    return _blocks(q, k, v, real, min(tokens, window), window)
 
 
 def _blocks(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, block: int, window: int) -> tuple[Tensor, Tensor]:

@@ -15,10 +15,12 @@ if TYPE_CHECKING:
     from tilewright.nn.cache import MixerCache
     from tilewright.nn.delta_rule import DeltaNet, GatedDeltaNet, KimiDeltaAttention
     from tilewright.nn.gated_linear_attention import HGRN2, GatedLinearAttention
+    from tilewright.nn.hedgehog import HedgehogFeatureMap, HedgehogLinearAttention, hedgehog_attention
     from tilewright.nn.hgrn import HGRN
     from tilewright.nn.hybrid_linear_attention import HybridConfig, HybridForCausalLM, build_hybrid
     from tilewright.nn.lightning_attention import LightningAttention, MultiScaleRetention
     from tilewright.nn.linear_attention import LinearAttention
+    from tilewright.nn.local_linear_attention import LocalLinearAttention
     from tilewright.nn.mom import MomAttention, MomConfig, MomForCausalLM, load_balancing_loss, mom_attention, mom_route
     from tilewright.nn.short_convolution import ShortConvolution
     from tilewright.nn.softmax_attention import SlidingWindowAttention, SoftmaxAttention
@@ -32,6 +34,8 @@ __all__ = [
     "GatedDeltaNet",
     "GatedLinearAttention",
     "GatedMLP",
+    "HedgehogFeatureMap",
+    "HedgehogLinearAttention",
     "HybridConfig",
     "HybridForCausalLM",
     "Int4Embedding",
@@ -39,6 +43,7 @@ __all__ = [
     "KimiDeltaAttention",
     "LightningAttention",
     "LinearAttention",
+    "LocalLinearAttention",
     "MixerCache",
     "MomAttention",
     "MomConfig",
@@ -53,6 +58,7 @@ __all__ = [
     "W4A8Linear",
     "accelerate",
     "build_hybrid",
+    "hedgehog_attention",
     "load_balancing_loss",
     "mom_attention",
     "mom_route",
@@ -65,11 +71,14 @@ _LAZY = {
     "GatedLinearAttention": "gated_linear_attention",
     "HGRN": "hgrn",
     "HGRN2": "gated_linear_attention",
+    "HedgehogFeatureMap": "hedgehog",
+    "HedgehogLinearAttention": "hedgehog",
     "HybridConfig": "hybrid_linear_attention",
     "HybridForCausalLM": "hybrid_linear_attention",
     "KimiDeltaAttention": "delta_rule",
     "LightningAttention": "lightning_attention",
     "LinearAttention": "linear_attention",
+    "LocalLinearAttention": "local_linear_attention",
     "MixerCache": "cache",
     "MomAttention": "mom",
     "MomConfig": "mom",
@@ -79,6 +88,7 @@ _LAZY = {
     "SlidingWindowAttention": "softmax_attention",
     "SoftmaxAttention": "softmax_attention",
     "build_hybrid": "hybrid_linear_attention",
+    "hedgehog_attention": "hedgehog",
     "load_balancing_loss": "mom",
     "mom_attention": "mom",
     "mom_route": "mom",

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from tilewright.nn.cache import MixerCache
 from tilewright.nn.short_convolution import ShortConvolution
+from tilewright.ops.sequence import piece
 
 MixerMode = Literal["auto", "chunk", "recurrent"]
 MAX_KEY_SIZE = 256
@@ -177,6 +178,8 @@ def check_packed(name: str, x: Tensor, cu_seqlens: Tensor, attention_mask: Tenso
 def default_positions(x: Tensor, seen: int, cu_seqlens: Tensor | None) -> Tensor:
     """int64 [1, T]: columns counted on from the cached ones, or from the start of each packed sequence."""
     place = torch.arange(x.shape[1], device=x.device)
+    if (here := piece()) is not None:
+        seen += here.offset(x.shape[1])
     if cu_seqlens is None:
         return (place + seen)[None]
     cu = cu_seqlens.to(torch.int64)

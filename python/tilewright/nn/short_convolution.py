@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tilewright.ops.sequence import SequencePiece, piece
+
 Activation = Literal["silu"] | None
 
 
@@ -65,6 +67,8 @@ class ShortConvolution(nn.Module):
         """
         sequences = x.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
         self._check(x, state, sequences, cu_seqlens)
+        if (here := piece()) is not None:
+            state = self._from_the_piece_before(here, x, state, cu_seqlens)
         if state is None:
             state = x.new_zeros(sequences, self.channels, self.kernel_size - 1)
         if cu_seqlens is None:
@@ -72,6 +76,14 @@ class ShortConvolution(nn.Module):
             y = self._convolve(window).transpose(1, 2)
             return y, window[..., window.shape[-1] - (self.kernel_size - 1) :]
         return self._packed(x[0], state.to(x.dtype), cu_seqlens)
+
+    def _from_the_piece_before(
+        self, here: SequencePiece, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None
+    ) -> Tensor:
+        if cu_seqlens is not None or state is not None:
+            what = "cu_seqlens" if state is None else "a state"
+            raise ValueError(f"ShortConvolution: {what} came with pieces of sequences; give whole rows without a cache")
+        return here.before(x, self.kernel_size - 1).transpose(1, 2)
 
     def _packed(self, x: Tensor, state: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
         """Each sequence is preceded by its own W - 1 old tokens: one convolution serves all, and none sees another."""

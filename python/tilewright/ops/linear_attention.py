@@ -39,8 +39,9 @@ def linear_attention(
         S  <- S + k_t (beta_t (v_t - S^T k_t))^T           rule "delta" (arXiv 2406.06484, eq. 4)
         o_t = scale S^T q_t
 
-    Time is linear in T, memory beside inputs and outputs does not grow with it (for a gradient: one state every 256
-    tokens, 128 with a decay a channel). Differentiable in q, k, v, beta, g and initial_state.
+    Time is linear in T, memory beside inputs and outputs does not grow with it. A gradient keeps one state every 256
+    tokens (128 with a decay a channel) and, for the delta rule, as many numbers as v has. Differentiable in q, k, v,
+    beta, g and initial_state.
 
     Args:
         q, k: `[B, T, H, K]`, any floating type; float64 is computed in float64, all else in float32.
@@ -76,7 +77,7 @@ def linear_attention(
     inputs = (q, k, v, beta, g, initial_state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     factor = max(q.shape[-1], 1) ** -0.5 if scale is None else float(scale)
-    o, state, _ = _ops.linear_attention(
+    o, state, _, _ = _ops.linear_attention(
         q, k, v, beta, g, initial_state, cu_seqlens, factor, rule == "delta", mode == "recurrent", save
     )
     return o, state if output_final_state else None
@@ -176,7 +177,7 @@ def _(
     delta: bool,
     recurrent: bool,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     torch._check(q.dim() == 4, lambda: "q must be [B, T, H, K]")
     torch._check(v.dim() == 4, lambda: "v must be [B, T, HV, V]")
     wide = _wide(q, k, v)
@@ -190,7 +191,8 @@ def _(
         kept = (
             sequences * (-(-q.shape[1] // step)) if cu_seqlens is None else torch.library.get_ctx().new_dynamic_size()
         )
-    return v.new_empty(v.shape), state, v.new_empty((kept, *sizes), dtype=wide)
+    errors = v.new_empty(v.shape if save and delta else (0, 0, *v.shape[2:]), dtype=wide)
+    return v.new_empty(v.shape), state, v.new_empty((kept, *sizes), dtype=wide), errors
 
 
 @torch.library.register_fake("tilewright::linear_attention_backward")
@@ -202,6 +204,7 @@ def _(
     g: Tensor | None,
     cu_seqlens: Tensor | None,
     checkpoints: Tensor,
+    errors: Tensor,
     d_out: Tensor,
     d_state: Tensor,
     scale: float,
@@ -239,20 +242,20 @@ def _(
     return v.new_empty(v.shape)
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     q, k, v, beta, g, initial_state, cu_seqlens, scale, delta, _, save = inputs
-    ctx.save_for_backward(q, k, v, beta, g, cu_seqlens, output[2])
+    ctx.save_for_backward(q, k, v, beta, g, cu_seqlens, *output[2:])
     ctx.initial_dtype = None if initial_state is None else initial_state.dtype
     ctx.scale, ctx.delta, ctx.save = scale, delta, save
-    ctx.mark_non_differentiable(output[2])
+    ctx.mark_non_differentiable(*output[2:])
 
 
-def _backward(ctx: Any, d_out: Tensor, d_state: Tensor, _: Tensor) -> tuple[Any, ...]:
-    q, k, v, beta, g, cu_seqlens, checkpoints = ctx.saved_tensors
+def _backward(ctx: Any, d_out: Tensor, d_state: Tensor, *_: Tensor) -> tuple[Any, ...]:
+    q, k, v, beta, g, cu_seqlens, checkpoints, errors = ctx.saved_tensors
     if not ctx.save:
         raise RuntimeError("linear_attention: no states were kept for the gradient; call the operator with save = True")
     dq, dk, dv, d_beta, d_g, d_initial = _ops.linear_attention_backward(
-        q, k, v, beta, g, cu_seqlens, checkpoints, d_out, d_state, ctx.scale, ctx.delta
+        q, k, v, beta, g, cu_seqlens, checkpoints, errors, d_out, d_state, ctx.scale, ctx.delta
     )
     if v.shape[2] != q.shape[2]:
         # One query and key head serves a group of value heads.

@@ -247,7 +247,7 @@ def _per_row(op: str, ridge_lambda: float | Tensor, q: Tensor) -> Tensor:
 
 
 def _statistics(tilt: Tensor, rows: Tensor, iterations: Tensor) -> dict[str, Tensor]:
-    """rho and delta from the centred problem's solution x: rho = x / (1 + zbar.x), delta = omega / (1 + zbar.x)."""
+    """The paper's numbers from the solution x of the centred problem: rho = x / (1 + h), delta = omega / (1 + h)."""
     _, omega, leverage, residual = rows.detach().unbind(-1)
     return {
         "omega": omega,

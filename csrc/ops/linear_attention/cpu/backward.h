@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The chunk form, backward: one head of one sequence, segment by segment from the end. A segment's states and writes are
-// recomputed from the state kept before it, then its chunks are gone through in reverse. Notation: the room's README.
+// The chunk form, backward: one head of one sequence, segment by segment from the end. A segment's states are recomputed
+// from the state kept before it, then its chunks are gone through in reverse. Notation: the room's README.
 #pragma once
 
 #include "ops/linear_attention/cpu/chunk.h"
@@ -56,10 +56,11 @@ class Backward {
     const int64_t values = kTokens * ldv_, keys = kTokens * ldk_;
     states_ = carver.take((kSegment + 1) * p_.key_size * ldv_);
     writes_ = carver.take(kSegment * values);
-    residuals_ = carver.take(C::kDelta ? kSegment * values : 0);
+    errors_ = carver.take(C::kDelta ? kSegment * values : 0);
     d_state_ = carver.take(p_.key_size * ldv_);
     d_out_ = carver.take(2 * values);
-    scaled_ = carver.take(2 * values);
+    d_write_value_ = carver.take(values);
+    scaled_ = carver.take(kDecay == Decay::kToken ? 2 * values : 0);
     scaled_t_ = carver.take(columns_ * lds_);
     writes_t_ = carver.take(columns_ * ldp_);
     pairs_ = carver.take(2 * kTokens * ldp_);
@@ -74,7 +75,7 @@ class Backward {
 
   T* state(int64_t c) const { return states_ + c * p_.key_size * ldv_; }
   T* writes(int64_t c) const { return writes_ + c * kTokens * ldv_; }
-  T* residuals(int64_t c) const { return residuals_ + c * kTokens * ldv_; }
+  T* errors(int64_t c) const { return errors_ + c * kTokens * ldv_; }
 
   void load_state(const T* from, T* to) const {
     for (int64_t d = 0; d < p_.key_size; ++d) {
@@ -83,15 +84,17 @@ class Backward {
     }
   }
 
-  // The forward pass of chunk c, without its output.
+  // The state behind chunk c.
   void recompute(int64_t c, int64_t first, int64_t end) {
-    chunk_.load(sequence_, head_, first, std::min(kTokens, end - first));
-    chunk_.load_values(p_.v, 0, p_.value_size, writes(c), ldv_, columns_);
+    chunk_.load_writes(sequence_, head_, first, std::min(kTokens, end - first));
     if constexpr (C::kDelta) {
-      const T* keys = chunk_.in() + chunk_.rows() * ldk_;
-      multiply<Before::kNothing>(rows_of(keys, ldk_), state(c), ldv_, d_out_, ldv_, chunk_.rows(), columns_,
-                                 p_.key_size);
-      chunk_.solve(d_out_, writes(c), residuals(c), ldv_, columns_);
+      const Rows<const T> kept{p_.errors.data, p_.errors.batch, p_.errors.token, p_.errors.head};
+      chunk_.load_values(kept, 0, p_.value_size, errors(c), ldv_, columns_);
+      for (int64_t i = 0; i < chunk_.rows(); ++i) {
+        C::scale_row(chunk_.beta()[i], errors(c) + i * ldv_, writes(c) + i * ldv_, columns_);
+      }
+    } else {
+      chunk_.load_values(p_.v, 0, p_.value_size, writes(c), ldv_, columns_);
     }
     chunk_.update_state(writes(c), state(c), state(c + 1), ldv_, columns_);
   }
@@ -101,67 +104,56 @@ class Backward {
     chunk_.load_values(to_.d_out, 0, p_.value_size, d_out_, ldv_, columns_);
     transpose(writes(c), ldv_, writes_t_, ldp_, chunk_.rows(), columns_);
     differentiate_writes(c);
-    differentiate_products(c);
+    differentiate_products();
     differentiate_rows(c);
     differentiate_decay(c);
     store_rows();
     advance();
   }
 
-  // dU = (Q K^T)^T dO + K_out dS; delta: dY = (I + L)^-T dU in d_out_[rows, 2 rows), dV = diag(beta) dY.
+  // dU = P^T dO + K_out dS. Delta: the gradient dY of the errors from it, -dR = -diag(beta) dY below dO in d_out_, and
+  // dV = dR, dbeta = dY . W. Additive: dV = dU.
   void differentiate_writes(int64_t c) {
     const int64_t rows = chunk_.rows();
-    T* dy = d_out_ + rows * ldv_;
+    T* dy = d_write_value_;
+    T* minus_dr = d_out_ + rows * ldv_;
     multiply<Before::kNothing>(rows_of(chunk_.out(), ldk_), d_state_, ldv_, dy, ldv_, rows, columns_, p_.key_size);
     multiply<Before::kKeep>(columns_of(chunk_.queries_keys(), ldp_), d_out_, ldv_, dy, ldv_, rows, columns_, rows);
-    if constexpr (C::kDelta) chunk_.solve_transposed(dy, ldv_, columns_);
-    for (int64_t i = 0; i < rows; ++i) {
-      const V beta = S::set1(C::kDelta ? chunk_.beta()[i] : T{1});
-      const V into = S::set1(kDecay == Decay::kToken ? chunk_.into()[i] : T{1});
-      const V minus_into = S::sub(S::zero(), into);
+    if constexpr (C::kDelta) chunk_.solve_transposed(dy, minus_dr, ldv_, columns_);
+    for (int64_t i = 0; i < chunk_.tokens(); ++i) {
+      T* dv = to_.dv.row(chunk_.batch(), chunk_.first() + i, head_);
       V d_beta = S::zero();
-      for (int64_t v = 0; v < columns_; v += S::kLanes) {
+      for (int64_t v = 0; v < p_.value_size; v += S::kLanes) {
         const int64_t at = i * ldv_ + v;
         const V y = S::load(dy + at);
-        const V value = S::mul(beta, y);
-        S::store(scaled_ + at, S::mul(into, S::load(d_out_ + at)));
-        if constexpr (C::kDelta) {
-          S::store(scaled_ + rows * ldv_ + at, S::mul(minus_into, value));
-          d_beta = S::fma(y, S::load(residuals(c) + at), d_beta);
-        }
-        if (i < chunk_.tokens()) {
-          S::store_first(to_.dv.row(chunk_.batch(), chunk_.first() + i, head_) + v, value, p_.value_size - v);
-        }
+        S::store_first(dv + v, C::kDelta ? S::sub(S::zero(), S::load(minus_dr + at)) : y, p_.value_size - v);
+        if constexpr (C::kDelta) d_beta = S::fma(y, S::load(errors(c) + at), d_beta);
       }
-      if (C::kDelta && i < chunk_.tokens()) {
-        *to_.dbeta.row(chunk_.batch(), chunk_.first() + i, head_) = S::sum(d_beta);
-      }
+      if constexpr (C::kDelta) *to_.dbeta.row(chunk_.batch(), chunk_.first() + i, head_) = S::sum(d_beta);
     }
+    const T* scaled = d_out_;
+    if constexpr (kDecay == Decay::kToken) {
+      for (int64_t r = 0; r < C::kStack * rows; ++r) {
+        C::scale_row(chunk_.into()[r % rows], d_out_ + r * ldv_, scaled_ + r * ldv_, columns_);
+      }
+      scaled = scaled_;
+    }
+    through_state_ = scaled;
   }
 
-  // pairs_ = gradients of Q K^T (E) and, below them, of K K^T (N), decays a token included.
-  void differentiate_products(int64_t) {
+  // pairs_ = the gradients E of Q K^T and, below them, N of K K^T, decays a token included.
+  void differentiate_products() {
     const int64_t rows = chunk_.rows();
     multiply<Before::kNothing>(rows_of<T>(d_out_, ldv_), writes_t_, ldp_, pairs_, ldp_, C::kStack * rows, rows,
                                columns_);
     chunk_.mask(pairs_, false);
-    if constexpr (!C::kDelta) return;
-    T* keys = pairs_ + rows * ldp_;
-    for (int64_t i = 0; i < chunk_.tokens(); ++i) {
-      T sum = 0;
-      for (int64_t j = 0; j < i; ++j) sum += keys[i * ldp_ + j] * chunk_.keys_keys()[i * ldp_ + j];
-      *to_.dbeta.row(chunk_.batch(), chunk_.first() + i, head_) -= sum;
-    }
-    chunk_.mask(keys, true);
-    for (int64_t i = 0; i < rows; ++i) {
-      for (int64_t j = 0; j < i; ++j) keys[i * ldp_ + j] *= -chunk_.beta()[i];
-    }
+    if constexpr (C::kDelta) chunk_.mask(pairs_ + rows * ldp_, true);
   }
 
   // d_read_ = dQ and, below it, the gradient of the keys in their role of reading errors; d_write_ = in that of writing.
   void differentiate_rows(int64_t c) {
     const int64_t rows = chunk_.rows(), stack = C::kStack * rows;
-    transpose(scaled_, ldv_, scaled_t_, lds_, stack, columns_);
+    transpose(through_state_, ldv_, scaled_t_, lds_, stack, columns_);
     multiply<Before::kNothing>(rows_of<T>(state(c), ldv_), scaled_t_, lds_, d_in_t_, lds_, p_.key_size, stack,
                                p_.value_size);
     multiply<Before::kNothing>(rows_of<T>(d_state_, ldv_), writes_t_, ldp_, d_onto_t_, ldp_, p_.key_size, rows,
@@ -301,17 +293,17 @@ class Backward {
 
   // dS before the chunk = diag(whole) dS + Q_in^T dO - K_in^T dR.
   void advance() {
-    multiply<C::kStateBefore>(columns_of(chunk_.in(), ldk_), scaled_, ldv_, d_state_, ldv_, p_.key_size, columns_,
-                              C::kStack * chunk_.rows(), {.row_scale = chunk_.whole()});
+    multiply<C::kStateBefore>(columns_of(chunk_.in(), ldk_), through_state_, ldv_, d_state_, ldv_, p_.key_size,
+                              columns_, C::kStack * chunk_.rows(), {.row_scale = chunk_.whole()});
   }
 
   const Problem<T>& p_;
   const Gradients<T>& to_;
   C chunk_;
   int64_t head_, sequence_, columns_, ldv_, ldk_, ldp_, lds_;
-  T *states_, *writes_, *residuals_, *d_state_, *d_out_, *scaled_, *scaled_t_, *writes_t_, *pairs_, *d_in_t_,
-      *d_onto_t_;
-  T *d_read_, *d_write_, *inner_, *inner_write_, *d_gate_;
+  T *states_, *writes_, *errors_, *d_state_, *d_out_, *scaled_, *scaled_t_, *writes_t_, *pairs_, *d_in_t_, *d_onto_t_;
+  const T* through_state_;  // dO and -dR, times `into` with a decay a token
+  T *d_read_, *d_write_, *d_write_value_, *inner_, *inner_write_, *d_gate_;
 };
 
 }  // namespace

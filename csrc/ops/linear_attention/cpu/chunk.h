@@ -83,22 +83,18 @@ class Chunk {
 
   // Tokens [first, first + count) of sequence n: rows, decays, products.
   void load(int64_t n, int64_t head, int64_t first, int64_t count) {
-    b_ = p_.sequences.batch(n);
-    head_ = head;
-    first_ = first;
-    tokens_ = count;
-    rows_ = round_up(count, std::max<int64_t>(S::kLanes, 4));
-    const int64_t shared = head / (p_.value_heads / p_.heads);
-    load_rows(p_.q, shared, p_.scale, raw_);
-    load_rows(p_.k, shared, T{1}, raw_ + rows_ * ldk_);
-    if constexpr (kDelta) {
-      for (int64_t i = 0; i < rows_; ++i) beta_[i] = i < tokens_ ? *p_.beta.row(b_, first_ + i, head_) : T{0};
-    }
-    if constexpr (!kChannel) minus_ = raw_ + rows_ * ldk_;
-    if constexpr (kDecay == Decay::kNone) out_ = minus_;
-    if constexpr (kDecay == Decay::kToken) load_token_decay();
-    if constexpr (kChannel) load_channel_decay();
+    load_keys(n, head, first, count);
+    load_rows(p_.q, p_.scale, raw_);
+    if constexpr (kDecay == Decay::kToken) decay_products();
+    if constexpr (kChannel) scale_channels();
     form_products();
+  }
+
+  // Only what update_state needs.
+  void load_writes(int64_t n, int64_t head, int64_t first, int64_t count) {
+    load_keys(n, head, first, count);
+    if constexpr (!kChannel) return;
+    for (int64_t i = 0; i < rows_; ++i) scale_writes(i * ldk_);
   }
 
   // after [K, columns] = what is left of before, plus the chunk's writes u [rows, columns].
@@ -120,40 +116,48 @@ class Chunk {
     }
   }
 
-  // u = (I + L)^-1 diag(beta) (v - into K state) in place of v; `read` holds K state. residual (or null) gets the
-  // bracket.
-  void solve(const T* read, T* u, T* residual, int64_t ldv, int64_t columns) const {
+  // The delta rule's errors and writes: w = (I + A diag(beta))^-1 (v - into K state) in place of v, u = diag(beta) w,
+  // with A = K K^T as in keys_keys(). `read` holds K state.
+  void solve(const T* read, T* w, T* u, int64_t ldv, int64_t columns) const {
     for (int64_t i = 0; i < rows_; ++i) {
-      const V beta = S::set1(beta_[i]);
       const V into = S::set1(kDecay == Decay::kToken ? into_[i] : T{1});
-      for (int64_t c = 0; c < columns; c += S::kLanes) {
-        V held = S::load(read + i * ldv + c);
+      for (int64_t c = i * ldv; c < i * ldv + columns; c += S::kLanes) {
+        V held = S::load(read + c);
         if constexpr (kDecay == Decay::kToken) held = S::mul(into, held);
-        const V error = S::sub(S::load(u + i * ldv + c), held);
-        if (residual != nullptr) S::store(residual + i * ldv + c, error);
-        S::store(u + i * ldv + c, S::mul(beta, error));
+        S::store(w + c, S::sub(S::load(w + c), held));
       }
     }
     for (int64_t i = 0; i < rows_; i += kSolve) {
-      multiply<Before::kKeep>(rows_of<T>(lower_ + i * ldp_, ldp_), u, ldv, u + i * ldv, ldv, kSolve, columns, i);
-      for (int64_t r = 1; r < kSolve; ++r) {
-        multiply<Before::kKeep>(rows_of<T>(lower_ + (i + r) * ldp_ + i, ldp_), u + i * ldv, ldv, u + (i + r) * ldv, ldv,
-                                1, columns, r);
+      multiply<Before::kKeep>(rows_of<T>(lower_ + i * ldp_, ldp_), u, ldv, w + i * ldv, ldv, kSolve, columns, i);
+      Substitution step;
+      for (int64_t r = 0; r < kSolve; ++r) {
+        step.factor[r] = beta_[i + r];
+        for (int64_t s = 0; s < r; ++s) step.coefficient[r][s] = lower_[(i + r) * ldp_ + i + s];
       }
+      step.run(w + i * ldv, u + i * ldv, ldv, columns);
     }
   }
 
-  // y = (I + L)^-T y.
-  void solve_transposed(T* y, int64_t ldv, int64_t columns) const {
+  // From the gradient of u that of v, w: y = (I + diag(beta) A)^-T y in place, and minus_r = -diag(beta) y.
+  void solve_transposed(T* y, T* minus_r, int64_t ldv, int64_t columns) const {
+    const T* a = keys_keys();
     for (int64_t i = rows_ - kSolve; i >= 0; i -= kSolve) {
       const int64_t below = i + kSolve;
-      multiply<Before::kKeep>(columns_of<T>(lower_ + below * ldp_ + i, ldp_), y + below * ldv, ldv, y + i * ldv, ldv,
+      multiply<Before::kKeep>(columns_of<T>(a + below * ldp_ + i, ldp_), minus_r + below * ldv, ldv, y + i * ldv, ldv,
                               kSolve, columns, rows_ - below);
-      for (int64_t r = kSolve - 2; r >= 0; --r) {
-        multiply<Before::kKeep>(columns_of<T>(lower_ + (i + r + 1) * ldp_ + i + r, ldp_), y + (i + r + 1) * ldv, ldv,
-                                y + (i + r) * ldv, ldv, 1, columns, kSolve - 1 - r);
+      Substitution step;  // from the last row up
+      for (int64_t r = 0; r < kSolve; ++r) {
+        const int64_t row = below - 1 - r;
+        step.factor[r] = -beta_[row];
+        for (int64_t s = 0; s < r; ++s) step.coefficient[r][s] = a[(below - 1 - s) * ldp_ + row];
       }
+      step.run(y + (below - 1) * ldv, minus_r + (below - 1) * ldv, -ldv, columns);
     }
+  }
+
+  static void scale_row(T factor, const T* from, T* to, int64_t n) {
+    const V f = S::set1(factor);
+    for (int64_t i = 0; i < n; i += S::kLanes) S::store(to + i, S::mul(f, S::load(from + i)));
   }
 
   // Multiplies [rows, rows] by exp(G_i - G_j), a decay a channel apart, and clears what is not below the diagonal (nor on
@@ -215,7 +219,42 @@ class Chunk {
   static constexpr int64_t kPerDouble = static_cast<int64_t>(sizeof(double) / sizeof(T));
   static constexpr int64_t kSolve = 4;
 
-  void load_rows(const Rows<const T>& rows, int64_t head, T scale, T* to) const {
+  // kSolve rows of a triangular solve, in registers: x_r += sum over s < r of coefficient_rs y_s, y_r = factor_r x_r.
+  struct Substitution {
+    T coefficient[kSolve][kSolve], factor[kSolve];
+
+    void run(T* x, T* y, int64_t step, int64_t columns) const {
+      for (int64_t c = 0; c < columns; c += S::kLanes) {
+        V solved[kSolve];
+        for (int64_t r = 0; r < kSolve; ++r) {
+          V sum = S::load(x + r * step + c);
+          for (int64_t s = 0; s < r; ++s) sum = S::fma(S::set1(coefficient[r][s]), solved[s], sum);
+          solved[r] = S::mul(S::set1(factor[r]), sum);
+          S::store(x + r * step + c, sum);
+          S::store(y + r * step + c, solved[r]);
+        }
+      }
+    }
+  };
+
+  void load_keys(int64_t n, int64_t head, int64_t first, int64_t count) {
+    b_ = p_.sequences.batch(n);
+    head_ = head;
+    first_ = first;
+    tokens_ = count;
+    rows_ = round_up(count, std::max<int64_t>(S::kLanes, kSolve));
+    load_rows(p_.k, T{1}, raw_ + rows_ * ldk_);
+    if constexpr (kDelta) {
+      for (int64_t i = 0; i < rows_; ++i) beta_[i] = i < tokens_ ? *p_.beta.row(b_, first_ + i, head_) : T{0};
+    }
+    if constexpr (!kChannel) minus_ = raw_ + rows_ * ldk_;
+    if constexpr (kDecay == Decay::kNone) out_ = minus_;
+    if constexpr (kDecay == Decay::kToken) sum_token_gates();
+    if constexpr (kChannel) sum_channel_gates();
+  }
+
+  void load_rows(const Rows<const T>& rows, T scale, T* to) const {
+    const int64_t shared = head_ / (p_.value_heads / p_.heads);
     const int64_t whole = key_size_ - key_size_ % S::kLanes;
     const int64_t end = padded<T>(key_size_);
     const V factor = S::set1(scale);
@@ -225,13 +264,13 @@ class Chunk {
         std::fill(row, row + end, T{0});
         continue;
       }
-      const T* from = rows.row(b_, first_ + i, head);
+      const T* from = rows.row(b_, first_ + i, shared);
       for (int64_t d = 0; d < whole; d += S::kLanes) S::store(row + d, S::mul(S::load(from + d), factor));
       if (whole < end) S::store(row + whole, S::mul(S::load_first(from + whole, key_size_ - whole), factor));
     }
   }
 
-  void load_token_decay() {
+  void sum_token_gates() {
     double log = 0.0;
     for (int64_t i = 0; i < rows_; ++i) {
       if (i < tokens_) log += static_cast<double>(bounded_log(*p_.g.row(b_, first_ + i, head_)));
@@ -241,16 +280,23 @@ class Chunk {
     exp_differences(&log, 0, logs_, 1, rows_, onto_);
     std::fill(whole_, whole_ + key_size_, exp_scalar(static_cast<T>(log)));
     for (int64_t i = 0; i < rows_; ++i) {
-      exp_differences(logs_ + i, 0, logs_, 1, round_up(i + 1, S::kLanes), decays_ + i * ldp_);
-      const V onto = S::set1(onto_[i]);
-      for (int64_t d = 0; d < padded<T>(key_size_); d += S::kLanes) {
-        S::store(out_ + i * ldk_ + d, S::mul(onto, S::load(minus_ + i * ldk_ + d)));
-      }
+      scale_row(onto_[i], minus_ + i * ldk_, out_ + i * ldk_, padded<T>(key_size_));
     }
   }
 
-  void load_channel_decay() {
-    sum_channel_gates();
+  void decay_products() {
+    for (int64_t i = 0; i < rows_; ++i) {
+      exp_differences(logs_ + i, 0, logs_, 1, round_up(i + 1, S::kLanes), decays_ + i * ldp_);
+    }
+  }
+
+  void scale_writes(int64_t at) {
+    const double* last = logs_ + (rows_ - 1) * ldk_;
+    exp_differences(last, 1, logs_ + at, 1, padded<T>(key_size_), onto_ + at);
+    scale(onto_ + at, raw_ + rows_ * ldk_ + at, out_ + at);
+  }
+
+  void scale_channels() {
     const int64_t end = padded<T>(key_size_);
     const double* last = logs_ + (rows_ - 1) * ldk_;
     const double* middle = logs_ + (tokens_ / 2) * ldk_;
@@ -259,16 +305,14 @@ class Chunk {
       // Written so that a NaN counts as out of range.
       factored_ = factored_ && logs_[d] - middle[d] <= kFactoredRange && middle[d] - last[d] <= kFactoredRange;
     }
-    exp_differences(last, 1, &kNoLog, 0, end, whole_);
     for (int64_t i = 0; i < rows_; ++i) {
       const int64_t at = i * ldk_;
       const T* query = raw_ + at;
       const T* key = raw_ + rows_ * ldk_ + at;
+      scale_writes(at);
       exp_differences(logs_ + at, 1, &kNoLog, 0, end, into_ + at);
-      exp_differences(last, 1, logs_ + at, 1, end, onto_ + at);
       scale(into_ + at, query, in_ + at);
       if constexpr (kDelta) scale(into_ + at, key, in_ + rows_ * ldk_ + at);
-      scale(onto_ + at, key, out_ + at);
       if (!factored_) continue;
       exp_differences(logs_ + at, 1, middle, 1, end, plus_factor_ + at);
       exp_differences(middle, 1, logs_ + at, 1, end, minus_factor_ + at);
@@ -288,6 +332,7 @@ class Chunk {
       for (int64_t d = 0; g != nullptr && d < key_size_; ++d) gates[d] = bounded_log(g[d]);
       for (int64_t d = 0; d < end; ++d) logs[d] = (i == 0 ? 0.0 : logs[d - ldk_]) + static_cast<double>(gates[d]);
     }
+    exp_differences(logs_ + (rows_ - 1) * ldk_, 1, &kNoLog, 0, end, whole_);
   }
 
   void scale(const T* factor, const T* from, T* to) const {
@@ -308,7 +353,7 @@ class Chunk {
     }
     if constexpr (kDelta) {
       for (int64_t i = 0; i < rows_; ++i) {
-        for (int64_t j = 0; j < rows_; ++j) lower_[i * ldp_ + j] = -beta_[i] * keys_keys()[i * ldp_ + j];
+        for (int64_t j = 0; j < rows_; ++j) lower_[i * ldp_ + j] = -keys_keys()[i * ldp_ + j];
       }
     }
   }

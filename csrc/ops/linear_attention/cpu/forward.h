@@ -53,22 +53,30 @@ class Forward {
     state_ = carver.take(p_.key_size * ldv_);
     read_ = carver.take(2 * C::kTokens * ldv_);
     u_ = carver.take(C::kTokens * ldv_);
+    errors_ = carver.take(C::kDelta ? C::kTokens * ldv_ : 0);
   }
 
   void advance() {
     const int64_t rows = chunk_.rows();
-    chunk_.load_values(p_.v, first_column_, width_, u_, ldv_, columns_);
+    chunk_.load_values(p_.v, first_column_, width_, C::kDelta ? errors_ : u_, ldv_, columns_);
     // Queries and keys meet the state together: it is read once.
     multiply<Before::kNothing>(rows_of(chunk_.in(), chunk_.ldk()), state_, ldv_, read_, ldv_, C::kStack * rows,
                                columns_, p_.key_size);
-    if constexpr (C::kDelta) chunk_.solve(read_ + rows * ldv_, u_, nullptr, ldv_, columns_);
+    if constexpr (C::kDelta) {
+      chunk_.solve(read_ + rows * ldv_, errors_, u_, ldv_, columns_);
+      if (p_.errors.data != nullptr) store_rows(errors_, p_.errors);
+    }
     multiply<C::kReadBefore>(rows_of(chunk_.queries_keys(), chunk_.ldp()), u_, ldv_, read_, ldv_, rows, columns_, rows,
                              {.row_scale = chunk_.into()});
-    for (int64_t i = 0; i < chunk_.tokens(); ++i) {
-      const T* from = read_ + i * ldv_;
-      std::copy(from, from + width_, p_.out.row(chunk_.batch(), chunk_.first() + i, head_) + first_column_);
-    }
+    store_rows(read_, p_.out);
     chunk_.update_state(u_, state_, state_, ldv_, columns_);
+  }
+
+  void store_rows(const T* from, const Rows<T>& to) const {
+    for (int64_t i = 0; i < chunk_.tokens(); ++i) {
+      std::copy(from + i * ldv_, from + i * ldv_ + width_,
+                to.row(chunk_.batch(), chunk_.first() + i, head_) + first_column_);
+    }
   }
 
   void load_state(const T* from) {
@@ -87,7 +95,7 @@ class Forward {
   const Problem<T>& p_;
   C chunk_;
   int64_t head_, sequence_, first_column_, width_, columns_, ldv_;
-  T *state_, *read_, *u_;
+  T *state_, *read_, *u_, *errors_;
 };
 
 }  // namespace

@@ -8,16 +8,19 @@ namespace {
 template <class T>
 void forward_items(const Forward<T>& problem, const Plan& plan, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; ++i) forward_block(problem, block_item(plan, i));
+  trim_thread_memory();
 }
 
 template <class T>
 void backward_query_items(const Backward<T>& problem, const Plan& plan, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; ++i) backward_block(problem, block_item(plan, i));
+  trim_thread_memory();
 }
 
 template <class T>
 void backward_key_items(const Backward<T>& problem, const Plan& plan, int64_t first, int64_t last) {
   for (int64_t i = first; i < last; ++i) backward_tile(problem, plan, key_item(plan, i));
+  trim_thread_memory();
 }
 
 }  // namespace

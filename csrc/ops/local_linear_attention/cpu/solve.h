@@ -25,7 +25,8 @@ struct Solve {
   int64_t moment_row;  // padded row of K (K + 1) / 2 elements
   T* products;  // [64, moment_row], k_a k_b of the tile's keys
   T* moments;  // [rows, moment_row]
-  double *matrix, *unknown;  // [K, K], [K]
+  double *matrix, *factors;  // [K (K + 1) / 2, lanes]
+  double *unknown, *rest;  // [K, lanes]
 };
 
 template <class T>
@@ -44,8 +45,10 @@ void carve(Solve<T>& s, const Block<T>& b, Arena& arena) {
   s.moment_row = leading<T>(size * (size + 1) / 2);
   s.products = arena.take<T>(kKeysPerTile * s.moment_row);
   s.moments = arena.take<T>(b.rows * s.moment_row);
-  s.matrix = arena.take<double>(size * size);
-  s.unknown = arena.take<double>(size);
+  for (double** triangle : {&s.matrix, &s.factors}) {
+    *triangle = arena.take<double>(size * (size + 1) / 2 * Simd<double>::kLanes);
+  }
+  for (double** vectors : {&s.unknown, &s.rest}) *vectors = arena.take<double>(size * Simd<double>::kLanes);
 }
 
 // image = (Cov + lambda I) packed for the active rows: sum_j p_j (k_j - kbar).p k_j, corrected for what rounding leaves of
@@ -205,61 +208,119 @@ void gather_moments(const Block<T>& b, Solve<T>& s) {
   }
 }
 
-// matrix = its Cholesky factor. A pivot that rounding has made smaller than what rounding can make is raised to that.
-inline void factorize(double* matrix, int64_t n, double smallest) {
+// Rows of a block side by side, one a lane, in double: element (row, column) of a triangle lies at
+// (row (row + 1) / 2 + column) * lanes.
+using Lane = Simd<double>;
+
+inline double* element(double* triangle, int64_t row, int64_t column) {
+  return triangle + (row * (row + 1) / 2 + column) * Lane::kLanes;
+}
+
+// The Cholesky factor in place. A pivot that rounding has made smaller than what rounding can make is raised to that.
+inline void factorize(double* matrix, int64_t n, Lane::V smallest) {
   for (int64_t c = 0; c < n; ++c) {
-    double* row = matrix + c * n;
     for (int64_t d = 0; d <= c; ++d) {
-      double sum = row[d];
-      for (int64_t e = 0; e < d; ++e) sum -= row[e] * matrix[d * n + e];
-      row[d] = d < c ? sum / matrix[d * n + d] : std::sqrt(sum < smallest ? smallest : sum);
+      const double *left = element(matrix, c, 0), *right = element(matrix, d, 0);
+      Lane::V sum = Lane::zero();
+      for (int64_t e = 0; e < d; ++e) {
+        sum = Lane::fma(Lane::load(left + e * Lane::kLanes), Lane::load(right + e * Lane::kLanes), sum);
+      }
+      double* at = element(matrix, c, d);
+      sum = Lane::sub(Lane::load(at), sum);
+      if (d < c) {
+        Lane::store(at, Lane::mul(sum, Lane::load(element(matrix, d, d))));
+        continue;
+      }
+      // The reciprocal of the diagonal is what everything after needs.
+      Lane::store(at, Lane::select_less(sum, smallest, smallest, sum));
+      for (int l = 0; l < Lane::kLanes; ++l) at[l] = 1.0 / std::sqrt(at[l]);
     }
   }
 }
 
-inline void substitute(const double* factor, int64_t n, double* x) {
+inline void substitute(double* factor, int64_t n, double* x) {
   for (int64_t c = 0; c < n; ++c) {
-    for (int64_t d = 0; d < c; ++d) x[c] -= factor[c * n + d] * x[d];
-    x[c] /= factor[c * n + c];
+    Lane::V sum = Lane::zero();
+    for (int64_t d = 0; d < c; ++d) {
+      sum = Lane::fma(Lane::load(element(factor, c, d)), Lane::load(x + d * Lane::kLanes), sum);
+    }
+    double* at = x + c * Lane::kLanes;
+    Lane::store(at, Lane::mul(Lane::sub(Lane::load(at), sum), Lane::load(element(factor, c, c))));
   }
   for (int64_t c = n; c-- > 0;) {
-    for (int64_t d = c + 1; d < n; ++d) x[c] -= factor[d * n + c] * x[d];
-    x[c] /= factor[c * n + c];
+    double* at = x + c * Lane::kLanes;
+    const Lane::V value = Lane::mul(Lane::load(at), Lane::load(element(factor, c, c)));
+    Lane::store(at, value);
+    for (int64_t d = 0; d < c; ++d) {
+      double* to = x + d * Lane::kLanes;
+      Lane::store(to, Lane::sub(Lane::load(to), Lane::mul(Lane::load(element(factor, c, d)), value)));
+    }
   }
 }
 
-// The matrix in double from moments in T; its residual counts what the solution lost when it was rounded to T.
+// left = left - matrix x
+inline void subtract_product(double* matrix, int64_t n, const double* x, double* left) {
+  for (int64_t c = 0; c < n; ++c) {
+    for (int64_t d = 0; d < n; ++d) {
+      const Lane::V a = Lane::load(element(matrix, std::max(c, d), std::min(c, d)));
+      double* to = left + c * Lane::kLanes;
+      Lane::store(to, Lane::sub(Lane::load(to), Lane::mul(a, Lane::load(x + d * Lane::kLanes))));
+    }
+  }
+}
+
+// Cov + lambda I of the row in a lane, from moments in T. Returns the largest element of the diagonal.
+template <class T>
+double load_matrix(const Block<T>& b, const Solve<T>& s, int64_t r, int64_t lane) {
+  const T *mean = b.mean + r * b.key_row, *moment = s.moments + r * s.moment_row;
+  const double inverse = b.inverse[r], lambda = s.lambda[r];
+  double* to = s.matrix + lane;
+  double largest = 0.0;
+  for (int64_t row = 0; row < b.shape.key_size; ++row) {
+    for (int64_t column = 0; column <= row; ++column, to += Lane::kLanes) {
+      *to = static_cast<double>(*moment++) * inverse - static_cast<double>(mean[row]) * mean[column];
+    }
+    double& diagonal = *(to - Lane::kLanes);
+    diagonal = std::max(diagonal, 0.0) + lambda;
+    largest = std::max(largest, diagonal);
+  }
+  return largest;
+}
+
+// The systems in double; their residual counts what the solutions lost when they were rounded to T.
 template <class T>
 void factor_and_solve(const Block<T>& b, Solve<T>& s, const T* right, T* x) {
-  const int64_t n = b.shape.key_size;
+  const int64_t n = b.shape.key_size, elements = n * (n + 1) / 2 * Lane::kLanes;
   gather_moments(b, s);
-  for (int64_t r = 0; r < b.rows; ++r) {
-    const T *mean = b.mean + r * b.key_row, *moments = s.moments + r * s.moment_row;
-    const auto element = [&](int64_t row, int64_t column) {
-      const double moment = static_cast<double>(moments[row * (row + 1) / 2 + column]) * b.inverse[r];
-      const double cov = moment - static_cast<double>(mean[row]) * mean[column];
-      return row == column ? std::max(cov, 0.0) + s.lambda[r] : cov;
-    };
-    double largest = 0.0;
-    for (int64_t row = 0; row < n; ++row) {
-      for (int64_t column = 0; column <= row; ++column) s.matrix[row * n + column] = element(row, column);
-      largest = std::max(largest, s.matrix[row * n + row]);
-      s.unknown[row] = right[r * b.key_row + row];
+  std::fill(s.left, s.left + b.rows * b.key_row, T{0});
+  std::fill(x, x + b.rows * b.key_row, T{0});
+  for (int64_t first = 0; first < b.rows; first += Lane::kLanes) {
+    const int64_t count = std::min<int64_t>(Lane::kLanes, b.rows - first);
+    double smallest[Lane::kLanes];
+    for (int64_t l = 0; l < Lane::kLanes; ++l) {
+      const int64_t r = first + std::min(l, count - 1);  // lanes to spare repeat the last row
+      smallest[l] = load_matrix(b, s, r, l) * std::numeric_limits<T>::epsilon() * 0.5;
+      for (int64_t d = 0; d < n; ++d) s.unknown[d * Lane::kLanes + l] = right[r * b.key_row + d];
     }
-    factorize(s.matrix, n, largest * std::numeric_limits<T>::epsilon() * 0.5);
-    substitute(s.matrix, n, s.unknown);
-    T* to = x + r * b.key_row;
-    std::fill(to, to + b.key_row, T{0});
-    for (int64_t d = 0; d < n; ++d) to[d] = static_cast<T>(s.unknown[d]);
-    s.counts[r] = 0;
-    for (int64_t row = 0; row < n; ++row) {
-      double sum = right[r * b.key_row + row];
-      for (int64_t column = 0; column < n; ++column) {
-        sum -= element(std::max(row, column), std::min(row, column)) * to[column];
+    std::copy(s.matrix, s.matrix + elements, s.factors);
+    std::copy(s.unknown, s.unknown + n * Lane::kLanes, s.rest);
+    factorize(s.factors, n, Lane::load(smallest));
+    substitute(s.factors, n, s.unknown);
+    for (int64_t l = 0; l < count; ++l) {
+      for (int64_t d = 0; d < n; ++d) {
+        double& value = s.unknown[d * Lane::kLanes + l];
+        const T rounded = static_cast<T>(value);
+        x[(first + l) * b.key_row + d] = rounded;
+        value = rounded;
       }
-      s.left[r * b.key_row + row] = static_cast<T>(sum);
+      s.counts[first + l] = 0;
     }
-    std::fill(s.left + r * b.key_row + n, s.left + (r + 1) * b.key_row, T{0});
+    subtract_product(s.matrix, n, s.unknown, s.rest);
+    for (int64_t l = 0; l < count; ++l) {
+      for (int64_t d = 0; d < n; ++d) {
+        s.left[(first + l) * b.key_row + d] = static_cast<T>(s.rest[d * Lane::kLanes + l]);
+      }
+    }
   }
 }
 

@@ -181,7 +181,7 @@ def finetune(
         steps, tokens and the loss (nats per token) of each step.
 
     Raises:
-        ValueError: a loss is not finite.
+        TrainingError: a loss is not finite.
     """
     del teacher
     from tilewright.linearize.tuning import tune_lora

@@ -24,19 +24,18 @@ def backward_of_delta_rule(method: str, tokens: int, heads: int, size: int) -> W
     from tilewright.nn.delta_rule._claim_exact import draw, recurrence
     from tilewright.ops import chunk_delta_rule
 
-    def work(tokens: int = tokens) -> Tensor:
+    def leaves(tokens: int) -> dict[str, Any]:
         inputs = draw("delta", 1, tokens, heads, heads, size, size, dtype=torch.float32)
-        for x in inputs.values():
-            x.requires_grad_()
-        if method == "chunk":
-            out, _ = chunk_delta_rule(**inputs)
-        else:
-            out, _ = recurrence(**inputs)
+        return {name: x.requires_grad_() for name, x in inputs.items()}
+
+    def work(inputs: dict[str, Any]) -> Tensor:
+        out, _ = chunk_delta_rule(**inputs) if method == "chunk" else recurrence(**inputs)
         out.sum().backward()
         return out
 
-    work(65)  # libraries, thread pools and small arenas are there before the measurement
-    return work
+    work(leaves(65))  # libraries, thread pools and small arenas are there before the measurement
+    inputs = leaves(tokens)
+    return lambda: work(inputs)
 
 
 def forward_of_lightning(tokens: int, heads: int, size: int) -> Work:

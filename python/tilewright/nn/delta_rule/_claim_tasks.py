@@ -42,7 +42,8 @@ class WithoutErasing(DeltaNet):
         (q, k, v), _ = convolve(self.conv, streams, F.silu, state, sequences)
         q, k, v = (y.unflatten(-1, (self.num_heads, -1)) for y in (q, k, v))
         beta = torch.sigmoid(self.b_proj(x))[..., None]
-        o, _ = ops.linear_attention(F.normalize(q, dim=-1), F.normalize(k, dim=-1), beta * v)
+        q, k = (y * (y.square().sum(-1, keepdim=True) + 1e-6).rsqrt() for y in (q, k))
+        o, _ = ops.linear_attention(q, k, beta * v)
         return self.o_proj(self.o_norm(o).flatten(-2)), {}
 
 

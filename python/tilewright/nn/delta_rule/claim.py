@@ -27,9 +27,9 @@ def run(experiment: Experiment) -> Iterator[Row]:
 def memory_rows(experiment: Experiment) -> Iterator[Row]:
     """Item 4: peak memory of forward and backward of the chunked form against autograd through the recurrence.
 
-    Growth by doubling T takes out what does not depend on T, so the slope is numbers per token and head. The chunked
-    form may keep q, k, v, o, their gradients and as much again of intermediates, 8 (K + V), and a state for every 16
-    tokens, K V / 16; the recurrence keeps several states for every token.
+    Growth by doubling T takes out what does not depend on T, so the slope is numbers per token and head, inputs not
+    counted. Output, its gradient and those of q, k, v, beta are 2 K + 3 V + 1 numbers; the bound allows 4 (K + V) and a
+    state for every 64 tokens, K V / 64. The recurrence keeps states for every token.
     """
     from tilewright.nn.delta_rule._claim_memory import peak_growth
 
@@ -43,7 +43,7 @@ def memory_rows(experiment: Experiment) -> Iterator[Row]:
         found[method] = {"tokens": pair, "bytes": peaks, "numbers per token and head": slope}
     experiment.values["memory"] = found
     chunk, autograd = (found[method]["numbers per token and head"] for method in lengths)
-    bound = 8 * (size + size) + size * size / 16
+    bound = 4 * (size + size) + size * size / 64
     yield at_most("backward: numbers kept per token and head, K = V = 64", chunk, bound, paper="O(K + V)")
     yield at_least("autograd through the recurrence keeps, of states K V a token", autograd / size**2, 1.0)
     yield at_least("autograd over chunked, memory per token", autograd / chunk, 4.0)

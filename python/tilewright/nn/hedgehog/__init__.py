@@ -11,11 +11,16 @@ from tilewright.nn.hedgehog.feature_maps import (
     PerformerFeatureMap,
     ReLUFeatureMap,
 )
+from tilewright.nn.hedgehog.layer import HedgehogLinearAttention
+
+MIXERS = {"hedgehog": HedgehogLinearAttention}
 
 __all__ = [
+    "MIXERS",
     "ELUFeatureMap",
     "FeatureMap",
     "HedgehogFeatureMap",
+    "HedgehogLinearAttention",
     "PerformerFeatureMap",
     "ReLUFeatureMap",
     "WindowState",

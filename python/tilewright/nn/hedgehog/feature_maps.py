@@ -16,7 +16,7 @@ Activation = Literal["softmax_dim", "exp_dim", "exp", "joint_softmax"]
 ACTIVATIONS: tuple[str, ...] = get_args(Activation)
 SMALLEST = 1e-12
 """Lower clamp of softmax features: the weights stay positive, so that no row divides by zero."""
-CAP = {torch.float16: 10.0, torch.bfloat16: 10.0, torch.float32: 15.0, torch.float64: 15.0}
+CAP = {torch.float16: 10.0, torch.bfloat16: 10.0, torch.float32: 15.0, torch.float64: 300.0}
 """Largest |y| that the plain exponential sees, by dtype of the input."""
 
 
@@ -54,7 +54,7 @@ class HedgehogFeatureMap(FeatureMap):
     ============== =====================================================================
     softmax_dim    ``[softmax(y), softmax(-y)]``, clamped at 1e-12 (the usual form)
     exp_dim        ``[exp(y - max y), exp(min y - y)]``
-    exp            ``[exp(y), exp(-y)]``, the definition; |y| is capped at 15 (16-bit inputs: 10)
+    exp            ``[exp(y), exp(-y)]``, the definition; |y| is capped at 15 (float64: 300, 16 bits: 10)
     joint_softmax  ``softmax([2y, -2y])`` over both halves at once (a different function)
     ============== =====================================================================
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from tilewright.claims import Experiment, Row, at_least, at_most
 from tilewright.nn.cache import MixerCache
 from tilewright.nn.delta_rule import DeltaNet, GatedDeltaNet
+from tilewright.nn.delta_rule._claim_tools import relative
 from tilewright.nn.mom.attention import OPS, mom_attention
 from tilewright.nn.mom.layer import MomAttention
 from tilewright.reference.mom import mom_layer
@@ -43,12 +44,6 @@ def _tokens(seed: int, batch: int, length: int) -> Tensor:
     x = torch.randn(batch, length, SIZES["hidden_size"], generator=torch.Generator().manual_seed(seed))
     x[..., 0] = 1.0
     return x
-
-
-def _error(got: Tensor, need: Tensor) -> float:
-    """Relative L2; the absolute one where zeros are needed."""
-    got, need = got.detach().double(), need.detach().double()
-    return float((got - need).norm() / (need.norm() if need.any() else 1.0))
 
 
 def packed_rows(experiment: Experiment) -> Iterator[Row]:
@@ -123,8 +118,8 @@ class _Case:
         got = torch.autograd.grad(out, [x, *layer.parameters()], self._upstream(out), allow_unused=True)
         self.found = self._against(list(got))
         return {
-            "output": _error(out, self.out),
-            "state": _error(cache[0]["recurrent_state"], self.states),
+            "output": relative(out, self.out),
+            "state": relative(cache[0]["recurrent_state"], self.states),
             "gradient": max(self.found),
         }
 
@@ -145,7 +140,7 @@ def _gradient_error(got: Tensor | None, need: Tensor | None, scale: float) -> fl
     """Relative L2; relative to the largest gradient where there is none but rounding (a router with one choice)."""
     if need is None or float(need.norm()) <= 1e-12 * scale:
         return 0.0 if got is None else float(got.norm()) / scale
-    return float("inf") if got is None else _error(got, need)
+    return float("inf") if got is None else relative(got, need)
 
 
 def single_rows(experiment: Experiment) -> Iterator[Row]:
@@ -181,7 +176,7 @@ def decode_rows(experiment: Experiment) -> Iterator[Row]:
             full = layer(x)[0]
             parts = [layer(x[:, :-DECODED], None, cache)[0]]
             parts += [layer(x[:, t : t + 1], None, cache)[0] for t in range(96 - DECODED, 96)]
-        worst = max(worst, _error(torch.cat(parts, 1), full))
+        worst = max(worst, relative(torch.cat(parts, 1), full))
     yield at_most("prefill and 16 steps against the full forward, float32: worst relative L2", worst, 1e-4)
     error, agreeing = _generation(60 if experiment.quick else 200)
     yield at_most("language model, logits of generate() against the full forward: relative L2", error, 1e-4)
@@ -213,7 +208,7 @@ def _generation(tokens: int) -> tuple[float, float]:
         steps = torch.stack(out.logits, 1)
         mask = F.pad(mask, (0, tokens), value=1)
         full = model(out.sequences, attention_mask=mask, use_cache=False).logits[:, 23:-1]
-    return _error(steps, full), float((full.argmax(-1) == out.sequences[:, 24:]).float().mean())
+    return relative(steps, full), float((full.argmax(-1) == out.sequences[:, 24:]).float().mean())
 
 
 def isolation_rows(experiment: Experiment) -> Iterator[Row]:
@@ -225,8 +220,8 @@ def isolation_rows(experiment: Experiment) -> Iterator[Row]:
         orthonormal = torch.linalg.qr(torch.randn(32, 32, generator=random, dtype=torch.float64))[0][:24].float()
         keys = torch.cat([orthonormal, F.normalize(torch.randn(64, 32, generator=random), dim=-1)])
         values = torch.randn(88, 32, generator=random)
-        apart.append(_error(_recall(keys, values, second=1), values[:24]))
-        together.append(_error(_recall(keys, values, second=0), values[:24]))
+        apart.append(relative(_recall(keys, values, second=1), values[:24]))
+        together.append(relative(_recall(keys, values, second=0), values[:24]))
         # Keys of any angles: what is read does not change by a bit, however well it was stored.
         loose = torch.cat([F.normalize(torch.randn(24, 32, generator=random), dim=-1), keys[24:]])
         before, after = _recall(loose, values, second=-1), _recall(loose, values, second=1)

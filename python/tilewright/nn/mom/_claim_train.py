@@ -6,9 +6,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
 from typing import Any
 
 import torch
@@ -17,6 +15,7 @@ from torch import Tensor, nn
 from tilewright.claims import Experiment, Row, at_least, at_most
 from tilewright.data.bytes import VOCABULARY, ByteWindows, byte_text, held_out_windows
 from tilewright.data.recall import mix, multi_query_recall
+from tilewright.nn.delta_rule._claim_tools import cores, in_parallel
 from tilewright.nn.hybrid_linear_attention.configuration import HybridConfig
 from tilewright.nn.hybrid_linear_attention.modeling import HybridForCausalLM
 from tilewright.nn.mom.configuration import MomConfig
@@ -68,7 +67,7 @@ class Job:
 
 
 def build(job: Job) -> HybridForCausalLM:
-    """A language model of two layers; those of one seed share embeddings, feed-forwards and head."""
+    """A language model of two layers."""
     torch.manual_seed(job.seed)
     task = job.task
     sizes: dict[str, Any] = {
@@ -91,18 +90,25 @@ def build(job: Job) -> HybridForCausalLM:
     else:
         layer = {"head_dim": task.head_dim, "expand_v": task.single_expand_v}
         model = HybridForCausalLM(HybridConfig(**sizes, mixer="gated_deltanet", mixer_options=layer))
-    _forget_slowly(model)
+    _start(model)
     return model
 
 
-def _forget_slowly(model: nn.Module) -> None:
-    """All heads of both models start with a decay of exp(-0.001); the usual draw may leave a head few tokens."""
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if name.endswith("A_log"):
-                p.zero_()
-            elif name.endswith("dt_bias"):
-                p.fill_(math.log(math.expm1(1e-3)))
+@torch.no_grad()
+def _start(model: HybridForCausalLM) -> None:
+    """Both models start by one rule: embeddings of std 1, linears of std D^-1/2, a decay of exp(-0.001) in all heads.
+
+    The published starts are for width 1024 and many steps; a head may then keep a few tokens only.
+    """
+    for name, p in model.named_parameters():
+        if name.endswith("embed_tokens.weight"):
+            p.normal_()
+        elif name.endswith("A_log"):
+            p.zero_()
+        elif name.endswith("dt_bias"):
+            p.fill_(math.log(math.expm1(1e-3)))
+        elif p.dim() >= 2 and not name.endswith("conv.weight"):
+            p.normal_(std=p.shape[-1] ** -0.5)
 
 
 def _loss(balance: float) -> Loss:
@@ -126,7 +132,6 @@ def _loss(balance: float) -> Loss:
 
 
 def _train(job: Job, batches: Callable[[int], Any]) -> HybridForCausalLM:
-    torch.set_num_threads(1)
     model = build(job)
     steps = job.task.steps
     config = TrainConfig(
@@ -218,20 +223,16 @@ def tuned(
     """For the mixture and for one memory: the best rate of the first seed, and what it gives for all seeds."""
     first, *others = seeds
     jobs = [Job(task, mixture, rate, first) for mixture in (True, False) for rate in task.rates]
-    found = dict(zip(jobs, _all(work, jobs), strict=True))
+    found = dict(zip(jobs, _each(work, jobs), strict=True))
     best = {m: max((j for j in jobs if j.mixture == m), key=lambda j: score(found[j])) for m in (True, False)}
     more = [replace(best[m], seed=seed) for m in (True, False) for seed in others]
-    found |= dict(zip(more, _all(work, more), strict=True))
+    found |= dict(zip(more, _each(work, more), strict=True))
     return {m: (j.rate, [found[j], *(found[r] for r in more if r.mixture == m)]) for m, j in best.items()}
 
 
-def _all(work: Callable[[Job], dict[str, Any]], jobs: list[Job]) -> list[dict[str, Any]]:
-    """One process a thread, because models this small gain nothing from two."""
-    workers = min(torch.get_num_threads(), len(jobs))
-    if workers < 2:
-        return [work(job) for job in jobs]
-    with ProcessPoolExecutor(workers, mp_context=get_context("spawn")) as pool:
-        return list(pool.map(work, jobs))
+def _each(work: Callable[[Job], dict[str, Any]], jobs: list[Job]) -> list[dict[str, Any]]:
+    """In as many processes as there are threads to use, because models this small gain nothing from two."""
+    return list(in_parallel(work, jobs, min(cores(), torch.get_num_threads(), len(jobs))))
 
 
 def recall_rows(experiment: Experiment) -> Iterator[Row]:
@@ -242,7 +243,7 @@ def recall_rows(experiment: Experiment) -> Iterator[Row]:
     experiment.say(f"recall of {task.pairs} pairs, K = {task.head_dim}")
     found = tuned(recall, task, seeds, lambda r: float(r["accuracy"]))
     (rate, mixture), (single_rate, single) = found[True], found[False]
-    unbalanced = _all(recall, [Job(task, True, rate, seed, balance=0.0) for seed in seeds])
+    unbalanced = _each(recall, [Job(task, True, rate, seed, balance=0.0) for seed in seeds])
     mine, other = ([r["accuracy"] for r in runs] for runs in (mixture, single))
     experiment.values["recall"] = {
         "pairs": task.pairs,

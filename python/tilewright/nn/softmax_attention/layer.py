@@ -13,6 +13,7 @@ from tilewright.nn.cache import MixerCache
 from tilewright.nn.mixer import check_packed, current_columns, default_positions, heads_of
 from tilewright.nn.norms import RMSNorm
 from tilewright.nn.rotary import apply_rotary
+from tilewright.ops.sequence import SequencePiece, piece
 
 _BLOCK = 256
 
@@ -101,8 +102,12 @@ class SoftmaxAttention(nn.Module):
         positions = default_positions(hidden_states, seen, cu_seqlens) if position_ids is None else position_ids
         q, k, v = self._project(hidden_states, positions)
         if cu_seqlens is not None:
+            if piece() is not None:
+                raise ValueError("SoftmaxAttention: cu_seqlens came with pieces of sequences; give whole rows")
             o = _packed(q, k, v, cu_seqlens, self.window_size)
         else:
+            if (here := piece()) is not None:
+                k, v = _until_here(here, k, v, attention_mask, cache)
             if cache is not None:
                 k, v = self._cached(cache, k, v, tokens)
             o = attend(q, k, v, _visible(attention_mask, k.shape[-2], tokens), self.window_size)
@@ -210,6 +215,17 @@ def _band(tokens: int, length: int, window: int, visible: Tensor | None, device:
     if visible is None:
         return mask
     return (mask & visible[:, None, None, :]) | (key == query)
+
+
+def _until_here(
+    here: SequencePiece, k: Tensor, v: Tensor, attention_mask: Tensor | None, cache: MixerCache | None
+) -> tuple[Tensor, Tensor]:
+    """Keys and values of all pieces up to this one, [B, H, S, K]."""
+    if attention_mask is not None or cache is not None:
+        what = "attention_mask" if cache is None else "a cache"
+        raise ValueError(f"SoftmaxAttention: {what} came with pieces of sequences; give whole rows without a cache")
+    k, v = (here.until_here(x.transpose(1, 2)).transpose(1, 2) for x in (k, v))
+    return k, v
 
 
 def _visible(attention_mask: Tensor | None, length: int, tokens: int) -> Tensor | None:
