@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers_models import MODELS, exact_model, linear_layers, tiny_model, token_ids
 
+from tilewright.models.hf_names import cache_name
 from tilewright.nn import accelerate
 
 TOKENS = 21  # two chunks of 8 and a rest
@@ -49,8 +50,8 @@ def logits_in_pieces(model: Any) -> Tensor:
     ids, cache, out = token_ids(2, TOKENS), None, []
     with torch.no_grad():
         for piece in ids.split([11, 1, 1, 1, 7], dim=1):
-            result = model(piece, past_key_values=cache, use_cache=True)
-            cache = result.past_key_values
+            result = model(piece, use_cache=True, **{cache_name(): cache})
+            cache = getattr(result, cache_name(), None) or result.cache_params
             out.append(result.logits)
     return torch.cat(out, dim=1)
 
