@@ -185,3 +185,26 @@ def test_every_function_that_transformers_would_take_from_flash_linear_attention
     names = {name for file in files for name in pattern.findall(file.read_text())}
     assert names
     assert names <= set(_FUNCTIONS)
+
+
+@pytest.mark.parametrize("kind", ["kimi_linear", "falcon_h1", "minimax"])
+def test_a_compiled_layer_runs_the_operators(kind: str) -> None:
+    model = tiny_model(kind)
+    with accelerate(model) as handle, torch.no_grad():
+        layer = model.get_submodule(handle.layers[0])
+        name = "position_embeddings" if kind == "minimax" else "cache"
+        options = {name: None, "attention_mask": None}
+        x = torch.randn(2, TOKENS, 32)
+        plain = layer(x, **options)
+        compiled = torch.compile(lambda x: layer(x, **options), backend="aot_eager", fullgraph=True)(x)
+    first = lambda out: out[0] if isinstance(out, tuple) else out  # noqa: E731
+    assert torch.equal(first(compiled), first(plain))
+
+
+@pytest.mark.parametrize("kind", ["kimi_linear", "bamba", "minimax"])
+def test_export_goes_to_the_original(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(kind)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    before = logits(model)
+    with accelerate(model):
+        assert torch.equal(logits(model), before)
