@@ -64,8 +64,8 @@ def _error(got: Tensor, want: Tensor) -> float:
 
 
 def reuse_rows(experiment: Experiment, bench: Bench) -> Iterator[Row]:
-    """Item 3: the softmax branch alone with a window over everything is the base model; in float64, where the order of
-    sums cannot hide a difference."""
+    """Item 3: the softmax branch alone with a window over everything is the base model; in float64 (the norms
+    of transformers round to float32 all the same), where the order of sums cannot hide a difference."""
     experiment.say("the softmax branch alone")
     model = copy.deepcopy(bench.base).double()
     ids = bench.text[None, : PROMPT // 2]
