@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from tilewright.linearize.liger._claim_model import Bench
 
 PROMPT, NEW = 200, 32
+BEGINNING = "The people of the United States"
 ROUNDS = 40
 LENGTHS = (128, 512, 1024, 2048, 4096)
 
@@ -88,6 +89,11 @@ def decode_rows(experiment: Experiment, bench: Bench, tuned: PreTrainedModel) ->
     names = " / ".join(found)
     yield at_most(f"{names}: largest change of a logit, decoded or not", max(e for e, _ in found.values()), 1e-3)
     yield at_least(f"{names}: equal greedy tokens of {NEW}", min(n for _, n in found.values()), NEW)
+    tokenizer = bench.loaded.tokenizer
+    runner = Runner(whole["gla, tuned"], PROMPT)
+    new = list(runner.generate(tokenizer(BEGINNING)["input_ids"], max_new_tokens=20))
+    text = " ".join(tokenizer.decode(new, skip_special_tokens=True).split())
+    yield Row(f"how the tuned model continues {BEGINNING!r}", "", text, "reported", True)
 
 
 def _decode_error(model: PreTrainedModel, ids: list[int]) -> tuple[float, int]:
