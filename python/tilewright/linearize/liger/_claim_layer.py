@@ -92,7 +92,7 @@ def decode_rows(experiment: Experiment, bench: Bench, tuned: PreTrainedModel) ->
     tokenizer = bench.loaded.tokenizer
     runner = Runner(whole["gla, tuned"], PROMPT)
     new = list(runner.generate(tokenizer(BEGINNING)["input_ids"], max_new_tokens=20))
-    text = " ".join(tokenizer.decode(new, skip_special_tokens=True).split())
+    text = " ".join(str(tokenizer.decode(new, skip_special_tokens=True)).split())
     yield Row(f"how the tuned model continues {BEGINNING!r}", "", text, "reported", True)
 
 
