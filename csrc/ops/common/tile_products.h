@@ -38,6 +38,9 @@ enum class Before {
   kScale,     // C = diag(row_scale) C + A B
 };
 
+// A kLower is zero above its diagonal, and what lies there is not multiplied.
+enum class Shape { kFull, kLower };
+
 // What is added, where it is not C itself: rows as far apart as those of C.
 template <class T>
 struct Added {
@@ -89,15 +92,16 @@ void multiply_block(Left<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64
   }
 }
 
-template <class T, int kVectors, Before kBefore>
+template <class T, int kVectors, Before kBefore, Shape kShape>
 void multiply_panel(Left<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t m, int64_t depth, Added<T> added) {
   // Accumulators, the row of B and one broadcast fill the registers.
   constexpr int kTall = Simd<T>::kRegisters == 32 ? 12 : 6;
   int64_t i = 0;
   const auto block = [&]<int kRows>() {
     for (; i + kRows <= m; i += kRows) {
+      const int64_t used = kShape == Shape::kLower && i + kRows < depth ? i + kRows : depth;
       multiply_block<T, kRows, kVectors, kBefore>({a.data + i * a.row_stride, a.row_stride, a.column_stride}, b, ldb,
-                                                  c + i * ldc, ldc, depth,
+                                                  c + i * ldc, ldc, used,
                                                   {added.row_scale + i, added.before + i * ldc});
     }
   };
@@ -108,16 +112,16 @@ void multiply_panel(Left<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64
 }
 
 // C [m, n] from A [m, depth] and B [depth, n]; n a multiple of the vector.
-template <Before kBefore, class T>
+template <Before kBefore, Shape kShape = Shape::kFull, class T>
 void multiply(Left<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t m, int64_t n, int64_t depth,
               Added<T> added = {}) {
   constexpr int64_t kLanes = Simd<T>::kLanes;
   const T* before = added.before == nullptr ? c : added.before;
   int64_t j = 0;
   for (; j + 2 * kLanes <= n; j += 2 * kLanes) {
-    multiply_panel<T, 2, kBefore>(a, b + j, ldb, c + j, ldc, m, depth, {added.row_scale, before + j});
+    multiply_panel<T, 2, kBefore, kShape>(a, b + j, ldb, c + j, ldc, m, depth, {added.row_scale, before + j});
   }
-  if (j < n) multiply_panel<T, 1, kBefore>(a, b + j, ldb, c + j, ldc, m, depth, {added.row_scale, before + j});
+  if (j < n) multiply_panel<T, 1, kBefore, kShape>(a, b + j, ldb, c + j, ldc, m, depth, {added.row_scale, before + j});
 }
 
 // to [n, m] = from [m, n]^T, both with rows of adjacent elements.
