@@ -15,7 +15,9 @@ from tilewright import linearize, models
 from tilewright.cli.app import app
 from tilewright.cli.codes import ExitCode
 from tilewright.cli.linearize import parse_layers, split_settings
+from tilewright.linearize.native import to_language_model
 from tilewright.linearize.runner import Runner
+from tilewright.models.engine import Engine
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "models"))
 from tiny_models import random_weights, tiny_config, write_gguf
@@ -70,18 +72,28 @@ def test_eval_measures_it(folder, text):
     assert 1 < found["perplexity"] < 1e6
 
 
-def test_generate_continues_as_the_whole_text_would(folder):
+def test_generate_gives_the_tokens_of_the_native_engine(folder):
     done = invoke("generate", folder, "--prompt", "abcab", "--max-new-tokens", 12, "--json")
     assert done.exit_code == ExitCode.OK, done.stderr
     loaded = linearize.load(folder)
     ids = loaded.tokenizer("abcab")["input_ids"]
-    runner = Runner(loaded.model, 256)
+    new = list(Engine(to_language_model(loaded), 64).generate(ids, max_new_tokens=12))
+    assert json.loads(done.stdout)["text"] == loaded.tokenizer.decode(new, skip_special_tokens=True)
+
+
+def test_a_form_without_native_kernels_continues_as_the_whole_text_would(source, tmp_path):
+    done = invoke("linearize", source, "-o", tmp_path / "m", "--variant", "gsa", "--window", 4, "--steps", 0)
+    assert done.exit_code == ExitCode.OK, done.stderr
+    done = invoke("generate", tmp_path / "m", "--prompt", "abcab", "--max-new-tokens", 12, "--json")
+    assert done.exit_code == ExitCode.OK, done.stderr
+    loaded = linearize.load(tmp_path / "m")
+    ids = loaded.tokenizer("abcab")["input_ids"]
+    runner, new = Runner(loaded.model, 256), []
     for _ in range(12):
-        ids = [*ids, int(runner.logits(ids)[-1].argmax())]
-        if ids[-1] in loaded.config.eos_token_ids:
+        new.append(int(runner.logits([*ids, *new])[-1].argmax()))
+        if new[-1] in loaded.config.eos_token_ids:
             break
-    made = json.loads(done.stdout)
-    assert made["text"] == loaded.tokenizer.decode(ids[made["prompt_tokens"] :], skip_special_tokens=True)
+    assert json.loads(done.stdout)["text"] == loaded.tokenizer.decode(new, skip_special_tokens=True)
 
 
 def test_steps_of_zero_convert_only(source, tmp_path):
@@ -89,7 +101,7 @@ def test_steps_of_zero_convert_only(source, tmp_path):
     settings = ("--variant", "gsa", "--set", "pool=4", "--layers", "1", "--steps", 0)
     done = invoke("linearize", source, "-o", made, *settings)
     assert done.exit_code == ExitCode.OK, done.stderr
-    assert "1 of 2 layers converted, method liger, 0 steps" in done.stdout
+    assert done.stdout == f"{made}: 1 of 2 layers converted, method liger\n"
     loaded = linearize.load(made)
     assert loaded.linearization.config.pool == 4
     base = models.to_transformers(models.load(source), dequantize=True).state_dict()
@@ -186,3 +198,14 @@ def test_an_interrupted_training_goes_on_bit_for_bit(source, text, tmp_path, mon
     states = [linearize.load(tmp_path / name).model.state_dict() for name in ("m", "whole")]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "whole"]
+
+
+def test_hedgehog_is_found_by_its_folder(source, text, tmp_path):
+    made = tmp_path / "m"
+    training = ("--steps", 2, "--set", "distill_steps=3", "--length", 24, "--window", 8)
+    done = invoke("linearize", source, "-o", made, "--method", "hedgehog", "--text", text, *training)
+    assert done.exit_code == ExitCode.OK, done.stderr
+    assert done.stdout.splitlines()[0] == f"{made}: 2 of 2 layers converted, method hedgehog"
+    assert [line.split(":")[0] for line in done.stdout.splitlines()[1:]] == ["distillation", "tuning"]
+    assert linearize.load(made).linearization.config.window_size == 8
+    assert invoke("generate", made, "--prompt", "abc", "--max-new-tokens", 3).exit_code == ExitCode.OK

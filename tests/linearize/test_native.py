@@ -115,7 +115,7 @@ def test_what_has_no_native_form_is_refused() -> None:
     model = converted("liger")
     METHODS["liger_gsa"], METHODS["hedgehog_performer"] = LigerConfig("gsa"), HedgehogConfig(feature_map="performer")
     try:
-        with pytest.raises(ValueError, match="'gsa' .* has no native form"):
+        with pytest.raises(ValueError, match=r"'gsa' .* has no native form"):
             to_language_model(converted("liger_gsa"))
         with pytest.raises(ValueError, match="feature_map 'performer' has no native form"):
             to_language_model(converted("hedgehog_performer"))

@@ -69,6 +69,7 @@ def test_what_cannot_be_cropped_says_so_and_stays(tokens, tensors, remove, error
         cache.crop(remove)
     assert cache.get_seq_length() == tokens
     assert all(torch.equal(cache[0][name], tensor) for name, tensor in tensors.items())
+    assert cache.is_sliding == ["window" in message]
 
 
 def test_nothing_is_cropped_where_one_layer_cannot_be():

@@ -253,6 +253,39 @@ def test_parameters_missing_from_a_file_are_drawn_and_the_others_kept(tmp_path):
     assert ((steps > 0.9e-3) & (steps < 1.1e-1)).all()
 
 
+def test_a_vocabulary_can_grow():
+    model = tiny()
+    before = model.lm_head.weight.detach().clone()
+    model.resize_token_embeddings(VOCABULARY + 3, mean_resizing=False)
+    assert torch.equal(model.lm_head.weight[:VOCABULARY], before)
+    new = model.lm_head.weight[VOCABULARY:], model.model.embed_tokens.weight[VOCABULARY:]
+    assert not torch.equal(*new)
+    assert model(torch.tensor([[VOCABULARY + 2]])).logits.shape[-1] == VOCABULARY + 3
+
+
+@torch.no_grad()
+def test_half_precision_loads_and_generates(mixed, tmp_path):
+    mixed.save_pretrained(tmp_path)
+    model = HybridForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    out = model.generate(tokens(2, 5), max_new_tokens=4, do_sample=True, pad_token_id=0, return_dict_in_generate=True)
+    assert out.sequences.shape == (2, 9)
+    states = {layer["recurrent_state"].dtype for layer in out.cache.layers if "recurrent_state" in layer}
+    assert states == {torch.float32}
+
+
+def test_assisted_generation_is_refused(mixed):
+    with pytest.raises(ValueError, match="stateful"):
+        mixed.generate(tokens(1, 5), assistant_model=tiny(), max_new_tokens=2, pad_token_id=0)
+
+
+def test_training_has_no_cache_unless_asked(mixed):
+    assert mixed(tokens(1, 3)).cache.get_seq_length() == 3
+    model = copy.deepcopy(mixed).train()
+    assert model(tokens(1, 3)).cache is None
+    assert model(tokens(1, 3), use_cache=True).cache.get_seq_length() == 3
+
+
 def test_lower_bounds_rise_with_depth():
     model = tiny("hgrn", "pure")
     bounds = model.model.lower_bounds["hgrn_16"]

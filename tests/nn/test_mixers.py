@@ -73,7 +73,7 @@ def case(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def test_every_registered_mixer_is_tested():
+def test_the_mixers_are_found_by_name():
     assert {name for name, _ in CASES.values()} <= set(mixers.discover())
 
 
@@ -225,6 +225,19 @@ def test_bfloat16_runs_and_trains(case):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in mixer.parameters())
     if "recurrent_state" in cache[1]:
         assert cache[1]["recurrent_state"].dtype == torch.float32
+
+
+def test_autocast_runs_both_forms(case):
+    mixer, x = make(case, torch.float32), inputs(2, 9, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        first, _, cache = mixer(x[:, :8], use_cache=True, **options_of(mixer))
+        last, _, _ = mixer(x[:, 8:], past_key_values=cache, **options_of(mixer))
+        whole, _, _ = mixer(x, **options_of(mixer))
+    whole.float().square().sum().backward()
+    assert {first.dtype, last.dtype, whole.dtype} == {torch.bfloat16}
+    # Each result passes four products of bfloat16 in a row, inputs and outputs rounded: 12 roundings of 2^-9.
+    exact, _, _ = mixer(x, **options_of(mixer))
+    close(torch.cat((first, last), 1).float(), exact, 12 * 2.0**-9)
 
 
 def test_size_of_the_state_is_what_the_mixer_says(case):

@@ -16,18 +16,20 @@ from trainees import VOCABULARY, hybrid
 
 from tilewright import ops
 from tilewright.data.recall import Stream, multi_query_recall
+from tilewright.nn import mixers
 from tilewright.train import Parallel, TrainConfig, Trainer, sequence_parallel
-from tilewright.train.sequence_parallel import Stretch
+from tilewright.train.language import LanguageRun, train_language
+from tilewright.train.sequence_parallel import MIXERS, Stretch
 from tilewright.train.trainer import Result
 
 STREAM = Stream(multi_query_recall, 4, 1, {"length": 16, "pairs": 4, "vocabulary": VOCABULARY, "queries": 3})
 # eps far above rounding errors of gradients: the step is then a smooth function of them.
-CONFIG = TrainConfig(steps=6, lr=1e-2, eps=1e-3, accumulate=2, clip=0.5, schedule="constant")
+CONFIG = TrainConfig(steps=4, lr=1e-2, eps=1e-3, accumulate=2, clip=0.5, schedule="constant")
 KINDS = {"fsdp": {}, "replicated": {"fsdp": False}, "sequence": {"sequence": 2}}
 
 
 def train(
-    parallel: Parallel, dtype: torch.dtype, directory: Path | None = None, steps: int = 6
+    parallel: Parallel, dtype: torch.dtype, directory: Path | None = None, steps: int = 4
 ) -> tuple[Result, nn.Module, Trainer]:
     """Train the small model of these tests; the same call in one process is the expectation."""
     torch.manual_seed(parallel.rank)  # unlike everywhere: the trainer must make the weights equal
@@ -37,8 +39,11 @@ def train(
     return trainer.run(resume=directory is not None), model, trainer
 
 
+LANGUAGE = LanguageRun(
+    TrainConfig(steps=2), text=("speeches",), layers=2, ratio="1:1", width=16, heads=2, batch=4, length=16
+)
 # How many of the tokens process 0 holds; process 1 holds the rest.
-CUTS = (6, 3, 1, 12)
+CUTS = (6, 1, 12)
 TOKENS = 13
 
 
@@ -86,6 +91,20 @@ def run_operator(name: str, first: int, last: int) -> dict[str, Tensor]:
     return {"o": o.detach(), "state": state.detach(), **{f"d {k}": x.grad for k, x in mine.items()}}
 
 
+def run_mixer(name: str, piece: slice) -> dict[str, Tensor]:
+    """Output and gradients of a mixer in float64 over a part of 12 tokens."""
+    random = torch.Generator().manual_seed(5)
+    x = torch.randn(2, 12, 16, generator=random, dtype=torch.float64)[:, piece].requires_grad_()
+    torch.manual_seed(6)
+    options = {"window_size": 7} if name == "sliding_window" else {}
+    mixer = mixers.build(name, hidden_size=16, num_heads=2, layer_idx=1, num_layers=4, **options).double()
+    weight = torch.cos(torch.arange(12, dtype=torch.float64))[piece, None]
+    y = mixer(x)[0]
+    (y.square() * weight).sum().backward()
+    gradients = {f"d {n}": p.grad for n, p in mixer.named_parameters() if p.grad is not None}
+    return {"o": y.detach(), "d x": x.grad, **gradients}
+
+
 def operators(rank: int, group: object) -> dict[str, dict[str, Tensor]]:
     """Every operator over pieces of unlike lengths, and what a piece can ask for."""
     found = {}
@@ -94,6 +113,9 @@ def operators(rank: int, group: object) -> dict[str, dict[str, Tensor]]:
         with sequence_parallel(group):
             for name in operator_cases():
                 found[f"{name} {cut}"] = run_operator(name, first, last)
+    with sequence_parallel(group):
+        for name in sorted(MIXERS):
+            found[name] = run_mixer(name, slice(6 * rank, 6 * rank + 6))
     x = torch.arange(24.0).view(1, 6, 4)[:, 3 * rank : 3 * rank + 3].requires_grad_()
     here = Stretch(group)
     for count in (2, 5):
@@ -127,9 +149,11 @@ def main(output: Path) -> None:
     parallel = Parallel.start(sequence=2)
     torch.save(operators(parallel.rank, parallel.group), output / f"operators.{parallel.rank}")
     parallel = Parallel.start()
-    result, _, _ = train(parallel, torch.float64, output / "from_one", 6)
+    result, _, _ = train(parallel, torch.float64, output / "from_one", 4)
     torch.save(result.losses, output / f"from_one.losses.{parallel.rank}")
-    train(parallel, torch.float64, output / "to_one", 3)
+    train(parallel, torch.float64, output / "to_one", 2)
+    report = train_language(LANGUAGE, output / "language", parallel=parallel)
+    torch.save(report["held_out_loss"], output / f"language.{parallel.rank}")
     dist.destroy_process_group()
 
 

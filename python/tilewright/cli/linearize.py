@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -115,11 +116,20 @@ def linearize(
             | {"layers": list(done.layers), "training": training, "report": report}
         )
         return
-    count = len(base.model.layers)
-    print(f"{output}: {len(done.layers)} of {count} layers converted, method {method}, {report.get('steps', 0)} steps")
-    losses = report.get("losses", [])
-    if losses:
-        print(f"loss {losses[0]:.3f} at first, {sum(losses[-10:]) / len(losses[-10:]):.3f} at the end (nats a token)")
+    print(f"{output}: {len(done.layers)} of {len(base.model.layers)} layers converted, method {method}")
+    for line in stages(report):
+        print(line)
+
+
+def stages(report: dict[str, Any]) -> Iterator[str]:
+    """One line for each stage of training that a method reports: itself one, or several by name."""
+    found = {"training": report} if "losses" in report else report
+    for name, stage in found.items():
+        losses = stage["losses"] if isinstance(stage, dict) and "losses" in stage else []
+        if losses:
+            last = losses[-10:]
+            mean = sum(last) / len(last)
+            yield f"{name}: {len(losses)} steps, loss {losses[0]:.3f} at first, {mean:.3f} over the last {len(last)}"
 
 
 def training_folder(output: Path, resume: bool) -> Path:

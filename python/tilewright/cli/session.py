@@ -127,7 +127,7 @@ class Session:
 
 
 class LinearizedSession(Session):
-    """A model written by `tw linearize`: torch runs it, layer by layer, with a state of constant size."""
+    """A model written by `tw linearize` that only torch runs, layer by layer, in constant memory."""
 
     def start(self, context: int) -> None:
         """Make room for `context` tokens."""
@@ -159,11 +159,17 @@ def _open_hybrid(path: Path, act: str | None, kv: str | None) -> Session:
 
 def _open_linearized(path: Path, act: str | None, kv: str | None) -> Session:
     from tilewright.linearize import load
+    from tilewright.linearize.native import NoNativeForm, to_language_model
+    from tilewright.models import CheckpointError
 
     if act is not None or kv is not None:
         raise ValueError(f"{path.name} is a linearized model and runs in float; leave out --act and --kv")
     loaded: Any = load(path)
-    return LinearizedSession(path.name, loaded, loaded.tokenizer)
+    try:
+        return Session(path.name, to_language_model(loaded), loaded.tokenizer)
+    except (NoNativeForm, CheckpointError):
+        # A variant or an architecture that the engine does not run; torch runs all that convert.
+        return LinearizedSession(path.name, loaded, loaded.tokenizer)
 
 
 def open_session(model: str, act: str | None = None, kv: str | None = None, threads: int | None = None) -> Session:

@@ -37,11 +37,16 @@ _EXP_CAP = 15.0
 _EPS = 1e-12
 
 
+class NoNativeForm(ValueError):
+    """The engine has no kernels for the way in which a model is linearized."""
+
+
 def to_language_model(model: PreTrainedModel | LinearizedModel) -> LanguageModel:
     """What the decode engine needs of a linearized model; weights are shared with it where they can be.
 
     Raises:
-        ValueError: the model is not linearized, or in a way that the engine has no kernels for; the message says which.
+        ValueError: the model is not linearized.
+        NoNativeForm: it is, in a way that the engine has no kernels for; the message says which.
         CheckpointError: an architecture that the engine does not run.
     """
     source, tokenizer_factory = "", None
@@ -52,7 +57,7 @@ def to_language_model(model: PreTrainedModel | LinearizedModel) -> LanguageModel
     if done is None:
         raise ValueError(f"{type(model).__name__} is not linearized; tilewright.models.load() gives others")
     if done.method not in _DESCRIBE:
-        raise ValueError(f"method {done.method!r} has no native form; known are {', '.join(_DESCRIBE)}")
+        raise NoNativeForm(f"method {done.method!r} has no native form; known are {', '.join(_DESCRIBE)}")
     config = LlamaConfig.from_transformers(model.config.to_dict())
     weights: dict[str, Weight] = {name: tensor.detach() for name, tensor in model.state_dict().items()}
     mixers = {}
@@ -89,7 +94,7 @@ def _liger(attention: Any) -> Described:
     """o = alpha y_recurrent + beta y_window, gates from the key (tilewright.linearize.liger)."""
     config = attention.liger
     if config.variant == "gsa":
-        raise ValueError("Liger's variant 'gsa' (gated slot attention) has no native form; 'gla' and 'hgrn2' have")
+        raise NoNativeForm("Liger's variant 'gsa' (gated slot attention) has no native form; 'gla' and 'hgrn2' have")
     logits = _gate_matrix(attention)
     weight = None if logits is None else "gate.weight"
     hgrn2 = config.variant == "hgrn2"
@@ -123,7 +128,7 @@ def _hedgehog(attention: Any) -> Described:
     """Weights phi_q(q) . phi_k(k) after the rotation, softmax in a window (tilewright.linearize.hedgehog)."""
     config, features = attention.hedgehog, attention.features
     if config.feature_map == "performer":
-        raise ValueError("feature_map 'performer' has no native form; 'hedgehog', 'elu' and 'relu' have")
+        raise NoNativeForm("feature_map 'performer' has no native form; 'hedgehog', 'elu' and 'relu' have")
     heads = attention.num_heads if config.key_maps == "query_heads" else attention.num_key_value_heads
     tensors: dict[str, Tensor] = {}
     maps = []

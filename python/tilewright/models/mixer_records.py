@@ -63,6 +63,7 @@ class MixerRecords:
     ) -> None:
         self._mixer, self._heads, self._kv_heads, self._head_dim = mixer, heads, kv_heads, head_dim
         self._take, self._floats = take, floats
+        self._placed: dict[str, tuple[list[int], int]] = {}
         self._query = self._map("q", "mapped q", mixer.query, heads)
         self._key = self._map("k", "mapped k", mixer.key, kv_heads)
         self._gate = None if mixer.gate is None else self._map("k", "gate", mixer.gate, kv_heads)
@@ -86,20 +87,16 @@ class MixerRecords:
         heads = source_heads if spec.heads is None else spec.heads
         weight, weight_heads, inner = ABSENT, 0, self._head_dim
         if spec.weight is not None:
-            values = self._take(spec.weight)
-            if values.dim() != 3 or values.shape[0] not in (1, heads) or values.shape[1] != self._head_dim:
-                raise ValueError(
-                    f"{spec.weight} has shape {list(values.shape)}, needed [{heads} or 1, {self._head_dim}, n]"
-                )
-            weight_heads, inner = values.shape[0], values.shape[2]
-            weight = self._floats(values)
+            shape, weight = self._place(spec.weight)
+            if len(shape) != 3 or shape[0] not in (1, heads) or shape[1] != self._head_dim:
+                raise ValueError(f"{spec.weight} has shape {shape}, needed [{heads} or 1, {self._head_dim}, n]")
+            weight_heads, inner = shape[0], shape[2]
         bias, bias_heads = ABSENT, 0
         if spec.bias is not None:
-            values = self._take(spec.bias)
-            if values.dim() != 2 or values.shape[0] not in (1, heads) or values.shape[1] != inner:
-                raise ValueError(f"{spec.bias} has shape {list(values.shape)}, needed [{heads} or 1, {inner}]")
-            bias_heads = values.shape[0]
-            bias = self._floats(values)
+            shape, bias = self._place(spec.bias)
+            if len(shape) != 2 or shape[0] not in (1, heads) or shape[1] != inner:
+                raise ValueError(f"{spec.bias} has shape {shape}, needed [{heads} or 1, {inner}]")
+            bias_heads = shape[0]
         words = [FUNCTIONS.index(spec.function), heads, source_heads, inner, weight_heads]
         words += [weight] if weight_heads else []
         words += [bias_heads] + ([bias] if bias_heads else [])
@@ -135,17 +132,24 @@ class MixerRecords:
 
     def _linear(self, slots: dict[str, int]) -> list[int]:
         mixer, window = self._mixer, self._mixer.window
-        shape = [self._heads, self._states, _ADDITIVE, self._query.features, self._head_dim]
+        sizes = [self._heads, self._states, _ADDITIVE, self._query.features, self._head_dim]
         sources = [slots[self._query.target], slots[self._key.target], slots["v"]]
         decay = [_NO_DECAY] if self._gate is None else [_CHANNEL_DECAY, slots[self._gate.target]]
-        record = [*shape, *sources, slots["attended"], *decay, float_bits(mixer.scale)]
+        record = [*sizes, *sources, slots["attended"], *decay, float_bits(mixer.scale)]
         record += [int(mixer.normalize), float_bits(mixer.eps)]
         if window is None:
             return [*record, 0, _STORE]
         if window.mix is None:
             factors = [float_bits(window.linear_factor), float_bits(window.window_factor)]
             return [*record, 0, _AVERAGE, slots["attended"], *factors]
-        mix = self._take(window.mix)
-        if list(mix.shape) != [self._heads]:
-            raise ValueError(f"{window.mix} has shape {list(mix.shape)}, needed [{self._heads}]")
-        return [*record, window.size, _SHARED, slots["window"], self._floats(mix)]
+        shape, mix = self._place(window.mix)
+        if shape != [self._heads]:
+            raise ValueError(f"{window.mix} has shape {shape}, needed [{self._heads}]")
+        return [*record, window.size, _SHARED, slots["window"], mix]
+
+    def _place(self, name: str) -> tuple[list[int], int]:
+        """Shape and offset of a parameter; several maps may read one."""
+        if name not in self._placed:
+            values = self._take(name)
+            self._placed[name] = list(values.shape), self._floats(values)
+        return self._placed[name]

@@ -79,6 +79,11 @@ class MixerCache:
         return [False] * max(1, len(self.layers))
 
     @property
+    def is_sliding(self) -> list[bool]:
+        """Layers that have forgotten keys which left their window."""
+        return [any(n in TIME_INDEXED and t.shape[-2] < c.seen_tokens for n, t in c.items()) for c in self.layers]
+
+    @property
     def batch_size(self) -> int:
         """Rows held, or -1 before the first token."""
         return next((t.shape[0] for t in self._tensors()), -1)

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,7 @@ class Parallel:
             return model
         with torch.no_grad():
             for tensor in (*model.parameters(), *model.buffers()):
-                if not isinstance(tensor, DTensor):
+                if not is_sharded(tensor):
                     dist.broadcast(tensor.detach(), 0)
         return shard(model) if self.fsdp else model
 
@@ -94,7 +93,7 @@ class Parallel:
     def sum_gradients(self, parameters: list[nn.Parameter]) -> None:
         """Sum the gradients that FSDP has not summed already; a missing one counts as zero."""
         for parameter in parameters if self.world > 1 else ():
-            if not isinstance(parameter, DTensor):
+            if not is_sharded(parameter):
                 if parameter.grad is None:
                     parameter.grad = torch.zeros_like(parameter)
                 dist.all_reduce(parameter.grad)
@@ -125,17 +124,26 @@ def shard(model: nn.Module) -> nn.Module:
     return model
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process holds a piece of the tensor only (torch's DTensor, whose import takes a second)."""
+    return hasattr(tensor, "full_tensor")
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A tensor's full value on the CPU, copied; every process must ask for a sharded one."""
-    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    sharded: Any = tensor
+    full: Tensor = sharded.full_tensor() if is_sharded(tensor) else tensor
     return full.detach().to("cpu", copy=True)
 
 
 @torch.no_grad()
 def fill(target: Tensor, value: Tensor) -> None:
     """Copy a full value into a tensor, or into this process' shard of it."""
-    if isinstance(target, DTensor):
-        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements)
+    if is_sharded(target):
+        from torch.distributed.tensor import distribute_tensor
+
+        sharded: Any = target
+        value = distribute_tensor(value.to(target.device), sharded.device_mesh, sharded.placements)
     target.copy_(value)
 
 

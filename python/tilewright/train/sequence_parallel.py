@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from tilewright.ops.sequence import Operator, StateResult, use_piece
 
@@ -121,6 +121,49 @@ class Stretch:
                 states.append(decay * states[-1] + one)
             h, _ = engine(x, g, initial_state=torch.stack(states)[self.rank])
         return h, states[-1] if output_final_state else None
+
+
+MIXERS = frozenset(
+    {
+        "deltanet",
+        "gated_deltanet",
+        "gla",
+        "hedgehog",
+        "hgrn",
+        "hgrn2",
+        "kda",
+        "lightning",
+        "linear_attention",
+        "retnet",
+        "sliding_window",
+        "softmax",
+    }
+)
+"""Token mixers that look beyond their piece."""
+
+
+def require_pieces(model: nn.Module) -> None:
+    """Raise unless all layers of a model work on pieces of sequences.
+
+    Known are the hybrid language models over :data:`MIXERS`. A model of one's own that asks
+    ``tilewright.ops.sequence.piece()`` wherever tokens meet says so by an attribute ``works_in_pieces = True``.
+
+    Raises:
+        ValueError: naming the mixer, or the model.
+    """
+    if getattr(model, "works_in_pieces", False):
+        return
+    names = {name for module in model.modules() if isinstance(name := getattr(module, "mixer_name", None), str)}
+    if not names:
+        raise ValueError(
+            f"{type(model).__name__}: sequence parallelism is known to work for tilewright.nn.HybridForCausalLM alone; "
+            "train with sequence=1, or set works_in_pieces = True on a model that asks for its piece"
+        )
+    if other := sorted(names - MIXERS):
+        raise ValueError(
+            f"mixer {other[0]!r} cannot look beyond its piece of a sequence; train with sequence=1, or use "
+            f"{', '.join(sorted(MIXERS))}"
+        )
 
 
 @contextlib.contextmanager

@@ -21,9 +21,9 @@ from tilewright.data.recall import mix
 from tilewright.train import checkpoint
 from tilewright.train.checkpoint import TrainingCheckpointError
 from tilewright.train.config import TrainConfig
-from tilewright.train.distributed import Parallel, fill
+from tilewright.train.distributed import Parallel, fill, is_sharded
 from tilewright.train.losses import Loss, as_sum, device_of, evaluating, to_device, token_loss
-from tilewright.train.sequence_parallel import sequence_parallel
+from tilewright.train.sequence_parallel import require_pieces, sequence_parallel
 
 CHECKPOINT, LOG = "checkpoint.pt", "log.jsonl"
 # Settings that a resumed run may change: they say how far and how often, not what a step does.
@@ -93,7 +93,8 @@ class Trainer:
         progress: show a bar; None: on a terminal.
 
     Raises:
-        ValueError: nothing is to be trained, or the config asks for evaluations without ``evaluate``.
+        ValueError: nothing is to be trained, the config asks for evaluations without ``evaluate``, or sequences are to
+            be cut and a layer cannot look beyond its piece.
 
     Example:
         >>> from tilewright.data.recall import Stream, parity
@@ -123,6 +124,8 @@ class Trainer:
                 parameter.requires_grad_(trainable(name, parameter))
         self.batches, self.config, self.loss, self.evaluate = batches, config, loss, evaluate
         self.parallel = parallel or Parallel()
+        if self.parallel.sequence > 1:
+            require_pieces(model)
         self.directory = None if directory is None else Path(directory)
         self.show = progress if self.parallel.rank == 0 else False
         # Marks and dimensions are read before sharding, which makes new parameters.
@@ -213,7 +216,7 @@ class Trainer:
             if parameter.grad is not None:
                 parameter.grad.div_(terms)
         norm: Any = torch.nn.utils.clip_grad_norm_(self.parameters, self.config.clip or math.inf)
-        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+        return float(norm.full_tensor() if is_sharded(norm) else norm)
 
     def _evaluate(self) -> None:
         """Measure, and settle what follows: a new best, a lower rate, the end."""

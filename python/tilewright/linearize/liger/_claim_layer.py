@@ -14,6 +14,7 @@ from tilewright.claims import Experiment, Row, at_least, at_most
 from tilewright.linearize.cache import state_nbytes
 from tilewright.linearize.liger.config import VARIANTS, LigerConfig
 from tilewright.linearize.liger.method import LigerAttention, convert_to_liger, liger_attention
+from tilewright.linearize.liger.recurrence import features, recurrent_branch
 from tilewright.linearize.runner import Runner
 from tilewright.models.hf_names import cache_name
 from tilewright.reference.liger import liger
@@ -93,6 +94,34 @@ def _decode_error(model: PreTrainedModel, ids: list[int]) -> tuple[float, int]:
     full = Runner(model, PROMPT + NEW).logits(made[:-1])[PROMPT - 1 :]
     same = [a == b for a, b in zip(full.argmax(-1).tolist(), made[PROMPT:], strict=True)]
     return _error(torch.stack(rows), full), [*same, False].index(False)
+
+
+def cause_rows(experiment: Experiment, bench: Bench) -> Iterator[Row]:
+    """Why the gate matters as it does here: where keys write, and how long that is kept."""
+    experiment.say("where keys write")
+    written: list[float] = []
+    sizes: dict[str, list[float]] = {"key": [], "random": [], "none": []}
+    body: Any = bench.base.model
+    with torch.no_grad():
+        hidden = body.embed_tokens(bench.text[None, :256])
+        angles = body.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
+        for layer in body.layers:
+            entering = layer.input_layernorm(hidden)
+            for gate, found in sizes.items():
+                liger = LigerAttention(layer.self_attn, liger=LigerConfig(gate=gate))
+                q, k, v = liger.project(entering)
+                x = features(q, k, v, liger.gate_logits(k), liger.liger, None)
+                y, _ = recurrent_branch(x, liger.liger, {})
+                found.append(float(y.square().mean().sqrt() / v.square().mean().sqrt()))
+            written.append(float(k.softmax(-1).amax(-1).mean()))
+            hidden = layer(hidden, attention_mask=None, position_embeddings=angles)
+    experiment.values["written to the largest channel"] = written
+    experiment.values["size of the recurrent branch"] = sizes
+    mean = sum(written) / len(written)
+    yield Row("share of a key's write that its largest channel gets, mean of layers", "", mean, "reported", True)
+    for gate, name in {"key": "key", "random": "random", "none": "no"}.items():
+        largest = f"{sum(sizes[gate]) / len(written):.2f}, up to {max(sizes[gate]):.2f}"
+        yield Row(f"root mean square of y over that of v, {name} gate, mean of layers", "", largest, "reported", True)
 
 
 def cost_rows(experiment: Experiment, bench: Bench) -> Iterator[Row]:

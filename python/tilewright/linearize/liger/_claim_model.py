@@ -52,7 +52,7 @@ class Scale:
     kept: tuple[int, ...]
 
 
-FULL = Scale(0, 512, 2, 128, 48, 10, (1e-3, 3e-3, 1e-2), (0, 1), (7, 14, 21, 28))
+FULL = Scale(0, 512, 2, 128, 40, 8, (1e-3, 3e-3, 1e-2), (0, 1), (7, 14, 21, 28))
 QUICK = Scale(26, 256, 2, 96, 24, 6, (1e-2,), (0,), (27,))
 
 
@@ -110,10 +110,10 @@ class Bench:
 
         return batch
 
-    def perplexity(self, tail: nn.Module) -> float:
-        """Perplexity of a tail on the held-out text."""
+    def perplexity(self, tail: nn.Module, windows: int | None = None) -> float:
+        """Perplexity of a tail on the held-out text, or on its first windows."""
         total, count = 0.0, 0
-        for part, hidden in self.windows:
+        for part, hidden in self.windows[:windows]:
             run = functools.partial(tail, inputs_embeds=hidden, use_cache=False)
             nll = evaluate.token_nll(lambda _, run=run: run(), self.text, part)  # type: ignore[misc]
             total, count = total + float(nll.sum()), count + len(nll)
@@ -127,14 +127,14 @@ class Bench:
         kept = [index - self.scale.first for index in keep if index >= self.scale.first]
         return convert(self.tail, how, config, keep=kept)
 
-    def tuned(self, tail: PreTrainedModel, seed: int, lr: float, steps: int) -> float:
+    def tuned(self, tail: PreTrainedModel, seed: int, lr: float, steps: int, windows: int | None = None) -> float:
         """Tune a converted tail and measure it; a training that diverges counts as infinite perplexity."""
         how: dict[str, Any] = {"warmup": steps // 8, "also": MAPS, "seed": seed, "progress": False}
         try:
             tune_lora(tail, self.batches(seed), steps=steps, lr=lr, **how)
         except TrainingError:
             return math.inf
-        return self.perplexity(tail)
+        return self.perplexity(tail, windows)
 
     def whole(self, tail: PreTrainedModel) -> PreTrainedModel:
         """The whole model with this tail; it shares everything that was not trained."""

@@ -29,6 +29,7 @@ def run(experiment: Experiment) -> Iterator[Row]:
     rates, rows = ablation(experiment, bench)
     tuned, hybrid = yield from recovery_rows(experiment, bench, rates["liger"])
     yield from rows
+    yield from _claim_layer.cause_rows(experiment, bench)
     yield from _claim_layer.decode_rows(experiment, bench, tuned)
     yield from _claim_layer.cost_rows(experiment, bench)
     yield from recall_rows(experiment, bench, {"base": bench.tail, "liger": tuned, "hybrid": hybrid})
@@ -52,12 +53,12 @@ def ablation(experiment: Experiment, bench: Bench) -> tuple[dict[str, float], li
         scores = {}
         for lr in bench.scale.rates:
             tail = bench.converted(config, maps=name == "learned feature maps")
-            scores[lr] = bench.tuned(tail, bench.scale.seeds[0], lr, bench.scale.short)
+            scores[lr] = bench.tuned(tail, bench.scale.seeds[0], lr, bench.scale.short, 1)
         rates[name] = min(scores, key=lambda lr: scores[lr])
         found[name] = [scores[rates[name]]]
         for seed in bench.scale.seeds[1:]:
             tail = bench.converted(config, maps=name == "learned feature maps")
-            found[name].append(bench.tuned(tail, seed, rates[name], bench.scale.short))
+            found[name].append(bench.tuned(tail, seed, rates[name], bench.scale.short, 1))
     experiment.values["ablation"], experiment.values["rates"] = found, rates
     ratio = {name: min(other / own for other, own in zip(found[name], found["liger"], strict=True)) for name in found}
     paper = {"random gate": "3.16 / 2.96", "no gate": "3.00 / 2.96", "no window": "3.75 / 2.96"}

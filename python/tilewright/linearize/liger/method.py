@@ -121,7 +121,7 @@ class LigerAttention(ConvertedAttention):
         )
 
     def extra_repr(self) -> str:
-        """Settings that differ from the defaults' names."""
+        """For print(model)."""
         return f"variant={self.liger.variant}, window_size={self.liger.window_size}"
 
 

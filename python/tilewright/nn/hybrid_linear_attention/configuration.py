@@ -41,7 +41,7 @@ class HybridConfig(PretrainedConfig):
         num_heads: H of every mixer that does not say otherwise.
         mixer: a name known to :func:`tilewright.nn.mixers.find`.
         mixer_options: keyword arguments of that mixer.
-        attn: "layers" (indices), and options of :class:`tilewright.nn.SoftmaxAttention`.
+        attn: "layers" (indices, or a ratio "r:1"), and options of :class:`tilewright.nn.SoftmaxAttention`.
         pattern: instead of ``mixer`` and ``attn``.
         intermediate_size: of the feed-forward; 8/3 D, rounded up to a multiple of 32, when None.
         norm_eps: of the blocks' norms.

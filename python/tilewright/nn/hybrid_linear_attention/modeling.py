@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, Generation
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from tilewright.models.hf_names import cache_name
 from tilewright.nn import mixers
 from tilewright.nn.cache import MixerCache
 from tilewright.nn.hgrn.gate import LowerBounds
@@ -21,8 +22,7 @@ from tilewright.nn.hybrid_linear_attention.configuration import HybridConfig
 from tilewright.nn.mixer import Mixer, current_columns, default_positions
 from tilewright.nn.norms import RMSNorm
 
-# transformers calls a model's cache "cache" since 5.2x, "past_key_values" before.
-CACHE_NAME = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
+CACHE_NAME = cache_name()
 
 
 class SwiGLU(nn.Module):
@@ -88,7 +88,9 @@ class HybridPreTrainedModel(PreTrainedModel):
         own = dict(module.named_parameters(recurse=False))
         if not own or any(p.is_meta for p in own.values()):
             return
-        generator = torch.Generator(next(iter(own.values())).device).manual_seed(getattr(module, "_init_seed", 0))
+        generator = None  # for modules that came later, such as resized embeddings: torch's own
+        if isinstance(seed := getattr(module, "_init_seed", None), int):
+            generator = torch.Generator(next(iter(own.values())).device).manual_seed(seed)
         # Parameters that came from a checkpoint keep their values, whatever a mixer's own method draws.
         loaded = {n: p.detach().clone() for n, p in own.items() if getattr(p, "_is_hf_initialized", False)}
         if isinstance(module, (nn.Linear, nn.Embedding)):

@@ -21,7 +21,7 @@ SEEDS = (0, 1, 2)
 RATES = (1e-3, 3e-3, 1e-2)
 WIDTH, HEADS, LAYERS = 32, 2, 2
 PAIRS, SEGMENT, SIZE, NOISE = 32, 8, 3, 0.05
-VOCABULARY, STORED = 32, 8
+VOCABULARY, STORED = 16, 4
 
 Batch = tuple[Tensor, Tensor]
 
@@ -112,6 +112,7 @@ def train(
     steps: int,
     rate: float,
     seed: int,
+    batch: int = 32,
 ) -> float:
     """AdamW, a linear warm-up over a tenth of the steps and a cosine to zero; `judge` on 512 sequences never seen."""
     generator = torch.Generator().manual_seed(1000 + seed)
@@ -127,7 +128,7 @@ def train(
     )
     for _ in range(steps):
         optimizer.zero_grad()
-        loss(model, draw(generator, 32)).backward()
+        loss(model, draw(generator, batch)).backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
@@ -181,8 +182,8 @@ def rows(experiment: Experiment) -> Iterator[Row]:
         experiment,
         "recall",
         lambda kind: Model(kind, 2 * VOCABULARY, VOCABULARY, 10000.0),
-        partial(train, draw=recall_batch, loss=recall_loss, judge=recall_misses),
-        800,
+        partial(train, draw=recall_batch, loss=recall_loss, judge=recall_misses, batch=64),
+        500,
     )
     missed = {kind: sum(found["results"]) / len(found["results"]) for kind, found in recall.items()}
     yield at_most(
