@@ -105,8 +105,9 @@ def iterations_needed(matrix: Tensor, right: Tensor, estimate: Callable[[Tensor]
     raise RuntimeError("conjugate gradients did not reach 1e-3")
 
 
-def compare_systems(q: Tensor, k: Tensor, v: Tensor, ridge: float) -> tuple[int, int]:
-    """Iterations that Cov + lambda I needs, and that the paper's Sigma needs, on one causal problem `[T, .]`."""
+def compare_systems(inputs: tuple[Tensor, Tensor, Tensor], ridge: float) -> tuple[int, int]:
+    """Iterations that Cov + lambda I needs, and that the paper's Sigma needs, on one causal problem."""
+    q, k, v = (x[0, :, 0] for x in inputs)
     tokens, size = q.shape
     visible = torch.ones(tokens, tokens, dtype=torch.bool).tril()
     p = (size**-0.5 * q @ k.T).masked_fill(~visible, -torch.inf).softmax(-1)
@@ -129,7 +130,7 @@ def system_rows(quick: bool) -> Iterator[Row]:
     """The system with the intercept eliminated against the paper's: iterations for the same error of the output."""
     tokens, size = (96, 16) if quick else (256, 64)
     problems = [
-        compare_systems(*(x[0, :, 0] for x in draw(seed, tokens, size, 16, unit)), ridge)
+        compare_systems(draw(seed, tokens, size, 16, unit), ridge)
         for seed in SEEDS
         for unit, ridge in ((False, 1.0), (False, 0.1), (True, 0.1), (True, 0.01))
     ]
