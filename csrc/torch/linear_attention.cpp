@@ -19,6 +19,9 @@ using linear_attention::Sequences;
 // Columns of a state below which sharing a head between threads does not pay.
 constexpr int64_t kColumnsPerPart = 32;
 
+// Of all heads that go through time together: half of a second-level cache of one megabyte.
+constexpr int64_t kStateBytes = int64_t{1} << 19;
+
 struct Inputs {
   const Tensor& q;
   const Tensor& k;
@@ -126,7 +129,6 @@ Call<T> check(const Inputs& in, double scale, bool delta, const char* op) {
   p.key_size = s.key_size;
   p.value_size = s.value_size;
   p.scale = static_cast<T>(scale);
-  p.parts = 1;
   p.q = rows_of<T>(call.q);
   p.k = rows_of<T>(call.k);
   p.v = rows_of<T>(call.v);
@@ -197,6 +199,19 @@ std::vector<int64_t> first_segments(const Problem<T>& p) {
   return first;
 }
 
+// Chooses parts and band; returns the number of tasks.
+template <class T>
+int64_t share_between_threads(Problem<T>& p, int64_t pairs, bool chunks) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (pairs > 0 && pairs < threads) {
+    p.parts = std::min(ceil_div(p.value_size, kColumnsPerPart), ceil_div(threads, pairs));
+  } else if (chunks) {
+    const int64_t cached = kStateBytes / (p.state_size() * static_cast<int64_t>(sizeof(T)));
+    p.band = std::clamp<int64_t>(std::min(cached, pairs / threads), 1, p.value_heads);
+  }
+  return (chunks ? p.sequences.count * ceil_div(p.value_heads, p.band) : pairs) * p.parts;
+}
+
 using FourTensors = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 using SixTensors = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
@@ -220,14 +235,12 @@ FourTensors forward_as(const Inputs& in, const std::optional<Tensor>& initial_st
     p.first_segment = segments.data();
     if (delta) p.errors = mutable_rows_of<T>(errors);
   }
-  const int64_t threads = torch::stable::get_num_threads();
-  if (call.pairs() > 0 && call.pairs() < threads) {
-    p.parts = std::min(ceil_div(p.value_size, kColumnsPerPart), ceil_div(threads, call.pairs()));
-  }
   const auto& kernels = linear_attention::kernels<T>();
   // What the backward pass needs is kept by the chunk form.
-  const auto run = recurrent && !save ? kernels.recurrent : kernels.chunk;
-  run_tasks(call.pairs() * p.parts, [&](int64_t task) { run(p, task); });
+  const bool chunks = !recurrent || save;
+  const int64_t tasks = share_between_threads(p, call.pairs(), chunks);
+  const auto run = chunks ? kernels.chunk : kernels.recurrent;
+  run_tasks(tasks, [&](int64_t task) { run(p, task); });
   return {torch::stable::to(out, in.v.scalar_type()), state, checkpoints, errors};
 }
 

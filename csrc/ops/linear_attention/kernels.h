@@ -10,8 +10,9 @@ namespace tilewright::linear_attention {
 
 template <class T>
 struct Kernels {
-  // Task (n * value_heads + j) * parts + part.
+  // Task (n * bands + band) * parts + part, bands = ceil(value_heads / Problem::band).
   void (*chunk)(const Problem<T>&, int64_t task);
+  // Task (n * value_heads + j) * parts + part.
   void (*recurrent)(const Problem<T>&, int64_t task);
   // Task n * value_heads + j. Of the problem it reads inputs and checkpoints.
   void (*backward)(const Problem<T>&, const Gradients<T>&, int64_t task);

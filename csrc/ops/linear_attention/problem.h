@@ -55,7 +55,8 @@ struct Problem {
   Rows<T> out;  // [B, T, HV, V]
   T* state;  // [P, HV, K, V], read at the start and written at the end
   const int64_t* slots;  // [N]: the row of state that each sequence owns; null: row n
-  int64_t parts;  // tasks that share the value columns of a head
+  int64_t parts = 1;  // tasks that share the value columns of a head
+  int64_t band = 1;  // adjacent value heads that one task of the chunk form takes; with parts > 1 it is 1
 
   // Chunk form only, for the backward pass; null: not kept.
   T* checkpoints = nullptr;  // [all segments, HV, K, V]: the states before every kSegment-th chunk

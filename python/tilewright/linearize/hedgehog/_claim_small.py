@@ -21,7 +21,7 @@ from tilewright.linearize.hedgehog.module import FeatureAttention, softmax_teach
 
 HEADS, WIDTH = 2, 32
 LEARNING_RATES = (3e-3, 1e-2, 2e-2)
-TUNING_RATES = (3e-4, 1e-3, 3e-3)
+TUNING_RATES = (1e-3, 3e-3, 1e-2)
 TEST = 360
 
 
@@ -107,7 +107,7 @@ def accuracy(model: nn.Module, inputs: Tensor, labels: Tensor) -> float:
 
 
 def digits() -> tuple[Tensor, Tensor]:
-    """scikit-learn's 1797 handwritten digits: images [N, 8, 8] in [0, 1] and labels; the last 360 are the test.
+    """scikit-learn's 1797 handwritten digits, shuffled: images [N, 8, 8] in [0, 1] and labels.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -117,7 +117,8 @@ def digits() -> tuple[Tensor, Tensor]:
     except ImportError as wrong:
         raise ImportError("the digits are part of scikit-learn; install it (pip install scikit-learn)") from wrong
     found: Any = load_digits()
-    return torch.tensor(found.images, dtype=torch.float32) / 16, torch.tensor(found.target)
+    order = torch.randperm(len(found.images), generator=torch.Generator().manual_seed(0))
+    return torch.tensor(found.images, dtype=torch.float32)[order] / 16, torch.tensor(found.target)[order]
 
 
 def digits_rows(experiment: Experiment) -> Iterator[Row]:
@@ -125,33 +126,43 @@ def digits_rows(experiment: Experiment) -> Iterator[Row]:
     experiment.say("digits: softmax, then converted")
     images, labels = digits()
     train, test = (images[:-TEST], labels[:-TEST]), (images[-TEST:], labels[-TEST:])
-    steps, distilled, tuned = (300, 60, 60) if experiment.quick else (600, 200, 200)
-    found: dict[str, list[float]] = {name: [] for name in ("softmax", "hedgehog, untuned", "hedgehog", "elu")}
+    steps, distilled, tuned = (200, 60, 80) if experiment.quick else (600, 200, 150)
+    rates = TUNING_RATES[1:2] if experiment.quick else TUNING_RATES
+    found: dict[str, list[float]] = {}
     for seed in (0,) if experiment.quick else (0, 1, 2):
         torch.manual_seed(seed)
         batches = _shuffled(*train, seed)
         model = Digits()
         with softmax_teacher(model):
-            fit(model, batches, steps, 3e-3)
-            found["softmax"].append(accuracy(model, *test))
+            fit(model, batches, steps, 1e-2)
+            found.setdefault("softmax", []).append(accuracy(model, *test))
+            # the same tuning again, so that the converted model has no more training than its teacher
+            found.setdefault("softmax, tuned on", []).append(_tuned(model, batches, tuned, rates, test))
         distill(model, lambda step, batches=batches: batches(step), steps=distilled, progress=False)  # type: ignore[misc]
-        found["hedgehog, untuned"].append(accuracy(model, *test))
-        found["hedgehog"].append(_tuned(model, batches, tuned, test))
+        found.setdefault("hedgehog, distilled", []).append(accuracy(model, *test))
+        found.setdefault("hedgehog, tuned", []).append(_tuned(model, batches, tuned, rates, test))
         baseline = Digits("elu")
         baseline.load_state_dict({k: v for k, v in model.state_dict().items() if ".phi_" not in k})
-        found["elu"].append(_tuned(baseline, batches, tuned, test))
+        found.setdefault("1+ELU, tuned", []).append(_tuned(baseline, batches, tuned, rates, test))
     experiment.values["digits"] = found
     mean = {name: sum(values) / len(values) for name, values in found.items()}
-    yield Row("digits: accuracy of softmax attention", "", mean["softmax"], "reported", True)
-    ratio = mean["hedgehog"] / mean["softmax"]
+    teacher = max(mean["softmax"], mean["softmax, tuned on"])
+    yield Row(
+        "digits: accuracy of softmax attention, the better of before and after tuning", "", teacher, "reported", True
+    )
+    yield Row("digits: accuracy converted and distilled, not tuned", "", mean["hedgehog, distilled"], "reported", True)
+    ratio = mean["hedgehog, tuned"] / teacher
     yield at_least("digits: converted by distillation and tuning, accuracy over softmax's", ratio, 0.99, paper="> 0.99")
-    yield at_least("digits: accuracy, Hedgehog over 1+ELU converted alike", mean["hedgehog"] / mean["elu"], 1.0)
+    over = mean["hedgehog, tuned"] / mean["1+ELU, tuned"]
+    yield at_least("digits: accuracy, Hedgehog over 1+ELU converted and tuned alike", over, 1.0)
 
 
-def _tuned(model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], steps: int, test: Any) -> float:
-    """Accuracy after tuning everything, at the best of three learning rates (chosen on the training images)."""
+def _tuned(
+    model: nn.Module, batches: Callable[[int], tuple[Tensor, Tensor]], steps: int, rates: tuple[float, ...], test: Any
+) -> float:
+    """Accuracy after tuning everything, at the best learning rate (chosen on the training images)."""
     found = []
-    for lr in TUNING_RATES:
+    for lr in rates:
         mine = copy.deepcopy(model)
         fit(mine, batches, steps, lr)
         with torch.no_grad():
