@@ -177,8 +177,8 @@ def key_value_recall(
     keys = (vocabulary - 1 - values) // (1 + values)
     if not 1 <= pairs <= keys or 2 * pairs > length:
         raise ValueError(
-            f"pairs={pairs}: {max(keys, 0)} keys fit vocabulary={vocabulary}, and {length // 2} pairs with their queries "
-            f"fit length={length}"
+            f"pairs={pairs}: {max(keys, 0)} keys fit vocabulary={vocabulary}, and {length // 2} pairs with their "
+            f"queries fit length={length}"
         )
     random = torch.Generator().manual_seed(seed)
     key = torch.rand(batch, keys, generator=random).argsort(1)[:, :pairs]
