@@ -189,7 +189,8 @@ def recall_rows(experiment: Experiment) -> Iterator[Row]:
     """Item 6: multi-query recall from scratch, each map at its best of three learning rates."""
     experiment.say("recall from scratch")
     task = {"length": 64, "pairs": 16, "vocabulary": 64}
-    steps, rates = 400, LEARNING_RATES
+    steps: int = 400
+    rates: tuple[float, ...] = LEARNING_RATES
     if experiment.quick:
         task, steps, rates = {"length": 24, "pairs": 4, "vocabulary": 16}, 150, LEARNING_RATES[1:2]
     test = multi_query_recall(256, 12345, **task)
