@@ -82,6 +82,19 @@ OPERATORS = {
 }
 
 
+METHODS = {
+    *(operator.name for operator in OPERATORS.values()),
+    *(f"{DECODE} at the {place}" for place in ("first position", "second")),
+    "lightning_attn_decode",
+}
+"""What goals may ask of."""
+STANDARDS = {
+    "transformers", "fla torch code", "chunked torch", "torch.compile", "torch attention", "full matrix",
+    "matrix product", "its forward pass", "the median rate", COPY,
+}  # fmt: skip
+"""What goals may measure it against."""
+
+
 def draw(op: str, tokens: int, heads: int, key: int, value: int, batch: int = 1, seed: int = 0) -> Inputs:
     """Random inputs: unit keys, beta in (0, 1), log decays around -0.04 (the token's gates of a trained model)."""
     torch.manual_seed(seed)
@@ -140,9 +153,20 @@ def peers(op: str, compiled: bool) -> dict[str, Callable[[Inputs], Tensor]]:
         if op in peer.FORMS and peer.why_absent() is None:
             found[name] = peer.FORMS[op]
     found["chunked torch"] = partial(chunked, op)
+    if op == "lightning":
+        found["full matrix"] = full_matrix
     if compiled:
         found["torch.compile"] = torch.compile(next(iter(found.values())), dynamic=False)
     return found
+
+
+def full_matrix(inputs: Inputs) -> Tensor:
+    """Lightning attention as ((Q K^T) o M) V over the whole sequence, as Lightning Attention-1 evaluates it."""
+    q, k, v = (inputs[name].transpose(1, 2) for name in ("q", "k", "v"))
+    place = torch.arange(q.shape[2])
+    distance = place[:, None] - place
+    decay = (-inputs["slopes"][:, None, None] * distance).masked_fill_(distance < 0, float("-inf")).exp_()
+    return ((q @ k.mT) * decay @ v).transpose(1, 2)
 
 
 def attention(inputs: Inputs) -> Tensor:

@@ -75,6 +75,7 @@ FAMILY_RATIOS = {
     "times fla torch": "fla torch code",
     "times chunked torch": "chunked torch",
     "times torch.compile": "torch.compile",
+    "times full matrix": "full matrix",
     "times attention": "torch attention",
     "times copy": "copy of the states",
 }

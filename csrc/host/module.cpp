@@ -10,6 +10,7 @@
 #include "microbench/microbench.h"
 #include "ops/int4_fp8_attention/plan.h"
 #include "ops/int4_linear/plan.h"
+#include "ops/local_linear_attention/plan.h"
 
 namespace py = pybind11;
 
@@ -38,6 +39,39 @@ py::dict int4_linear_plan(int64_t m, int64_t n, int64_t k, int64_t group) {
   out["weight_bytes"] = plan.weight_bytes;
   out["operations"] = plan.operations;
   out["text"] = int4_linear::describe(plan);
+  return out;
+}
+
+// Blocks as (first_query, kv_head, first, queries), key items as (first_key, kv_head, first, keys), the last two within the
+// sequence that begins there.
+py::dict local_linear_attention_plan(const std::vector<int64_t>& queries, const std::vector<int64_t>& keys,
+                                     int64_t heads, int64_t kv_heads) {
+  using namespace local_linear_attention;
+  require(queries.size() == keys.size(), "local_linear_attention_plan: ", queries.size(), " query counts for ",
+          keys.size(), " key counts; needed one of each a sequence");
+  require(kv_heads > 0 && heads % kv_heads == 0, "local_linear_attention_plan: heads = ", heads,
+          ", needed a multiple of kv_heads = ", kv_heads);
+  std::vector<Segment> segments;
+  int64_t query = 0, key = 0;
+  for (size_t s = 0; s < queries.size(); ++s) {
+    segments.push_back({query, queries[s], key, keys[s]});
+    query += queries[s];
+    key += keys[s];
+  }
+  const Plan plan = choose_plan({heads, kv_heads, 1, 1}, segments);
+  std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> blocks, key_items;
+  for (int64_t i = 0; i < plan.blocks; ++i) {
+    const BlockItem item = block_item(plan, i);
+    blocks.emplace_back(item.segment.first_query, item.kv_head, item.first, item.queries);
+  }
+  for (int64_t i = 0; i < plan.key_items; ++i) {
+    const KeyItem item = key_item(plan, i);
+    key_items.emplace_back(item.span->segment.first_key, item.kv_head, item.first, item.keys);
+  }
+  py::dict out;
+  out["blocks"] = blocks;
+  out["key_items"] = key_items;
+  out["text"] = describe(plan);
   return out;
 }
 
@@ -122,6 +156,8 @@ PYBIND11_MODULE(_host, m) {
   m.def("isa_active", [] { return std::string(isa::name(isa::active())); });
   m.def("int4_fp8_attention_plan", &int4_fp8_attention_plan, py::arg("queries"), py::arg("lengths"), py::arg("heads"),
         py::arg("kv_heads"), py::arg("head_dim"), py::arg("causal") = true, py::arg("window") = py::none());
+  m.def("local_linear_attention_plan", &local_linear_attention_plan, py::arg("queries"), py::arg("keys"),
+        py::arg("heads"), py::arg("kv_heads"));
   m.def("int4_linear_plan", &int4_linear_plan, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("group"));
   m.def("read_bandwidth", &read_bandwidth, py::arg("buffer"), py::arg("threads"), py::arg("seconds") = 0.5,
         "Bytes a second of a plain read of the whole buffer");

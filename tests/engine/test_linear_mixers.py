@@ -178,6 +178,22 @@ def test_batched_generation_gives_each_texts_own_tokens() -> None:
         assert [tokens[s] for tokens in together] == alone
 
 
+def test_transformers_generate_runs_on_the_engine_and_crops_by_computing_again() -> None:
+    from tilewright.models import EngineForCausalLM
+
+    model, ids = mixer_model("liger"), token_ids(9)
+    fast = EngineForCausalLM(model, 64)
+    options = {"max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0}
+    greedy = fast.generate(torch.tensor([ids]), do_sample=False, **options)[0, 9:].tolist()
+    assert greedy == list(Engine(fast.image, 64).generate(ids, max_new_tokens=8, stop_tokens=()))
+    cache = fast.new_cache(2)
+    cache.extend([ids, ids[:6]], 9)
+    cache.crop(-4)
+    assert cache.engine.lengths == [5, 2]
+    last = cache.extend([ids[5:], ids[2:]], 7)
+    assert torch.equal(last[0], Engine(fast.image, 64).forward([ids])[0])
+
+
 @pytest.mark.parametrize("kind", ["liger", "hedgehog_window"])
 @pytest.mark.usefixtures("poisoned")
 def test_fresh_memory_is_never_read(kind: str) -> None:

@@ -32,13 +32,14 @@ def ids(loaded):
 
 
 def test_the_softmax_branch_alone_is_the_base_model(base, ids):
-    """In float64, where the two orders of summation cannot hide a difference."""
+    """In float64 but for transformers' norms, which round to float32: one rounding that falls otherwise is 6e-8 of its
+    number, and logits are below 50."""
     exact = copy.deepcopy(base).double()
     model = convert_to_liger(exact, alpha=0.0, beta=1.0, window_size=100, inplace=True)
     with torch.no_grad():
         got = model(torch.tensor([ids[:100]])).logits
         want = copy.deepcopy(base).double()(torch.tensor([ids[:100]])).logits
-    torch.testing.assert_close(got, want, rtol=0, atol=1e-9)
+    torch.testing.assert_close(got, want, rtol=0, atol=1e-5)
 
 
 def test_no_parameter_is_added(base):

@@ -18,6 +18,7 @@ from tilewright.linearize import convert, load, save
 from tilewright.linearize.hedgehog import HedgehogConfig
 from tilewright.linearize.liger import LigerConfig
 from tilewright.linearize.native import to_language_model
+from tilewright.models import EngineForCausalLM
 from tilewright.models.engine import Engine
 from tilewright.models.image import compile
 
@@ -87,6 +88,13 @@ def test_greedy_generation_gives_the_same_tokens(kind: str) -> None:
     engine = Engine(to_language_model(model), 128)
     assert list(engine.generate(ids, max_new_tokens=40, stop_tokens=())) == expected.tolist()
     assert engine.image.has_constant_state
+
+
+def test_beams_over_the_engine_are_those_of_transformers() -> None:
+    model, ids = converted("liger"), torch.tensor([prompt(9), prompt(9, 5)])
+    options = {"num_beams": 3, "do_sample": False, "max_new_tokens": 8, "eos_token_id": None, "pad_token_id": 0}
+    fast = EngineForCausalLM(to_language_model(model), 64)
+    assert torch.equal(fast.generate(ids, **options), model.generate(ids, **options))
 
 
 @pytest.mark.parametrize("kind", ["liger", "hedgehog_window"])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers_models import MODELS, exact_model, linear_layers, tiny_model, token_ids
 
+from tilewright.models.hf_names import cache_name
 from tilewright.nn import accelerate
 
 TOKENS = 21  # two chunks of 8 and a rest
@@ -49,8 +50,8 @@ def logits_in_pieces(model: Any) -> Tensor:
     ids, cache, out = token_ids(2, TOKENS), None, []
     with torch.no_grad():
         for piece in ids.split([11, 1, 1, 1, 7], dim=1):
-            result = model(piece, past_key_values=cache, use_cache=True)
-            cache = result.past_key_values
+            result = model(piece, use_cache=True, **{cache_name(): cache})
+            cache = getattr(result, cache_name(), None) or result.cache_params
             out.append(result.logits)
     return torch.cat(out, dim=1)
 
@@ -184,3 +185,26 @@ def test_every_function_that_transformers_would_take_from_flash_linear_attention
     names = {name for file in files for name in pattern.findall(file.read_text())}
     assert names
     assert names <= set(_FUNCTIONS)
+
+
+@pytest.mark.parametrize("kind", ["kimi_linear", "falcon_h1", "minimax"])
+def test_a_compiled_layer_runs_the_operators(kind: str) -> None:
+    model = tiny_model(kind)
+    with accelerate(model) as handle, torch.no_grad():
+        layer = model.get_submodule(handle.layers[0])
+        name = "position_embeddings" if kind == "minimax" else "cache"
+        options = {name: None, "attention_mask": None}
+        x = torch.randn(2, TOKENS, 32)
+        plain = layer(x, **options)
+        compiled = torch.compile(lambda x: layer(x, **options), backend="aot_eager", fullgraph=True)(x)
+    first = lambda out: out[0] if isinstance(out, tuple) else out  # noqa: E731
+    assert torch.equal(first(compiled), first(plain))
+
+
+@pytest.mark.parametrize("kind", ["kimi_linear", "bamba", "minimax"])
+def test_export_goes_to_the_original(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model(kind)
+    monkeypatch.setattr(torch.compiler, "is_exporting", lambda: True)
+    before = logits(model)
+    with accelerate(model):
+        assert torch.equal(logits(model), before)

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from tilewright import _host
 from tilewright.ops import lla_attention, lla_decode, parallax, relmm
 from tilewright.reference.local_linear_attention import lla_reference, parallax_reference, visible_keys
 from tilewright.testing import isa_level, isa_levels
@@ -163,6 +165,32 @@ def test_float32_at_every_level(level: str, key_size: int, solver: str) -> None:
     assert (error <= float32_bound(tensors, want.detach(), rtol if solver == "cg" else 0.0)).all()
     assert relative(found["omega"], stats["omega"]) <= 1e-5
     assert relative(found["delta"], stats["delta"]) <= 1e-3
+
+
+@pytest.mark.parametrize("key_size", [5, 16, 64])
+def test_float32_gradients_at_every_level(level: str, key_size: int) -> None:
+    """At most twice the error of the dense solve and its autograd in float32.
+
+    Conjugate gradients to 1e-6 may add that times the condition number, below 10 for these keys and ridges.
+    """
+    tensors = inputs(130, key_size, 24, heads=2, kv_heads=2, dtype=torch.float32)
+    weight = torch.randn(1, 130, 2, 24)
+
+    def gradients(wide: bool, run: Callable[..., Tensor]) -> list[Tensor]:
+        dtype = torch.float64 if wide else torch.float32
+        copies = [x.detach().to(dtype).requires_grad_() for x in tensors]
+        return list(torch.autograd.grad(run(*copies), copies, weight.to(dtype)))
+
+    exact = gradients(True, lambda q, k, v, ridge: lla_reference(q, k, v, ridge_lambda=ridge)[0])
+    dense = gradients(False, lambda q, k, v, ridge: lla_reference(q, k, v, ridge_lambda=ridge)[0])
+    direct = gradients(False, lambda q, k, v, ridge: lla_attention(q, k, v, ridge_lambda=ridge, solver="direct"))
+    iterated = gradients(
+        False,
+        lambda q, k, v, ridge: lla_attention(q, k, v, ridge_lambda=ridge, solver="cg", cg_rtol=1e-6, cg_max_iters=200),
+    )
+    for name, want, theirs, ours, by_cg in zip(("q", "k", "v", "lambda"), exact, dense, direct, iterated, strict=True):
+        assert relative(ours, want) <= 2 * relative(theirs, want), name
+        assert relative(by_cg, want) <= 2 * relative(theirs, want) + 1e-5, name
 
 
 def test_default_settings_reach_a_thousandth_in_float32() -> None:
@@ -565,3 +593,20 @@ def test_wrong_arguments_are_errors() -> None:
         lla_decode(q[:, :1], k, v, torch.tensor([8, 8]), rho_init=torch.randn(2, 1, 4, 5))
     with pytest.raises(RuntimeError, match="r has shape"):
         parallax(q, q[..., :3], k, v)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    counts=st.lists(st.tuples(st.integers(0, 200), st.integers(0, 200)), min_size=1, max_size=5),
+    kv_heads=st.integers(1, 3),
+    group=st.sampled_from([1, 2, 7, 60]),
+)
+def test_the_plan_covers_every_query_and_key_once(counts: list[tuple[int, int]], kv_heads: int, group: int) -> None:
+    queries, keys = ([pair[i] for pair in counts] for i in (0, 1))
+    plan = _host.local_linear_attention_plan(queries, keys, kv_heads * group, kv_heads)
+    for items, sizes in ((plan["blocks"], queries), (plan["key_items"], keys)):
+        covered = sorted((origin + first + i, head) for origin, head, first, size in items for i in range(size))
+        assert covered == [(row, head) for row in range(sum(sizes)) for head in range(kv_heads)]
+    assert all(0 < size <= max(BLOCK // group, 1) for *_, size in plan["blocks"])
+    assert all(first % TILE == 0 and 0 < size <= TILE for *_, first, size in plan["key_items"])
+    assert f"{len(plan['blocks'])} blocks" in plan["text"]

@@ -18,6 +18,7 @@ from tilewright.data.bytes import byte_text, held_out_windows
 from tilewright.train import Parallel, TrainConfig, Trainer, mean_loss
 from tilewright.train.sequence_parallel import MIXERS
 
+pytestmark = pytest.mark.slow
 KINDS = tuple(parallel_worker.KINDS)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import itertools
 import json
+import re
 
 import pytest
 import torch
@@ -272,3 +273,16 @@ def test_a_checkpoint_is_complete_or_the_former_one(tmp_path, monkeypatch):
         everything(TinyModel(), tmp_path, steps=9).run(resume=True)
     assert (tmp_path / CHECKPOINT).read_bytes() == before
     assert sorted(p.name for p in tmp_path.iterdir()) == [CHECKPOINT, LOG]
+
+
+def test_a_bar_counts_the_steps_of_the_whole_run(tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes the captured stream for a terminal
+    monkeypatch.setenv("COLUMNS", "120")
+    config = {"schedule": "constant", "keep_best": False, "evaluate_every": 2}
+    everything(TinyModel(), tmp_path, steps=2, **config).run()
+    trainer = everything(TinyModel(), tmp_path, steps=4, **config)
+    trainer.show = True
+    losses = trainer.run(resume=True).losses
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", capsys.readouterr().err)
+    assert f"training, loss {losses[-1]:.4f}" in shown
+    assert "4/4" in shown

@@ -41,11 +41,12 @@ enum class Before {
 // A kLower is zero above its diagonal, and what lies there is not multiplied.
 enum class Shape { kFull, kLower };
 
-// What is added, where it is not C itself: rows as far apart as those of C.
+// What is added, where it is not C itself.
 template <class T>
 struct Added {
   const T* row_scale = nullptr;
-  const T* before = nullptr;   // null: C
+  const T* before = nullptr;  // null: C
+  int64_t stride = 0;         // between rows of before
 };
 
 template <class T>
@@ -74,7 +75,7 @@ void multiply_block(Left<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64
       if constexpr (kBefore == Before::kNothing) {
         sum[i][j] = S::zero();
       } else {
-        sum[i][j] = S::load(added.before + i * ldc + j * S::kLanes);
+        sum[i][j] = S::load(added.before + i * added.stride + j * S::kLanes);
         if constexpr (kBefore == Before::kScale) sum[i][j] = S::mul(sum[i][j], S::set1(added.row_scale[i]));
       }
     }
@@ -102,7 +103,7 @@ void multiply_panel(Left<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64
       const int64_t used = kShape == Shape::kLower && i + kRows < depth ? i + kRows : depth;
       multiply_block<T, kRows, kVectors, kBefore>({a.data + i * a.row_stride, a.row_stride, a.column_stride}, b, ldb,
                                                   c + i * ldc, ldc, used,
-                                                  {added.row_scale + i, added.before + i * ldc});
+                                                  {added.row_scale + i, added.before + i * added.stride, added.stride});
     }
   };
   block.template operator()<kTall>();
@@ -117,11 +118,13 @@ void multiply(Left<T> a, const T* b, int64_t ldb, T* c, int64_t ldc, int64_t m, 
               Added<T> added = {}) {
   constexpr int64_t kLanes = Simd<T>::kLanes;
   const T* before = added.before == nullptr ? c : added.before;
+  const int64_t stride = added.before == nullptr ? ldc : added.stride;
   int64_t j = 0;
   for (; j + 2 * kLanes <= n; j += 2 * kLanes) {
-    multiply_panel<T, 2, kBefore, kShape>(a, b + j, ldb, c + j, ldc, m, depth, {added.row_scale, before + j});
+    multiply_panel<T, 2, kBefore, kShape>(a, b + j, ldb, c + j, ldc, m, depth, {added.row_scale, before + j, stride});
   }
-  if (j < n) multiply_panel<T, 1, kBefore, kShape>(a, b + j, ldb, c + j, ldc, m, depth, {added.row_scale, before + j});
+  if (j < n)
+    multiply_panel<T, 1, kBefore, kShape>(a, b + j, ldb, c + j, ldc, m, depth, {added.row_scale, before + j, stride});
 }
 
 // to [n, m] = from [m, n]^T, both with rows of adjacent elements.

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tilewright.linearize.checkpoint import LinearizedModel
 from tilewright.linearize.conversion import converted_layers, linearization
 from tilewright.models import LanguageModel, LlamaConfig
 from tilewright.models.language_model import Weight, check_weights
@@ -21,8 +22,6 @@ from tilewright.models.mixers import HeadFunction, HeadMap, LinearMixer, Window
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from tilewright.linearize.checkpoint import LinearizedModel
 
 Described = tuple[LinearMixer, dict[str, Tensor]]
 _ACTIVATIONS: dict[str, HeadFunction] = {
@@ -49,10 +48,8 @@ def to_language_model(model: PreTrainedModel | LinearizedModel) -> LanguageModel
         NoNativeForm: it is, in a way that the engine has no kernels for; the message says which.
         CheckpointError: an architecture that the engine does not run.
     """
-    source, tokenizer_factory = "", None
-    if hasattr(model, "linearization"):
-        source, tokenizer_factory = model.source, model.tokenizer_factory
-        model = model.model
+    loaded = model if isinstance(model, LinearizedModel) else LinearizedModel(model)
+    model = loaded.model
     done = linearization(model)
     if done is None:
         raise ValueError(f"{type(model).__name__} is not linearized; tilewright.models.load() gives others")
@@ -71,8 +68,12 @@ def to_language_model(model: PreTrainedModel | LinearizedModel) -> LanguageModel
     if config.tie_word_embeddings:
         weights.pop("lm_head.weight", None)
     own = {name for mixer in mixers.values() for name in mixer.tensors}
-    check_weights(config, {name: weight for name, weight in weights.items() if name not in own}, source or "model")
-    return LanguageModel(config, weights, source=source, tokenizer_factory=tokenizer_factory, mixers=mixers)
+    check_weights(
+        config, {name: weight for name, weight in weights.items() if name not in own}, loaded.source or "model"
+    )
+    return LanguageModel(
+        config, weights, source=loaded.source, tokenizer_factory=loaded.tokenizer_factory, mixers=mixers
+    )
 
 
 def _renamed(mixer: LinearMixer, prefix: str) -> LinearMixer:
@@ -129,25 +130,25 @@ def _hedgehog(attention: Any) -> Described:
     config, features = attention.hedgehog, attention.features
     if config.feature_map == "performer":
         raise NoNativeForm("feature_map 'performer' has no native form; 'hedgehog', 'elu' and 'relu' have")
-    heads = attention.num_heads if config.key_maps == "query_heads" else attention.num_key_value_heads
-    tensors: dict[str, Tensor] = {}
-    maps = []
-    for name, count in (("phi_q", attention.num_heads), ("phi_k", heads)):
-        if config.feature_map != "hedgehog":
-            maps.append(HeadMap(config.feature_map, heads=count))
-            continue
-        names = {}
-        for part in ("weight", "bias"):
-            if getattr(getattr(features, name), part) is not None:
-                names[part] = f"features.{name}.{part}"
-                tensors[names[part]] = getattr(getattr(features, name), part)
-        cap = _EXP_CAP if config.activation == "exp" else 0.0
-        maps.append(HeadMap(_ACTIVATIONS[config.activation], heads=count, cap=cap, **names))
+    key_heads = attention.num_heads if config.key_maps == "query_heads" else attention.num_key_value_heads
+    query, tensors = _feature_map(config, "phi_q", features.phi_q, attention.num_heads)
+    key, more = _feature_map(config, "phi_k", features.phi_k, key_heads)
+    tensors |= more
     window = None
     if config.window_size is not None:
         tensors["features.mix"] = features.mix.float()
         window = Window(config.window_size, mix="features.mix")
-    return LinearMixer(*maps, after_rotation=True, normalize=True, eps=_EPS, window=window), tensors
+    return LinearMixer(query, key, after_rotation=True, normalize=True, eps=_EPS, window=window), tensors
+
+
+def _feature_map(config: Any, name: str, module: Any, heads: int) -> tuple[HeadMap, dict[str, Tensor]]:
+    if config.feature_map != "hedgehog":
+        return HeadMap(config.feature_map, heads=heads), {}
+    prefix = f"features.{name}."
+    tensors = {prefix + part: tensor for part, tensor in module.named_parameters()}
+    bias = prefix + "bias" if module.bias is not None else None
+    cap = _EXP_CAP if config.activation == "exp" else 0.0
+    return HeadMap(_ACTIVATIONS[config.activation], prefix + "weight", bias, heads, cap=cap), tensors
 
 
 _DESCRIBE: dict[str, Callable[[Any], Described]] = {"liger": _liger, "hedgehog": _hedgehog}

@@ -6,16 +6,23 @@ A query sees itself and the window - 1 positions before it. Libraries differ by 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-if TYPE_CHECKING:
-    from tilewright.linearize.cache import StateLayer
-
 _NAMES = ("window_keys", "window_values", "window_real")
+
+
+class State(Protocol):
+    """What earlier positions left in a layer, by name (:class:`tilewright.linearize.cache.StateLayer`)."""
+
+    def get(self, name: str) -> Tensor | None:
+        """A tensor with the batch first, or None before it is put."""
+
+    def put(self, tokens: int, **tensors: Tensor) -> None:
+        """Exchange tensors after ``tokens`` more positions."""
 
 
 def window_attention(
@@ -83,7 +90,7 @@ def _blocks(q: Tensor, k: Tensor, v: Tensor, real: Tensor | None, block: int, wi
 
 
 def remember(
-    state: StateLayer | None, k: Tensor, v: Tensor, real: Tensor | None, window: int
+    state: State | None, k: Tensor, v: Tensor, real: Tensor | None, window: int
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Keys and values of the window before this call and of this call; the state then holds the last window - 1.
 

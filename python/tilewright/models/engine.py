@@ -135,6 +135,15 @@ class Engine:
         """
         ops.engine_truncate_(self._state, torch.tensor(list(lengths), dtype=torch.int64))
 
+    def what_can_be_kept(self, lengths: Sequence[int]) -> list[int]:
+        """Of ``lengths[s]`` first tokens of each sequence, those that :meth:`truncate` can keep.
+
+        A recurrent state is of use for all of its tokens or for none.
+        """
+        if not self.image.recurrent_layers:
+            return list(lengths)
+        return [wanted if wanted == held else 0 for wanted, held in zip(lengths, self.lengths, strict=True)]
+
     def snapshot(self) -> EngineSnapshot:
         """A copy of what all sequences hold, to go back to: for a recurrent model the only way, and a cheap one."""
         return EngineSnapshot(self._state.clone(), tuple(tuple(held) for held in self._held))
@@ -314,9 +323,8 @@ class Engine:
         kept = []
         for ids, had, length in zip(prompts, self._held, self.lengths, strict=True):
             most = min(len(ids) - 1, len(had), length)
-            shared = next((i for i in range(most) if ids[i] != had[i]), max(most, 0))
-            # A recurrent state is of use for all of its tokens or for none.
-            kept.append(0 if self.image.recurrent_layers and shared != length else shared)
+            kept.append(next((i for i in range(most) if ids[i] != had[i]), max(most, 0)))
+        kept = self.what_can_be_kept(kept)
         self.truncate(kept)
         return kept
 

@@ -23,7 +23,8 @@ class EngineCache(Cache):
     """The memory of one :class:`Engine` as a transformers cache.
 
     It counts padded positions, as transformers does; the engine holds the real tokens only. Rows are
-    reordered (beam search) by keeping what old and new row share and computing the rest again.
+    reordered (beam search) by keeping what old and new row share and computing the rest again: all of it in a
+    linearized model, whose states cannot be cut back.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -52,11 +53,7 @@ class EngineCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Make row i hold what row beam_idx[i] held."""
-        wanted = [self.held[i] for i in beam_idx.tolist()]
-        kept = [_common(had, new) for had, new in zip(self.held, wanted, strict=True)]
-        self.engine.truncate(kept)
-        self._append([new[had:] for new, had in zip(wanted, kept, strict=True)])
-        self.held = [list(new) for new in wanted]
+        self._become([list(self.held[i]) for i in beam_idx.tolist()])
 
     def crop(self, tokens_to_remove: int) -> None:
         """Take back the last ``-tokens_to_remove`` positions (all of them tokens, no padding)."""
@@ -67,9 +64,17 @@ class EngineCache(Cache):
             raise ValueError(
                 f"EngineCache.crop: {count} tokens to remove, the shortest row holds {min(map(len, self.held))}"
             )
-        self.held = [row[: len(row) - count] for row in self.held]
-        self.engine.truncate([len(row) for row in self.held])
+        self._become([row[: len(row) - count] for row in self.held])
         self.seen -= count
+
+    def _become(self, wanted: list[list[int]]) -> None:
+        shared = [_common(had, new) for had, new in zip(self.held, wanted, strict=True)]
+        kept = self.engine.what_can_be_kept(shared)
+        self.engine.truncate(kept)
+        rest = [new[had:] for new, had in zip(wanted, kept, strict=True)]
+        if any(rest):
+            self._append(rest)
+        self.held = wanted
 
     def extend(self, rows: list[list[int]], positions: int) -> Tensor:
         """Append one list of tokens to each row; logits [batch, vocabulary] behind the last of each."""

@@ -99,7 +99,8 @@ class Chunk {
 
   // after [K, columns] = what is left of before, plus the chunk's writes u [rows, columns].
   void update_state(const T* u, const T* before, T* after, int64_t ldv, int64_t columns) const {
-    multiply<kStateBefore>(columns_of(out_, ldk_), u, ldv, after, ldv, key_size_, columns, rows_, {whole_, before});
+    multiply<kStateBefore>(columns_of(out_, ldk_), u, ldv, after, ldv, key_size_, columns, rows_,
+                           {whole_, before, ldv});
   }
 
   // v's rows of columns [first_column, first_column + width), zero up to `columns` and for missing tokens.
@@ -116,15 +117,21 @@ class Chunk {
     }
   }
 
-  // The delta rule's errors and writes: w = (I + A diag(beta))^-1 (v - into K state) in place of v, u = diag(beta) w,
-  // with A = K K^T as in keys_keys(). `read` holds K state.
-  void solve(const T* read, T* w, T* u, int64_t ldv, int64_t columns) const {
+  // The delta rule's errors and writes over columns [first_column, first_column + width) of v:
+  // w = (I + A diag(beta))^-1 (v - into K state), u = diag(beta) w, with A = K K^T as in keys_keys(). `read` holds K state.
+  void solve(const T* read, int64_t first_column, int64_t width, T* w, T* u, int64_t ldv, int64_t columns) const {
     for (int64_t i = 0; i < rows_; ++i) {
+      T* row = w + i * ldv;
+      if (i >= tokens_) {
+        std::fill(row, row + columns, T{0});
+        continue;
+      }
+      const T* v = p_.v.row(b_, first_ + i, head_) + first_column;
       const V into = S::set1(kDecay == Decay::kToken ? into_[i] : T{1});
-      for (int64_t c = i * ldv; c < i * ldv + columns; c += S::kLanes) {
-        V held = S::load(read + c);
+      for (int64_t c = 0; c < columns; c += S::kLanes) {
+        V held = S::load(read + i * ldv + c);
         if constexpr (kDecay == Decay::kToken) held = S::mul(into, held);
-        S::store(w + c, S::sub(S::load(w + c), held));
+        S::store(row + c, S::sub(S::load_first(v + c, width - c), held));
       }
     }
     for (int64_t i = 0; i < rows_; i += kSolve) {

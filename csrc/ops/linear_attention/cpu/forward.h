@@ -72,18 +72,27 @@ class Forward {
 
   void advance(int64_t head, T* state) {
     const int64_t rows = chunk_.rows();
-    chunk_.load_values(p_.v, first_column_, width_, C::kDelta ? errors_ : u_, ldv_, columns_);
     // Queries and keys meet the state together: it is read once.
     multiply<Before::kNothing>(rows_of(chunk_.in(), chunk_.ldk()), state, ldv_, read_, ldv_, C::kStack * rows, columns_,
                                p_.key_size);
     if constexpr (C::kDelta) {
-      chunk_.solve(read_ + rows * ldv_, errors_, u_, ldv_, columns_);
+      chunk_.solve(read_ + rows * ldv_, first_column_, width_, errors_, u_, ldv_, columns_);
       if (p_.errors.data != nullptr) store_rows(errors_, head, p_.errors);
+    } else {
+      chunk_.load_values(p_.v, first_column_, width_, u_, ldv_, columns_);
     }
-    multiply<C::kReadBefore, Shape::kLower>(rows_of(chunk_.queries_keys(), chunk_.ldp()), u_, ldv_, read_, ldv_, rows,
-                                            columns_, rows, {.row_scale = chunk_.into()});
-    store_rows(read_, head, p_.out);
+    write_out(head);
     chunk_.update_state(u_, state, state, ldv_, columns_);
+  }
+
+  // Straight to the output where its rows hold whole vectors.
+  void write_out(int64_t head) {
+    const bool whole = width_ == columns_;
+    T* to = whole ? p_.out.row(chunk_.batch(), chunk_.first(), head) + first_column_ : read_;
+    multiply<C::kReadBefore, Shape::kLower>(rows_of(chunk_.queries_keys(), chunk_.ldp()), u_, ldv_, to,
+                                            whole ? p_.out.token : ldv_, chunk_.tokens(), columns_, chunk_.rows(),
+                                            {chunk_.into(), read_, ldv_});
+    if (!whole) store_rows(read_, head, p_.out);
   }
 
   void store_rows(const T* from, int64_t head, const Rows<T>& to) const {

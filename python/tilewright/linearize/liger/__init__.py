@@ -22,8 +22,11 @@ METHOD = Method(
     finetune,
 )
 
+MIXERS = {"liger": "tilewright.linearize.liger.layer:LigerLinearAttention"}
+
 __all__ = [
     "METHOD",
+    "MIXERS",
     "LigerAttention",
     "LigerConfig",
     "LigerRecipe",

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from tilewright.linearize.liger._claim_model import Bench
 
 PROMPT, NEW = 200, 32
+BEGINNING = "The people of the United States"
 ROUNDS = 40
 LENGTHS = (128, 512, 1024, 2048, 4096)
 
@@ -63,11 +65,15 @@ def _error(got: Tensor, want: Tensor) -> float:
 
 
 def reuse_rows(experiment: Experiment, bench: Bench) -> Iterator[Row]:
-    """Item 3: the softmax branch alone with a window over everything is the base model."""
+    """Item 3: the softmax branch alone with a window over everything is the base model; in float64 (the norms
+    of transformers round to float32 all the same), where the order of sums cannot hide a difference."""
     experiment.say("the softmax branch alone")
-    model = convert_to_liger(bench.base, alpha=0.0, beta=1.0, window_size=PROMPT)
-    ids = bench.text[:PROMPT]
-    change = _error(Runner(model, PROMPT).logits(ids), Runner(bench.base, PROMPT).logits(ids))
+    model = copy.deepcopy(bench.base).double()
+    ids = bench.text[None, : PROMPT // 2]
+    with torch.no_grad():
+        want = model(ids).logits
+        model = convert_to_liger(model, alpha=0.0, beta=1.0, window_size=PROMPT, inplace=True)
+        change = _error(model(ids).logits, want)
     yield at_most("alpha 0, beta 1, window over the text: largest change of a logit of the base model", change, 1e-4)
 
 
@@ -83,6 +89,11 @@ def decode_rows(experiment: Experiment, bench: Bench, tuned: PreTrainedModel) ->
     names = " / ".join(found)
     yield at_most(f"{names}: largest change of a logit, decoded or not", max(e for e, _ in found.values()), 1e-3)
     yield at_least(f"{names}: equal greedy tokens of {NEW}", min(n for _, n in found.values()), NEW)
+    tokenizer = bench.loaded.tokenizer
+    runner = Runner(whole["gla, tuned"], PROMPT)
+    new = list(runner.generate(tokenizer(BEGINNING)["input_ids"], max_new_tokens=20))
+    text = " ".join(str(tokenizer.decode(new, skip_special_tokens=True)).split())
+    yield Row(f"how the tuned model continues {BEGINNING!r}", "", text, "reported", True)
 
 
 def _decode_error(model: PreTrainedModel, ids: list[int]) -> tuple[float, int]:

@@ -14,7 +14,7 @@ from tilewright.linearize.attention import ConvertedAttention, base_attention, r
 from tilewright.linearize.conversion import convert
 from tilewright.linearize.liger.config import LigerConfig, LigerRecipe
 from tilewright.linearize.liger.recurrence import features, recurrent_branch
-from tilewright.linearize.window import remember, window_attention
+from tilewright.linearize.window import State, remember, window_attention
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -35,7 +35,7 @@ def liger_attention(
     sin: Tensor,
     config: LigerConfig | None = None,
     real: Tensor | None = None,
-    state: StateLayer | None = None,
+    state: State | None = None,
     mode: str = "chunk",
     **settings: Any,
 ) -> Tensor:

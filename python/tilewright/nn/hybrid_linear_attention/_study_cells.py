@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tilewright.data.bytes import VOCABULARY, ByteWindows, byte_text, held_out_windows
-from tilewright.data.recall import IGNORE, Batch, Stream, mix, multi_query_recall, recall_at_distance
+from tilewright.data.recall import BLANK, IGNORE, Batch, Stream, mix, multi_query_recall
 from tilewright.nn.hybrid_linear_attention.layout import Placement
 
 Task = Literal["mqar", "kv", "lm"]
@@ -23,6 +23,7 @@ FULL = "full"
 SOFTMAX = "softmax"
 EVALUATION_SEED = 1 << 20
 BINS = 8
+VALUES = 8
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class Setting:
     """What all cells of a study share.
 
     Args:
-        task: "mqar" (multi-query recall), "kv" (each query at one distance from its key) or "lm" (bytes of text).
+        task: "mqar" (multi-query recall, a token for each key and value), "kv" (recall of pairs of one token, see
+            :func:`key_value_recall`) or "lm" (bytes of text).
         num_layers, hidden_size, num_heads: of the stack.
         steps, batch, length: of the training, in tokens of `length` times `batch` a step.
         pairs, vocabulary: of the recall tasks.
@@ -161,12 +163,38 @@ def execute(setting: Setting, cell: Cell) -> dict[str, Any]:
     }
 
 
+def key_value_recall(
+    batch: int, seed: int, *, length: int = 64, pairs: int = 24, vocabulary: int = 297, values: int = VALUES
+) -> Batch:
+    """Recall without binding: one token holds a key and its value, so that no layer must join neighbours first.
+
+    With n keys, n = (vocabulary - 1 - values) / (1 + values): token 0 is blank, 1 .. n ask for a key, the next n *
+    values are the pairs, the last `values` are the answers. First ``pairs`` pairs of distinct keys, then each key is
+    asked once, at random positions; labels as in ``tilewright.data.recall``.
+
+    Raises `ValueError` when the keys do not fit the vocabulary or the tokens do not fit ``length``.
+    """
+    keys = (vocabulary - 1 - values) // (1 + values)
+    if not 1 <= pairs <= keys or 2 * pairs > length:
+        raise ValueError(
+            f"pairs={pairs}: {max(keys, 0)} keys fit vocabulary={vocabulary}, and {length // 2} pairs with their queries "
+            f"fit length={length}"
+        )
+    random = torch.Generator().manual_seed(seed)
+    key = torch.rand(batch, keys, generator=random).argsort(1)[:, :pairs]
+    value = torch.randint(values, (batch, pairs), generator=random)
+    inputs, labels = torch.full((batch, length), BLANK), torch.full((batch, length), IGNORE)
+    inputs[:, :pairs] = 1 + keys + key * values + value
+    asked = torch.rand(batch, pairs, generator=random).argsort(1)
+    places = pairs + torch.rand(batch, length - pairs, generator=random).argsort(1)[:, :pairs]
+    inputs.scatter_(1, places, 1 + key.gather(1, asked))
+    labels.scatter_(1, places, 1 + keys * (1 + values) + value.gather(1, asked))
+    return inputs, labels
+
+
 def _recall(setting: Setting, batch: int, seed: int) -> Stream:
     sizes: dict[str, Any] = {"length": setting.length, "pairs": setting.pairs, "vocabulary": setting.vocabulary}
-    if setting.task == "mqar":
-        return Stream(multi_query_recall, batch, seed, sizes)
-    furthest = setting.length - 1 - 2 * (setting.pairs - 1)
-    return Stream(recall_at_distance, batch, seed, {**sizes, "distance": (2 * setting.pairs, furthest)})
+    return Stream(multi_query_recall if setting.task == "mqar" else key_value_recall, batch, seed, sizes)
 
 
 @lru_cache(maxsize=4)
@@ -195,11 +223,19 @@ def _measure(setting: Setting, model: nn.Module) -> dict[str, Any]:
         inputs, labels = stream(step)
         counted = labels != IGNORE
         hit = (logits_of(model, inputs).argmax(-1) == labels)[counted].float()
-        place = BINS * distances(inputs)[counted] // setting.length
+        place = BINS * distances(_keys(setting, inputs))[counted] // setting.length
         right.index_add_(0, place, hit)
         asked.index_add_(0, place, torch.ones_like(hit))
     shares = {int((i + 0.5) * setting.length / BINS): float(right[i] / asked[i]) for i in range(BINS) if asked[i] > 0}
     return {"score": float(right.sum() / asked.sum()), "by_distance": shares}
+
+
+def _keys(setting: Setting, inputs: Tensor) -> Tensor:
+    """Tokens by the key that they hold: a pair's token and its query's become one."""
+    if setting.task == "mqar":
+        return inputs
+    keys = (setting.vocabulary - 1 - VALUES) // (1 + VALUES)
+    return torch.where(inputs > keys, 1 + (inputs - 1 - keys) // VALUES, inputs)
 
 
 def distances(inputs: Tensor) -> Tensor:

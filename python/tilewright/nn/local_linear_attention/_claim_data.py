@@ -125,8 +125,8 @@ def piecewise_rows(experiment: Experiment) -> Iterator[Row]:
             chosen = min(tried, key=lambda g: tried[g])
             errors = torch.stack([squared_errors(predict(x, y, *chosen), y) for x, y in held])
             quarters[name] = torch.stack([last_quarters(e) for e in errors]).mean(0)
-            smooth = errors.mean(0)[: 32 * ((TOKENS - 1) // 32)].view(-1, 32).mean(-1)
-            record["curves"][name] = {"token": list(range(16, 32 * len(smooth), 32)), "mse": smooth.tolist()}
+            smooth = errors.mean(0)[31:].view(-1, 32).mean(-1)  # from token 32 on: the first error is that of token 1
+            record["curves"][name] = {"token": list(range(48, TOKENS, 32)), "mse": smooth.tolist()}
             record["chosen"][name] = list(chosen)
         record["last quarters"] = {name: values.tolist() for name, values in quarters.items()}
         found[str(size)] = record

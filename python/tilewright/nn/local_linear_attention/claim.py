@@ -33,22 +33,23 @@ def plot(values: dict[str, Any], figure: Figure) -> None:
     left.set_yscale("log")
     left.set_xlabel("token")
     left.set_ylabel("squared error, mean of 32 tokens")
-    left.set_title("segments of linear maps, d = 8")
-    left.legend()
+    left.set_title("segments of linear maps, d = 8", fontsize=9)
+    left.legend(fontsize=7)
     names = list(values["real"])
     for i, method in enumerate(("LLA", "kernel average", "running ridge")):
         heights = [values["real"][name][method]["mse"] for name in names]
         middle.bar([x + 0.27 * i for x in range(len(names))], heights, 0.27, label=method)
     middle.set_xticks([x + 0.27 for x in range(len(names))], names)
-    middle.set_title("running prediction, MSE")
+    middle.set_title("running prediction, MSE", fontsize=9)
+    middle.set_ylim(0, 0.75)
     middle.legend(fontsize=7)
     for name, found in values["memory"].items():
         right.plot(found["tokens"], [b / 2**20 for b in found["bytes"]], marker="o", label=name)
     right.set_xscale("log", base=2)
     right.set_yscale("log", base=2)
     right.set_xlabel("tokens")
-    right.set_title("peak extra memory, MiB")
-    right.legend(fontsize=7)
+    right.set_title("peak memory, MiB", fontsize=9)
+    right.legend(fontsize=7, loc="lower right")
 
 
 CLAIM = Claim(

@@ -38,6 +38,7 @@ class Task:
     width: int
     head_dim: int
     heads: int
+    expand_v: float
     single_expand_v: float
     batch: int
     steps: int
@@ -45,13 +46,14 @@ class Task:
     stages: tuple[int, ...] = ()
     pairs: int = 0
     length: int = 0
+    single_kv_proj: bool = False
 
 
 # Six stages of growing numbers of pairs; the last three tenths of the steps have them all.
-RECALL = Task(128, 64, 16, 1, 5.0, 32, 500, (3e-3, 5e-3, 1e-2), (8, 8, 8, 16, 32, 48), pairs=48)
+RECALL = Task(128, 64, 16, 1, 1.0, 5.0, 32, 500, (3e-3, 5e-3, 1e-2), (8, 8, 8, 16, 32, 48), pairs=48)
 QUICK_RECALL = replace(RECALL, vocabulary=48, width=32, head_dim=4, batch=32, steps=300, stages=(4, 4, 8, 12), pairs=12)
 # One memory with V = 5/2 K has at least the active parameters of two routed ones and a shared one.
-LANGUAGE = Task(VOCABULARY, 64, 16, 2, 2.5, 16, 300, (3e-3, 5e-3, 1e-2), length=256)
+LANGUAGE = Task(VOCABULARY, 64, 16, 2, 1.0, 2.5, 16, 300, (3e-3, 5e-3, 1e-2), length=256)
 QUICK_LANGUAGE = replace(LANGUAGE, batch=8, steps=40, rates=(1e-2,), length=128)
 
 
@@ -80,12 +82,9 @@ def build(job: Job) -> HybridForCausalLM:
         "use_cache": False,
     }
     if job.mixture:
-        layer: dict[str, Any] = {
-            "head_dim": task.head_dim,
-            "num_memories": MEMORIES,
-            "topk": TOPK,
-            "aux_loss_scale": job.balance,
-        }
+        layer: dict[str, Any] = {"head_dim": task.head_dim, "expand_v": task.expand_v}
+        layer["single_kv_proj"] = task.single_kv_proj
+        layer |= {"num_memories": MEMORIES, "topk": TOPK, "aux_loss_scale": job.balance}
         model: HybridForCausalLM = MomForCausalLM(MomConfig(**sizes, **layer))
     else:
         layer = {"head_dim": task.head_dim, "expand_v": task.single_expand_v}
