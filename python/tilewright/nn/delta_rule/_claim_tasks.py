@@ -25,7 +25,7 @@ from tilewright.nn.mixer import Sequences, convolve
 WIDTH, LAYERS, HEADS = 64, 2, 4
 RATES = (2e-3, 5e-3, 1e-2)
 SEEDS = 3
-QUICK = ("rewritten",)
+QUICK, QUICK_STEPS = ("parity",), 150
 EVALUATION_SEED = 1 << 20
 
 
@@ -218,6 +218,8 @@ def learning_rows(experiment: Experiment) -> Iterator[Row]:
     experiment.say(f"training: {', '.join(chosen)}")
     rates = RATES[1:2] if experiment.quick else RATES
     runs = {(task, name): some for task, c in chosen.items() for name, some in c.runs(rates).items()}
+    if experiment.quick:
+        runs = {name: [replace(run, steps=QUICK_STEPS) for run in some] for name, some in runs.items()}
     found = tuned(runs, seeds, workers=1 if experiment.quick else cores())
     experiment.values["learning"] = {f"{task}: {name}": outcomes for (task, name), outcomes in found.items()}
     for task, contest in chosen.items():
