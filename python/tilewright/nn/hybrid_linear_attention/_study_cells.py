@@ -23,7 +23,8 @@ FULL = "full"
 SOFTMAX = "softmax"
 EVALUATION_SEED = 1 << 20
 BINS = 8
-VALUES = 8
+VALUES = 4
+FEWEST = 2
 
 
 @dataclass(frozen=True)
@@ -164,37 +165,48 @@ def execute(setting: Setting, cell: Cell) -> dict[str, Any]:
 
 
 def key_value_recall(
-    batch: int, seed: int, *, length: int = 64, pairs: int = 24, vocabulary: int = 297, values: int = VALUES
+    batch: int, seed: int, *, length: int = 64, pairs: int = 24, vocabulary: int = 125, fewest: int | None = None
 ) -> Batch:
     """Recall without binding: one token holds a key and its value, so that no layer must join neighbours first.
 
-    With n keys, n = (vocabulary - 1 - values) / (1 + values): token 0 is blank, 1 .. n ask for a key, the next n *
-    values are the pairs, the last `values` are the answers. First ``pairs`` pairs of distinct keys, then each key is
-    asked once, at random positions; labels as in ``tilewright.data.recall``.
+    With n = (vocabulary - 5) / 5 keys and four values: token 0 is blank, 1 .. n ask for a key, the next 4 n are the
+    pairs, the last four are the answers. First ``pairs`` pairs of distinct keys, then each key is asked once, at random
+    positions; labels as in ``tilewright.data.recall``.
+
+    fewest: each batch has so many pairs at least and ``pairs`` at most, drawn from its seed; None: always ``pairs``.
+    Among many pairs the right one hardly shows in the first gradients, so that training starts on batches of few.
 
     Raises `ValueError` when the keys do not fit the vocabulary or the tokens do not fit ``length``.
     """
-    keys = (vocabulary - 1 - values) // (1 + values)
+    keys = _keys_of(vocabulary)
     if not 1 <= pairs <= keys or 2 * pairs > length:
         raise ValueError(
-            f"pairs={pairs}: {max(keys, 0)} keys fit vocabulary={vocabulary}, and {length // 2} pairs with their queries "
-            f"fit length={length}"
+            f"pairs={pairs}: {max(keys, 0)} keys fit vocabulary={vocabulary}, and {length // 2} pairs with their "
+            f"queries fit length={length}"
         )
     random = torch.Generator().manual_seed(seed)
+    if fewest is not None:
+        pairs = int(torch.randint(min(fewest, pairs), pairs + 1, (), generator=random))
     key = torch.rand(batch, keys, generator=random).argsort(1)[:, :pairs]
-    value = torch.randint(values, (batch, pairs), generator=random)
+    value = torch.randint(VALUES, (batch, pairs), generator=random)
     inputs, labels = torch.full((batch, length), BLANK), torch.full((batch, length), IGNORE)
-    inputs[:, :pairs] = 1 + keys + key * values + value
+    inputs[:, :pairs] = 1 + keys + key * VALUES + value
     asked = torch.rand(batch, pairs, generator=random).argsort(1)
     places = pairs + torch.rand(batch, length - pairs, generator=random).argsort(1)[:, :pairs]
     inputs.scatter_(1, places, 1 + key.gather(1, asked))
-    labels.scatter_(1, places, 1 + keys * (1 + values) + value.gather(1, asked))
+    labels.scatter_(1, places, 1 + keys * (1 + VALUES) + value.gather(1, asked))
     return inputs, labels
 
 
-def _recall(setting: Setting, batch: int, seed: int) -> Stream:
+def _keys_of(vocabulary: int) -> int:
+    return (vocabulary - 1 - VALUES) // (1 + VALUES)
+
+
+def _recall(setting: Setting, batch: int, seed: int, fewest: int | None = None) -> Stream:
     sizes: dict[str, Any] = {"length": setting.length, "pairs": setting.pairs, "vocabulary": setting.vocabulary}
-    return Stream(multi_query_recall if setting.task == "mqar" else key_value_recall, batch, seed, sizes)
+    if setting.task == "mqar":
+        return Stream(multi_query_recall, batch, seed, sizes)
+    return Stream(key_value_recall, batch, seed, {**sizes, "fewest": fewest})
 
 
 @lru_cache(maxsize=4)
@@ -205,7 +217,7 @@ def _text(name: str, part: str) -> Tensor:
 def _batches(setting: Setting, seed: int) -> Callable[[int], Batch]:
     if setting.task == "lm":
         return ByteWindows(_text(setting.text, "calibration"), setting.batch, setting.length, seed)
-    return _recall(setting, setting.batch, seed)
+    return _recall(setting, setting.batch, seed, FEWEST)
 
 
 @torch.no_grad()
@@ -234,7 +246,7 @@ def _keys(setting: Setting, inputs: Tensor) -> Tensor:
     """Tokens by the key that they hold: a pair's token and its query's become one."""
     if setting.task == "mqar":
         return inputs
-    keys = (setting.vocabulary - 1 - VALUES) // (1 + VALUES)
+    keys = _keys_of(setting.vocabulary)
     return torch.where(inputs > keys, 1 + (inputs - 1 - keys) // VALUES, inputs)
 
 
