@@ -197,7 +197,7 @@ CONTESTS = {
     ),
     "rewritten": Contest(Run("rewritten", {}, 64, "", 0.0, 0, 500), "DeltaNet", "without erasing", 0.95, gap=0.2),
     "parity": Contest(
-        Run("parity", {"length": 64}, 2, "", 0.0, 0, 500, judged_from=32),
+        Run("parity", {"length": 64}, 2, "", 0.0, 0, 300, judged_from=32),
         "beta in (0, 2)",
         "beta in (0, 1)",
         0.98,
