@@ -107,14 +107,14 @@ def _decode_error(model: PreTrainedModel, ids: list[int]) -> tuple[float, int]:
     return _error(torch.stack(rows), full), [*same, False].index(False)
 
 
-def cause_rows(experiment: Experiment, bench: Bench) -> Iterator[Row]:
-    """Why the gate matters as it does here: where keys write, and how long that is kept."""
-    experiment.say("where keys write")
+def branch_sizes(bench: Bench, tokens: Tensor) -> tuple[dict[str, list[float]], list[float]]:
+    """By layer of the base model on a text [T]: root mean square of the recurrent branch over that of the values, for
+    each gate; and the share of a key's write that goes to the key's largest channel."""
     written: list[float] = []
     sizes: dict[str, list[float]] = {"key": [], "random": [], "none": []}
     body: Any = bench.base.model
     with torch.no_grad():
-        hidden = body.embed_tokens(bench.text[None, :256])
+        hidden = body.embed_tokens(tokens[None])
         angles = body.rotary_emb(hidden, torch.arange(hidden.shape[1])[None])
         for layer in body.layers:
             entering = layer.input_layernorm(hidden)
@@ -126,6 +126,20 @@ def cause_rows(experiment: Experiment, bench: Bench) -> Iterator[Row]:
                 found.append(float(y.square().mean().sqrt() / v.square().mean().sqrt()))
             written.append(float(k.softmax(-1).amax(-1).mean()))
             hidden = layer(hidden, attention_mask=None, position_embeddings=angles)
+    return sizes, written
+
+
+def largest_branches(bench: Bench, count: int) -> tuple[int, ...]:
+    """The converted layers whose recurrent branch is largest on training text."""
+    sizes, _ = branch_sizes(bench, bench.training[:256])
+    order = sorted(range(bench.scale.first, len(sizes["key"])), key=lambda index: -sizes["key"][index])
+    return tuple(sorted(order[:count]))
+
+
+def cause_rows(experiment: Experiment, bench: Bench) -> Iterator[Row]:
+    """Why the gate matters as it does here: where keys write, and how long that is kept."""
+    experiment.say("where keys write")
+    sizes, written = branch_sizes(bench, bench.text[:256])
     experiment.values["written to the largest channel"] = written
     experiment.values["size of the recurrent branch"] = sizes
     mean = sum(written) / len(written)
