@@ -36,7 +36,7 @@ HELD_OUT = 10_007
 class Task:
     """Model sizes, data and the length of a run.
 
-    expand_v, single_expand_v: V / K of the mixture and of one memory. stages: numbers of pairs a topic, growing with the
+    expand_v, single_expand_v: V / K of the mixture and of one memory. stages: pairs a topic, growing with the
     steps. pairs: a topic's, at the end. alphabet: tokens of a topic, the blank included.
     """
 
