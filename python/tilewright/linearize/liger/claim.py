@@ -68,7 +68,10 @@ def ablation(experiment: Experiment, bench: Bench) -> tuple[dict[str, float], li
     paper["learned feature maps"] = "9.04 / 2.96"
     bounds = {"random gate": 1.0, "no gate": 1 / 1.01, "no window": 1.1, "learned feature maps": 1.0}
     what = f"perplexity over that of Liger, {bench.scale.short} steps, smallest over seeds"
-    rows = [at_least(f"{name}: {what}", ratio[name], bounds[name], paper=paper[name]) for name in ABLATIONS]
+    rows = [
+        experiment.in_full(at_least(f"{name}: {what}", ratio[name], bounds[name], paper=paper[name]))
+        for name in ABLATIONS
+    ]
     rows.append(Row(f"normalized (an extension): {what}", "", ratio["normalized"], "reported", True))
     return rates, rows
 
