@@ -157,11 +157,11 @@ def layer_rows(experiment: Experiment, bench: Bench) -> Iterator[Row]:
             pairs = [learn(hedgehog_maps(activation), train, bench.map_steps, seed) for seed in some]
             scores[activation] = [score(pair, held_out) for pair in pairs]
         found[str(layer)] = scores
-        yield from _judged(layer, scores)
+        yield from _judged(experiment, layer, scores)
     experiment.values["layers"] = found
 
 
-def _judged(layer: int, scores: dict[str, Any]) -> Iterator[Row]:
+def _judged(experiment: Experiment, layer: int, scores: dict[str, Any]) -> Iterator[Row]:
     mine = scores["softmax_dim"]
     fixed = [scores["1+ELU"], scores["ReLU"], *scores["Performer"]]
     kl = max(s["kl"] for s in mine)
@@ -182,7 +182,7 @@ def _judged(layer: int, scores: dict[str, Any]) -> Iterator[Row]:
     gap = max(abs(s["entropy"] - teacher) for s in mine) / abs(scores["1+ELU"]["entropy"] - teacher)
     yield at_least(f"{name}: share of 1+ELU's entropy gap closed", 1 - gap, 0.7)
     spearman = min(s["spearman"] for s in mine)
-    yield at_least(f"{name}: Spearman correlation, distilled", spearman, 0.8)
+    yield experiment.in_full(at_least(f"{name}: Spearman correlation, distilled", spearman, 0.8))
     highest = max(s["spearman"] for s in fixed)
     yield Row(
         f"{name}: Spearman, distilled over fixed maps",
@@ -205,7 +205,8 @@ def temperature_rows(experiment: Experiment, windows: dict[int, list[QueriesKeys
     yield falling("exp features, W = t I: entropy at t = 1, 2, 4", entropies, paper="spikier with t")
     rises = falling("", [-c for c in correlations]).holds
     shown = " < ".join(f"{c:.4g}" for c in correlations)
-    yield Row("exp features, W = t I: Spearman at t = 1, 2, 4", "more monotone with t", shown, "strictly rising", rises)
+    title = "exp features, W = t I: Spearman at t = 1, 2, 4"
+    yield experiment.in_full(Row(title, "more monotone with t", shown, "strictly rising", rises))
 
 
 def conversion_rows(experiment: Experiment, bench: Bench) -> Iterator[Row]:
