@@ -29,7 +29,7 @@ def plot(values: dict[str, Any], figure: Figure) -> None:
     """Accuracy of recall by seed; loss of the byte model by position; time a token by length."""
     left, middle, right = figure.subplots(1, 3)
     place, ticks = 0, []
-    for task, found in values["recall"].items():
+    for task, found in values.get("recall", {}).items():
         for color, (name, seeds) in enumerate(found["accuracy"].items()):
             left.bar(place, sum(seeds) / len(seeds), color=f"C{color}", alpha=0.5)
             left.plot([place] * len(seeds), seeds, "o", color=f"C{color}")
