@@ -24,7 +24,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, entry_points, version
 from pathlib import Path
@@ -90,6 +90,11 @@ class Experiment:
     quick: bool = False
     values: dict[str, Any] = field(default_factory=dict)
     say: Callable[[str], None] = lambda _: None
+
+    def in_full(self, row: Row) -> Row:
+        """A row that only the full form judges: the short form trains too little for it, or runs beside other work and
+        measures a time. There it is reported."""
+        return replace(row, must="reported", holds=True) if self.quick else row
 
 
 @dataclass(frozen=True)

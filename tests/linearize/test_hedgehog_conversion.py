@@ -184,6 +184,33 @@ def test_recipe_distils_then_tunes():
     assert all(bool(after[name].mean() < before[name].mean()) for name in before)
 
 
+def test_an_interrupted_recipe_goes_on_behind_the_distillation(tmp_path, monkeypatch):
+    from tilewright.linearize.hedgehog import method
+
+    base, batches = tiny(), ByteWindows(tokens(400, batch=1)[0], 2, 16)
+    recipe = HedgehogRecipe(distill_steps=5, steps=3)
+    whole = convert_to_hedgehog(base)
+    train(whole, batches, recipe, progress=False)
+
+    def interrupted(*_args, **_options):
+        raise KeyboardInterrupt
+
+    model = convert_to_hedgehog(base)
+    with monkeypatch.context() as patch:
+        patch.setattr(method, "finetune_lora", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(model, batches, recipe, directory=tmp_path, progress=False)
+    model = convert_to_hedgehog(base)
+    with monkeypatch.context() as patch:
+        patch.setattr(method, "distill", interrupted)  # not needed any more
+        report = train(model, batches, recipe, directory=tmp_path, progress=False)
+        other = HedgehogRecipe(distill_steps=6, steps=3)
+        with pytest.raises(KeyboardInterrupt):  # other settings: not the maps that were kept
+            train(convert_to_hedgehog(base), batches, other, directory=tmp_path, progress=False)
+    assert report["distillation"]["steps"] == 5
+    assert torch.equal(logits(model, tokens()), logits(whole, tokens()))
+
+
 def test_teacher_refuses_a_cache():
     model = convert_to_hedgehog(tiny())
     with softmax_teacher(model), pytest.raises(ValueError, match="no state"):

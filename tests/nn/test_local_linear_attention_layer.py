@@ -175,3 +175,25 @@ def test_wrong_arguments_are_errors() -> None:
         make("plain")(torch.randn(2, 3, 5))
     with pytest.raises(ValueError, match="cu_seqlens came with a cache"):
         make("plain")(inputs(1, 4), cu_seqlens=torch.tensor([0, 4]), use_cache=True)
+
+
+def test_a_language_model_of_it_generates_the_same_with_and_without_cache() -> None:
+    from tilewright.nn import HybridConfig, HybridForCausalLM
+
+    torch.manual_seed(0)
+    config = HybridConfig(
+        vocab_size=40, hidden_size=24, num_hidden_layers=2, num_heads=2, mixer="local_linear_attention"
+    )
+    model = HybridForCausalLM(config).double().eval()
+    prompts = torch.randint(1, 40, (2, 7))
+    mask = torch.ones_like(prompts)
+    mask[1, :3] = 0
+    found = [
+        model.generate(
+            prompts, attention_mask=mask, max_new_tokens=6, do_sample=False, use_cache=cached, pad_token_id=0
+        )
+        for cached in (True, False)
+    ]
+    assert torch.equal(*found)
+    alone = model.generate(prompts[1:, 3:], max_new_tokens=6, do_sample=False, pad_token_id=0)
+    assert torch.equal(alone[0, 4:], found[0][1, 7:])

@@ -16,6 +16,8 @@ ENTRIES = (
     "tilewright.nn",
     "tilewright.data",
     "tilewright.models",
+    "tilewright.train",
+    "tilewright.adapt",
 )
 
 

@@ -10,11 +10,11 @@ converted model (:mod:`~tilewright.linearize.checkpoint`).
 
 from __future__ import annotations
 
-import difflib
 import importlib
-import pkgutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+from tilewright._methods import choose, discover
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -86,12 +86,7 @@ class Method:
 
 def methods() -> dict[str, Method]:
     """All methods by name."""
-    found = {}
-    for module in pkgutil.iter_modules(__path__):
-        if module.ispkg:
-            one: Method = importlib.import_module(f"{__name__}.{module.name}").METHOD
-            found[one.name] = one
-    return found
+    return discover(__name__, __path__)
 
 
 def method(name: str) -> Method:
@@ -100,12 +95,7 @@ def method(name: str) -> Method:
     Raises:
         ValueError: there is none; near and existing names are listed.
     """
-    known = methods()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=2)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
-        raise ValueError(f"linearization method {name!r} is not known; {hint}")
-    return known[name]
+    return choose(methods(), name, "linearization method")
 
 
 _LAZY = {

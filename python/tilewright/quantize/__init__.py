@@ -9,12 +9,11 @@ A method is a subpackage with an attribute ``METHOD`` (:class:`Method`); :func:`
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import pkgutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Protocol
+
+from tilewright._methods import choose, discover
 
 if TYPE_CHECKING:
     from tilewright.capture import Batch
@@ -41,12 +40,7 @@ class Method:
 
 def methods() -> dict[str, Method]:
     """All quantizers by name."""
-    found = {}
-    for module in pkgutil.iter_modules(__path__):
-        if module.ispkg:
-            one: Method = importlib.import_module(f"{__name__}.{module.name}").METHOD
-            found[one.name] = one
-    return found
+    return discover(__name__, __path__)
 
 
 def method(name: str) -> Method:
@@ -55,9 +49,4 @@ def method(name: str) -> Method:
     Raises:
         ValueError: there is none; near and existing names are listed.
     """
-    known = methods()
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=2)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
-        raise ValueError(f"quantization method {name!r} is not known; {hint}")
-    return known[name]
+    return choose(methods(), name, "quantization method")

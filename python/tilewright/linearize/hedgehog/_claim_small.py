@@ -189,21 +189,28 @@ def recall_rows(experiment: Experiment) -> Iterator[Row]:
     """Item 6: multi-query recall from scratch, each map at its best of three learning rates."""
     experiment.say("recall from scratch")
     task = {"length": 64, "pairs": 16, "vocabulary": 64}
-    steps, rates, seeds = (80, LEARNING_RATES[1:2], (0,)) if experiment.quick else (400, LEARNING_RATES, (0, 1))
+    steps: int = 400
+    rates: tuple[float, ...] = LEARNING_RATES
+    if experiment.quick:
+        task, steps, rates = {"length": 24, "pairs": 4, "vocabulary": 16}, 150, LEARNING_RATES[1:2]
     test = multi_query_recall(256, 12345, **task)
     best: dict[str, float] = {}
-    found: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, Any] = {}
     for name in ("softmax", "hedgehog", "elu"):
-        found[name] = {str(lr): [_recalled(name, lr, seed, steps, task, test) for seed in seeds] for lr in rates}
-        best[name] = max(sum(values) / len(values) for values in found[name].values())
+        tried = {lr: _recalled(name, lr, 0, steps, task, test) for lr in rates}
+        chosen = max(tried, key=lambda lr: tried[lr])
+        again = [] if experiment.quick else [_recalled(name, chosen, 1, steps, task, test)]
+        found[name] = {"by lr": {str(lr): value for lr, value in tried.items()}, "seed 1": again}
+        best[name] = (tried[chosen] + sum(again)) / (1 + len(again))
     experiment.values["recall"] = found
     yield Row("recall: accuracy of softmax attention (ceiling)", "", best["softmax"], "reported", True)
-    gain = best["hedgehog"] - best["elu"]
     if experiment.quick:
-        # too short a training to tell the maps apart; that it learns at all is what is seen here
-        yield at_least("recall: accuracy of Hedgehog after a short training, over guessing", best["hedgehog"] * 32, 1.0)
+        # Four pairs are easy for every map; guessing one of the 8 values gives 0.125.
+        yield at_least("recall of 4 pairs: accuracy of Hedgehog after a short training", best["hedgehog"], 0.5)
         return
-    yield at_least("recall: accuracy of Hedgehog minus 1+ELU at equal width", gain, 0.1, paper="closes the gap")
+    yield Row("recall: accuracy of Hedgehog", "", best["hedgehog"], "reported", True)
+    gain = best["hedgehog"] - best["elu"]
+    yield at_least("recall: accuracy of Hedgehog minus 1+ELU at equal width", gain, 0.1)
 
 
 def _recalled(name: str, lr: float, seed: int, steps: int, task: dict[str, int], test: Any) -> float:

@@ -39,7 +39,8 @@ def plot(values: dict[str, Any], figure: Figure) -> None:
         left.bar(spots, kls, 0.8 / len(names), label=name)
     left.set_xticks(range(len(layers)), [f"layer {name}" for name in layers])
     left.set_ylabel("KL from softmax, held out (nats)")
-    left.legend(fontsize="small")
+    left.set_ylim(top=1.5 * left.get_ylim()[1])
+    left.legend(fontsize="small", ncols=2, loc="upper left")
     perplexity = values["perplexity"]
     right.barh(list(perplexity), list(perplexity.values()))
     right.set_xscale("log")

@@ -73,7 +73,6 @@ def attention_distill_loss(
     heads, dtype = q.shape[2], torch.float64 if q.dtype == torch.float64 else torch.float32
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     q, k = q.detach(), k.detach()
-    features = [apply_feature_map(phi, x, heads) for phi, x in ((phi_q, q), (phi_k, k))]
     tq, tk = (repeat_heads(x, heads).to(dtype).transpose(1, 2) for x in (q, k))
     tiles = _Tiles(q.shape[1], block_size, causal, scale, attention_mask, window)
     if kind == "mse":
@@ -82,9 +81,10 @@ def attention_distill_loss(
         student = _student_output(q, k, v.detach().to(dtype), (phi_q, phi_k), tiles, mix)
         rows = (student.transpose(1, 2) - target).square().mean(-1)
     else:
-        mine = [masked_features(features[0], None), masked_features(features[1], attention_mask)]
+        fq = apply_feature_map(phi_q, q, heads).transpose(1, 2)
+        fk = masked_features(apply_feature_map(phi_k, k, heads), attention_mask).transpose(1, 2)
         share = torch.ones(heads, dtype=dtype, device=q.device) if mix is None else mix.to(dtype)
-        rows = _CrossEntropy.apply(tq, tk, *(x.transpose(1, 2) for x in mine), share, tiles, kind == "kl")
+        rows = _CrossEntropy.apply(tq, tk, fq, fk, share, tiles, kind == "kl")
     counted = tiles.counted_rows(q.shape[0], q.device)[:, None, :]
     per_head = torch.where(counted, rows, 0.0).sum((0, 2)) / counted.sum().clamp_min(1)
     return per_head if reduction == "heads" else per_head.mean()

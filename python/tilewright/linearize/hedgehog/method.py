@@ -3,19 +3,24 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from tilewright._files import atomic_write
 from tilewright.linearize.conversion import convert
 from tilewright.linearize.hedgehog.config import HedgehogConfig, HedgehogRecipe
 from tilewright.linearize.hedgehog.distillation import Batches, distill
 from tilewright.linearize.hedgehog.losses import Kind
+from tilewright.linearize.hedgehog.module import feature_attentions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from tilewright.linearize import tuning
+
+_MAPS = "feature_maps.safetensors"
 
 
 def convert_to_hedgehog(
@@ -82,7 +87,7 @@ def train(
     Args:
         model: converted; while it is distilled its own softmax attention is the teacher, so ``teacher`` is not needed.
         batches: as for :func:`finetune_lora`.
-        directory: where an interrupted second stage keeps what it needs to go on.
+        directory: where an interrupted training keeps the distilled maps and the state of the tuning, and goes on from.
 
     Returns:
         What the stages report: "distillation" (see :func:`distill`) and "tuning".
@@ -91,14 +96,7 @@ def train(
     recipe = HedgehogRecipe() if recipe is None else recipe
     report: dict[str, Any] = {}
     if recipe.distill_steps:
-        report["distillation"] = distill(
-            model,
-            cast(Batches, batches),
-            steps=recipe.distill_steps,
-            lr=recipe.distill_lr,
-            kind=cast(Kind, recipe.kind),
-            progress=progress,
-        )
+        report["distillation"] = _distilled(model, cast(Batches, batches), recipe, directory, progress)
     if recipe.steps:
         report["tuning"] = finetune_lora(
             model,
@@ -112,7 +110,42 @@ def train(
             clip=recipe.clip,
             dropout=recipe.lora_dropout,
             seed=recipe.seed,
-            directory=directory,
+            directory=None if directory is None else directory / "tuning",
             progress=progress,
         )
+    return report
+
+
+def _distilled(
+    model: PreTrainedModel, batches: Batches, recipe: HedgehogRecipe, directory: Path | None, progress: bool | None
+) -> dict[str, Any]:
+    """The first stage; where a directory holds its outcome under the same settings, that is read instead."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file, save_file
+
+    settings = {"steps": recipe.distill_steps, "lr": recipe.distill_lr, "kind": recipe.kind}
+    key = json.dumps(settings, sort_keys=True)
+    found = feature_attentions(model)
+    path = None if directory is None else directory / _MAPS
+    if path is not None and path.exists():
+        with safe_open(str(path), "pt") as file:
+            kept = file.metadata() or {}
+        if kept.get("settings") == key:
+            tensors = load_file(str(path))
+            for name, attention in found.items():
+                mine = {n.removeprefix(f"{name}."): t for n, t in tensors.items() if n.startswith(f"{name}.")}
+                attention.load_state_dict(mine)
+            return cast("dict[str, Any]", json.loads(kept["report"]))
+    report = distill(
+        model,
+        batches,
+        steps=recipe.distill_steps,
+        lr=recipe.distill_lr,
+        kind=cast(Kind, recipe.kind),
+        progress=progress,
+    )
+    if path is not None:
+        tensors = {f"{name}.{n}": t.contiguous() for name, a in found.items() for n, t in a.state_dict().items()}
+        with atomic_write(path) as partial:
+            save_file(tensors, str(partial), metadata={"settings": key, "report": json.dumps(report)})
     return report

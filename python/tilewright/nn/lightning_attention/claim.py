@@ -57,12 +57,10 @@ def length_rows(experiment: Experiment) -> Iterator[Row]:
         middle = median(each[form].values())
         widest = max(max(t / middle, middle / t) for t in each[form].values())
         title = f"{name}: time per token at T = {lengths[0]} to {longest}, largest ratio to the median"
-        # The short form runs beside other work, where times say little.
-        timed = Row(title, "constant", widest, "reported", True)
-        yield timed if experiment.quick else at_most(title, widest, 1.2, paper="constant")
+        yield experiment.in_full(at_most(title, widest, 1.2, paper="constant"))
     growth = each["softmax"][longest] / each["softmax"][softmax_lengths[0]]
     title = f"softmax attention, T = {softmax_lengths[0]} to {longest}: growth of time per token"
-    yield Row(title, "", growth, "reported", True) if experiment.quick else at_least(title, growth, 4.0)
+    yield experiment.in_full(at_least(title, growth, 4.0))
     slower = [t for t in softmax_lengths if each["softmax"][t] > each["forward"][t]]
     crossover = str(slower[0]) if slower else f"beyond {longest}"
     yield Row("shortest measured T at which softmax attention is slower", "", crossover, "reported", True)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tilewright.claims import Experiment, Row, at_least, at_most
 from tilewright.data.bytes import VOCABULARY, ByteWindows, byte_text, held_out_windows
-from tilewright.data.recall import mix, multi_query_recall
+from tilewright.data.recall import IGNORE, mix, multi_query_recall
 from tilewright.nn.delta_rule._claim_tools import cores, in_parallel
 from tilewright.nn.hybrid_linear_attention.configuration import HybridConfig
 from tilewright.nn.hybrid_linear_attention.modeling import HybridForCausalLM
@@ -25,6 +25,8 @@ from tilewright.train import TrainConfig, Trainer
 from tilewright.train.losses import Loss, token_accuracy, token_loss
 
 MEMORIES, TOPK = 4, 2
+SEEDS: tuple[int, ...] = (0, 1, 2)
+QUICK_STEPS = 100
 BALANCE = 0.01
 HELD_OUT = 10_007
 """Seed of the batches that measure; training takes 0, 1, 2."""
@@ -32,10 +34,13 @@ HELD_OUT = 10_007
 
 @dataclass(frozen=True)
 class Task:
-    """Model sizes and the length of a run."""
+    """Model sizes, data and the length of a run.
+
+    expand_v, single_expand_v: V / K of the mixture and of one memory. stages: pairs a topic, growing with the
+    steps. pairs: a topic's, at the end. alphabet: tokens of a topic, the blank included.
+    """
 
     vocabulary: int
-    width: int
     head_dim: int
     heads: int
     expand_v: float
@@ -43,18 +48,22 @@ class Task:
     batch: int
     steps: int
     rates: tuple[float, ...]
-    stages: tuple[int, ...] = ()
-    pairs: int = 0
+    width: int = 64
     length: int = 0
-    single_kv_proj: bool = False
+    topics: int = 1
+    pairs: int = 0
+    alphabet: int = 0
+    stages: tuple[int, ...] = ()
 
 
-# Six stages of growing numbers of pairs; the last three tenths of the steps have them all.
-RECALL = Task(128, 64, 16, 1, 1.0, 5.0, 32, 500, (3e-3, 5e-3, 1e-2), (8, 8, 8, 16, 32, 48), pairs=48)
-QUICK_RECALL = replace(RECALL, vocabulary=48, width=32, head_dim=4, batch=32, steps=300, stages=(4, 4, 8, 12), pairs=12)
+# M + 1 states of V = 4 K against one of V = 20 K.
+_STATES: dict[str, Any] = {"head_dim": 8, "heads": 1, "expand_v": 4.0, "single_expand_v": 20.0}
+ONE_TOPIC = Task(
+    64, **_STATES, batch=16, steps=800, rates=(2e-3, 5e-3, 1e-2), pairs=24, alphabet=64, stages=(4, 8, 8, 16, 24)
+)
+FOUR_TOPICS = replace(ONE_TOPIC, vocabulary=93, topics=4, pairs=8, alphabet=24, stages=(1, 2, 4, 8))
 # One memory with V = 5/2 K has at least the active parameters of two routed ones and a shared one.
-LANGUAGE = Task(VOCABULARY, 64, 16, 2, 1.0, 2.5, 16, 300, (3e-3, 5e-3, 1e-2), length=256)
-QUICK_LANGUAGE = replace(LANGUAGE, batch=8, steps=40, rates=(1e-2,), length=128)
+LANGUAGE = Task(VOCABULARY, 16, 2, 1.0, 2.5, batch=16, steps=200, rates=(3e-3, 5e-3, 1e-2), length=128)
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,6 @@ def build(job: Job) -> HybridForCausalLM:
     }
     if job.mixture:
         layer: dict[str, Any] = {"head_dim": task.head_dim, "expand_v": task.expand_v}
-        layer["single_kv_proj"] = task.single_kv_proj
         layer |= {"num_memories": MEMORIES, "topk": TOPK, "aux_loss_scale": job.balance}
         model: HybridForCausalLM = MomForCausalLM(MomConfig(**sizes, **layer))
     else:
@@ -140,14 +148,38 @@ def _train(job: Job, batches: Callable[[int], Any]) -> HybridForCausalLM:
     return model.eval()
 
 
+def recall_batch(batch: int, seed: int, *, pairs: int, topics: int, vocabulary: int) -> tuple[Tensor, Tensor]:
+    """Multi-query recall over several alphabets: int64 `[B, 3 P]` twice, P = `topics * pairs`.
+
+    Every topic is a :func:`tilewright.data.recall.multi_query_recall` with its own tokens; pairs of all topics come in
+    a random order, then all keys are asked in another. One topic is plain multi-query recall.
+    """
+    inputs, labels = [], []
+    for topic in range(topics):
+        x, y = multi_query_recall(
+            batch, mix(seed, topic), length=3 * pairs, pairs=pairs, queries=pairs, vocabulary=vocabulary
+        )
+        shift = topic * (vocabulary - 1)
+        inputs.append(torch.where(x > 0, x + shift, x))
+        labels.append(torch.where(y != IGNORE, y + shift, y))
+    x, y = torch.stack(inputs, 1), torch.stack(labels, 1)
+    random = torch.Generator().manual_seed(mix(seed, topics))
+    total = topics * pairs
+    written, asked = (torch.rand(batch, total, generator=random).argsort(1) for _ in range(2))
+    rows = torch.arange(batch)[:, None]
+    writes = x[:, :, : 2 * pairs].reshape(batch, total, 2)[rows, written].flatten(1)
+    keys, values = (part[:, :, 2 * pairs :].reshape(batch, total)[rows, asked] for part in (x, y))
+    return torch.cat([writes, keys], 1), torch.cat([torch.full_like(writes, IGNORE), values], 1)
+
+
 def recall_batches(task: Task, seed: int) -> Callable[[int], Any]:
-    """Multi-query recall whose number of pairs grows with the step; shorter sequences come in larger batches."""
+    """Recall whose number of pairs grows over 7 tenths of the steps; shorter sequences come in larger batches."""
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         stage = min(int(step / (0.7 * task.steps) * len(task.stages)), len(task.stages) - 1)
         pairs = task.stages[stage]
         rows = task.batch * min(4, task.pairs // pairs)
-        return multi_query_recall(rows, mix(seed, step), length=3 * pairs + 2, pairs=pairs, vocabulary=task.vocabulary)
+        return recall_batch(rows, mix(seed, step), pairs=pairs, topics=task.topics, vocabulary=task.alphabet)
 
     return batch
 
@@ -157,9 +189,7 @@ def recall(job: Job) -> dict[str, Any]:
     task = job.task
     model = _train(job, recall_batches(task, job.seed))
     held_out = [
-        multi_query_recall(
-            64, mix(HELD_OUT, i), length=3 * task.pairs + 2, pairs=task.pairs, vocabulary=task.vocabulary
-        )
+        recall_batch(64, mix(HELD_OUT, i), pairs=task.pairs, topics=task.topics, vocabulary=task.alphabet)
         for i in range(4)
     ]
     return {
@@ -187,9 +217,7 @@ def language(job: Job) -> dict[str, Any]:
     task = job.task
     text = byte_text("documentation", "calibration")
     model = _train(job, ByteWindows(text, task.batch, task.length, seed=job.seed))
-    windows = held_out_windows(
-        byte_text("documentation", "evaluation"), length=task.length, batch=16, count=64 if task.steps < 100 else 256
-    )
+    windows = held_out_windows(byte_text("documentation", "evaluation"), length=task.length, batch=16, count=256)
     with torch.no_grad():
         losses = torch.cat(
             [nn.functional.cross_entropy(model(x).logits.transpose(1, 2), y, reduction="none") for x, y in windows]
@@ -235,39 +263,41 @@ def _each(work: Callable[[Job], dict[str, Any]], jobs: list[Job]) -> list[dict[s
 
 
 def recall_rows(experiment: Experiment) -> Iterator[Row]:
-    """More pairs than a state has rows: a mixture against one memory with as many numbers of state."""
-    task, seeds = (QUICK_RECALL, (0,)) if experiment.quick else (RECALL, (0, 1, 2))
-    if experiment.quick:
-        task = replace(task, rates=(1e-2,))
-    experiment.say(f"recall of {task.pairs} pairs, K = {task.head_dim}")
+    """More pairs than a state has rows: a mixture against one memory of equal state; not in the quick form."""
+    for name, task in (("one topic", ONE_TOPIC), ("four topics", FOUR_TOPICS)):
+        if not experiment.quick:
+            yield from _recall_rows(experiment, name, task, SEEDS)
+
+
+def _recall_rows(experiment: Experiment, name: str, task: Task, seeds: tuple[int, ...]) -> Iterator[Row]:
+    title = f"recall of {task.topics * task.pairs} pairs from {name} with K = {task.head_dim}"
+    experiment.say(title)
     found = tuned(recall, task, seeds, lambda r: float(r["accuracy"]))
     (rate, mixture), (single_rate, single) = found[True], found[False]
-    unbalanced = _each(recall, [Job(task, True, rate, seed, balance=0.0) for seed in seeds])
-    mine, other = ([r["accuracy"] for r in runs] for runs in (mixture, single))
-    experiment.values["recall"] = {
-        "pairs": task.pairs,
+    unbalanced = _each(recall, [Job(task, True, rate, seed, balance=0.0) for seed in seeds[:2]])
+    mine, other, alone = ([r["accuracy"] for r in runs] for runs in (mixture, single, unbalanced))
+    experiment.values.setdefault("recall", {})[name] = {
         "rates": {"mixture": rate, "one memory": single_rate},
         "parameters": {"mixture": mixture[0]["parameters"], "one memory": single[0]["parameters"]},
-        "accuracy": {"mixture": mine, "one memory": other, "unbalanced": [r["accuracy"] for r in unbalanced]},
+        "accuracy": {"mixture": mine, "one memory": other, "unbalanced": alone},
         "entropy": {"mixture": [r["entropy"] for r in mixture], "unbalanced": [r["entropy"] for r in unbalanced]},
     }
-    name = f"recall of {task.pairs} pairs with K = {task.head_dim}"
     spare = single[0]["parameters"] - mixture[0]["parameters"]
-    yield at_least("parameters of the one-memory model of equal state, more than the mixture's", spare, 0)
-    yield Row(f"{name}: accuracy of one memory of equal state", "", statistics.mean(other), "reported", True)
+    yield at_least(f"{title}: parameters of one memory of equal state over the mixture's, difference", spare, 0)
+    yield Row(f"{title}: accuracy of one memory of equal state", "", statistics.mean(other), "reported", True)
     gain = statistics.mean(mine) - statistics.mean(other)
-    yield at_least(f"{name}: accuracy of the mixture, more than that, mean of {len(seeds)} seeds", gain, 0.05)
-    entropy = min(min(r["entropy"]) for r in mixture)
-    yield at_least(
-        "entropy of the chosen memories over ln M, with balance loss: least of layers and seeds", entropy, 0.8
-    )
-    alone = min(min(r["entropy"]) for r in unbalanced)
-    yield Row("the same without", "", alone, "reported", True)
+    what = f"{title}: accuracy of the mixture, more than that, mean of {len(seeds)} seeds"
+    yield experiment.in_full(at_least(what, gain, 0.05))
+    entropy, loose = (min(min(r["entropy"]) for r in runs) for runs in (mixture, unbalanced))
+    yield at_least(f"{name}: entropy of the chosen memories over ln M, least of layers and seeds", entropy, 0.8)
+    yield Row(f"{name}: the same without balance loss", "", loose, "reported", True)
 
 
 def language_rows(experiment: Experiment) -> Iterator[Row]:
     """Bytes of documentation at equal active parameters."""
-    task, seeds = (QUICK_LANGUAGE, (0,)) if experiment.quick else (LANGUAGE, (0, 1, 2))
+    task, seeds = LANGUAGE, SEEDS
+    if experiment.quick:
+        task, seeds = replace(task, steps=QUICK_STEPS, rates=task.rates[-1:]), SEEDS[:1]
     experiment.say("a byte model of documentation")
     found = tuned(language, task, seeds, lambda r: -float(r["loss"]))
     (rate, mixture), (single_rate, single) = found[True], found[False]
@@ -286,4 +316,5 @@ def language_rows(experiment: Experiment) -> Iterator[Row]:
     spare = single[0]["active parameters"] - mixture[0]["active parameters"]
     yield at_least("active parameters of the one-memory byte model, more than the mixture's", spare, 0)
     ratio = statistics.mean(mine) / statistics.mean(other)
-    yield at_most(f"byte model: loss of the mixture over one memory's, mean of {len(seeds)} seeds", ratio, 1.01)
+    what = f"byte model: loss of the mixture over one memory's, mean of {len(seeds)} seeds"
+    yield experiment.in_full(at_most(what, ratio, 1.01))

@@ -1,0 +1,35 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Methods found by their folder: nothing to edit elsewhere when one is added."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import pkgutil
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def discover(package: str, path: Iterable[str]) -> dict[str, Any]:
+    """The attribute ``METHOD`` of every folder of a package, by its ``name``."""
+    found = {}
+    for module in pkgutil.iter_modules(path):
+        if module.ispkg:
+            one = importlib.import_module(f"{package}.{module.name}").METHOD
+            found[one.name] = one
+    return found
+
+
+def choose(known: Mapping[str, T], name: str, what: str) -> T:
+    """``known[name]``.
+
+    Raises:
+        ValueError: there is no such ``what``; near or all names are listed.
+    """
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=2)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"known: {', '.join(sorted(known))}"
+        raise ValueError(f"{what} {name!r} is not known; {hint}")
+    return known[name]
