@@ -37,12 +37,11 @@ struct Kernels {
   void (*backward)(const Problem<T>&, const Gradients<T>&, int64_t task);
 };
 
-#define TILEWRIGHT_HGRN_LEVEL(level)       \
-  namespace level {                        \
-  template <class T>                       \
-  Kernels<T> table();                      \
-  extern template Kernels<float> table();  \
-  extern template Kernels<double> table(); \
+// Data, not functions: reading them runs no instruction of their level.
+#define TILEWRIGHT_HGRN_LEVEL(level)    \
+  namespace level {                     \
+  extern const Kernels<float> kFloat;   \
+  extern const Kernels<double> kDouble; \
   }
 TILEWRIGHT_HGRN_LEVEL(generic)
 TILEWRIGHT_HGRN_LEVEL(avx2)
@@ -51,14 +50,20 @@ TILEWRIGHT_HGRN_LEVEL(avx512)
 
 template <class T>
 const Kernels<T>& kernels() {
+  constexpr bool kIsFloat = sizeof(T) == sizeof(float);
+  const auto pick = [](const auto& f, const auto& d) -> const Kernels<T>& {
+    if constexpr (kIsFloat) {
+      return f;
+    } else {
+      return d;
+    }
+  };
 #if defined(__x86_64__)
-  static const isa::Table<Kernels<T>> table{
-      {generic::table<T>(), avx2::table<T>(), avx512::table<T>(), avx512::table<T>()}};
-  return table.entries[static_cast<int>(isa::active())];
-#else
-  static const Kernels<T> only = generic::table<T>();
-  return only;
+  const isa::Level level = isa::active();
+  if (level >= isa::Level::kAvx512) return pick(avx512::kFloat, avx512::kDouble);
+  if (level == isa::Level::kAvx2) return pick(avx2::kFloat, avx2::kDouble);
 #endif
+  return pick(generic::kFloat, generic::kDouble);
 }
 
 }  // namespace tilewright::hgrn

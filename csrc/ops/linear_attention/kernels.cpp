@@ -1,21 +1,35 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ops/linear_attention/kernels.h"
 
+#include "core/memory.h"
+
 namespace tilewright::linear_attention {
 
-template <class T>
-const Kernels<T>& kernels(isa::Level level) {
+void* thread_memory(int64_t bytes) {
+  thread_local Scratch memory;
+  return memory.get<uint8_t>(bytes);
+}
+
+template <>
+const Kernels<float>& kernels(isa::Level level) {
 #if defined(__x86_64__)
-  static const Kernels<T> table[isa::kLevels] = {generic::table<T>(), avx2::table<T>(), avx512::table<T>(),
-                                                 avx512::table<T>()};
-  return table[static_cast<int>(level)];
+  static constexpr isa::Table<const Kernels<float>*> table{
+      {&generic::kFloat, &avx2::kFloat, &avx512::kFloat, &avx512::kFloat}};
+  return *table.entries[static_cast<int>(level)];
 #else
-  static const Kernels<T> only = generic::table<T>();
-  return (void)level, only;
+  return (void)level, generic::kFloat;
 #endif
 }
 
-template const Kernels<float>& kernels(isa::Level);
-template const Kernels<double>& kernels(isa::Level);
+template <>
+const Kernels<double>& kernels(isa::Level level) {
+#if defined(__x86_64__)
+  static constexpr isa::Table<const Kernels<double>*> table{
+      {&generic::kDouble, &avx2::kDouble, &avx512::kDouble, &avx512::kDouble}};
+  return *table.entries[static_cast<int>(level)];
+#else
+  return (void)level, generic::kDouble;
+#endif
+}
 
 }  // namespace tilewright::linear_attention

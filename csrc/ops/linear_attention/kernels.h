@@ -25,12 +25,15 @@ const Kernels<T>& kernels() {
   return kernels<T>(isa::active());
 }
 
+// The calling thread's memory for a task, of this many bytes; the next call may move it. Out of line, so that no level's
+// file defines a function that another file could be linked against.
+void* thread_memory(int64_t bytes);
+
+// Data, not functions: reading them runs no instruction of their level.
 #define TILEWRIGHT_LINEAR_ATTENTION_LEVEL(level) \
   namespace level {                              \
-  template <class T>                             \
-  Kernels<T> table();                            \
-  extern template Kernels<float> table();        \
-  extern template Kernels<double> table();       \
+  extern const Kernels<float> kFloat;            \
+  extern const Kernels<double> kDouble;          \
   }
 TILEWRIGHT_LINEAR_ATTENTION_LEVEL(generic)
 TILEWRIGHT_LINEAR_ATTENTION_LEVEL(avx2)

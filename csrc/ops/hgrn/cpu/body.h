@@ -64,13 +64,8 @@ void backward(const Problem<T>& p, const Gradients<T>& gradients, int64_t task) 
 
 namespace TILEWRIGHT_LEVEL {
 
-template <class T>
-Kernels<T> table() {
-  return {forward<T>, backward<T>};
-}
-
-template Kernels<float> table();
-template Kernels<double> table();
+const Kernels<float> kFloat{forward<float>, backward<float>};
+const Kernels<double> kDouble{forward<double>, backward<double>};
 
 }  // namespace TILEWRIGHT_LEVEL
 }  // namespace tilewright::hgrn

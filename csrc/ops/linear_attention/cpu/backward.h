@@ -4,6 +4,7 @@
 #pragma once
 
 #include "ops/linear_attention/cpu/chunk.h"
+#include "ops/linear_attention/kernels.h"
 
 namespace tilewright::linear_attention {
 namespace {
@@ -25,8 +26,7 @@ class Backward {
     lds_ = leading<T>(C::kStack * kTokens);
     Carver<T> count(nullptr);
     place(count);
-    thread_local Scratch memory;
-    Carver<T> carver(memory.get<T>(count.used()));
+    Carver<T> carver(static_cast<T*>(thread_memory(count.used() * static_cast<int64_t>(sizeof(T)))));
     place(carver);
   }
 

@@ -43,13 +43,8 @@ void backward(const Problem<T>& p, const Gradients<T>& gradients, int64_t task) 
 
 namespace TILEWRIGHT_LEVEL {
 
-template <class T>
-Kernels<T> table() {
-  return {chunk<T>, recurrent<T>, backward<T>};
-}
-
-template Kernels<float> table();
-template Kernels<double> table();
+const Kernels<float> kFloat{chunk<float>, recurrent<float>, backward<float>};
+const Kernels<double> kDouble{chunk<double>, recurrent<double>, backward<double>};
 
 }  // namespace TILEWRIGHT_LEVEL
 }  // namespace tilewright::linear_attention

@@ -5,6 +5,7 @@
 #pragma once
 
 #include "ops/linear_attention/cpu/chunk.h"
+#include "ops/linear_attention/kernels.h"
 
 namespace tilewright::linear_attention {
 namespace {
@@ -28,8 +29,7 @@ class Forward {
     ldv_ = leading<T>(width_);
     Carver<T> count(nullptr);
     place(count);
-    thread_local Scratch memory;
-    Carver<T> carver(memory.get<T>(count.used()));
+    Carver<T> carver(static_cast<T*>(thread_memory(count.used() * static_cast<int64_t>(sizeof(T)))));
     place(carver);
   }
 

@@ -7,6 +7,7 @@
 
 #include "ops/common/tile_products.h"
 #include "ops/linear_attention/cpu/decay.h"
+#include "ops/linear_attention/kernels.h"
 
 namespace tilewright::linear_attention {
 namespace {
@@ -28,9 +29,8 @@ class Recurrent {
     const int64_t tiles = ceil_div(p.value_size, kWide);
     first_tile_ = tiles * part / p.parts;
     last_tile_ = tiles * (part + 1) / p.parts;
-    thread_local Scratch memory;
     const int64_t row = padded<T>(p.key_size);
-    key_ = memory.get<T>(2 * row + p.key_size * kWide);
+    key_ = static_cast<T*>(thread_memory((2 * row + p.key_size * kWide) * static_cast<int64_t>(sizeof(T))));
     decay_ = key_ + row;
     tile_ = decay_ + row;
   }
