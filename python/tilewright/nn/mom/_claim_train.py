@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tilewright.claims import Experiment, Row, at_least, at_most
 from tilewright.data.bytes import VOCABULARY, ByteWindows, byte_text, held_out_windows
-from tilewright.data.recall import IGNORE, mix, multi_query_recall
+from tilewright.data.recall import mix, multi_query_recall
 from tilewright.nn.delta_rule._claim_tools import cores, in_parallel
 from tilewright.nn.hybrid_linear_attention.configuration import HybridConfig
 from tilewright.nn.hybrid_linear_attention.modeling import HybridForCausalLM
@@ -36,8 +36,7 @@ HELD_OUT = 10_007
 class Task:
     """Model sizes, data and the length of a run.
 
-    expand_v, single_expand_v: V / K of the mixture and of one memory. stages: pairs a topic, growing with the
-    steps. pairs: a topic's, at the end. alphabet: tokens of a topic, the blank included.
+    expand_v, single_expand_v: V / K of the mixture and of one memory. stages: numbers of pairs, growing with the steps.
     """
 
     vocabulary: int
@@ -50,20 +49,19 @@ class Task:
     rates: tuple[float, ...]
     width: int = 64
     length: int = 0
-    topics: int = 1
-    pairs: int = 0
-    alphabet: int = 0
     stages: tuple[int, ...] = ()
 
+    @property
+    def pairs(self) -> int:
+        """Of a sequence at the end."""
+        return self.stages[-1]
 
-# M + 1 states of V = 4 K against one of V = 20 K.
-_STATES: dict[str, Any] = {"head_dim": 8, "heads": 1, "expand_v": 4.0, "single_expand_v": 20.0}
-ONE_TOPIC = Task(
-    64, **_STATES, batch=16, steps=800, rates=(2e-3, 5e-3, 1e-2), pairs=24, alphabet=64, stages=(4, 8, 8, 16, 24)
-)
-FOUR_TOPICS = replace(ONE_TOPIC, vocabulary=93, topics=4, pairs=8, alphabet=24, stages=(1, 2, 4, 8))
+
+RATES = (2e-3, 5e-3, 1e-2)
+# M + 1 states of V = 4 K against one of V = 20 K; three pairs for each row of a state.
+RECALL = Task(64, 8, 1, 4.0, 20.0, batch=16, steps=800, rates=RATES, stages=(4, 8, 8, 16, 24))
 # One memory with V = 5/2 K has at least the active parameters of two routed ones and a shared one.
-LANGUAGE = Task(VOCABULARY, 16, 2, 1.0, 2.5, batch=16, steps=200, rates=(3e-3, 5e-3, 1e-2), length=128)
+LANGUAGE = Task(VOCABULARY, 16, 2, 1.0, 2.5, batch=16, steps=400, rates=RATES, length=128)
 
 
 @dataclass(frozen=True)
@@ -148,38 +146,14 @@ def _train(job: Job, batches: Callable[[int], Any]) -> HybridForCausalLM:
     return model.eval()
 
 
-def recall_batch(batch: int, seed: int, *, pairs: int, topics: int, vocabulary: int) -> tuple[Tensor, Tensor]:
-    """Multi-query recall over several alphabets: int64 `[B, 3 P]` twice, P = `topics * pairs`.
-
-    Every topic is a :func:`tilewright.data.recall.multi_query_recall` with its own tokens; pairs of all topics come in
-    a random order, then all keys are asked in another. One topic is plain multi-query recall.
-    """
-    inputs, labels = [], []
-    for topic in range(topics):
-        x, y = multi_query_recall(
-            batch, mix(seed, topic), length=3 * pairs, pairs=pairs, queries=pairs, vocabulary=vocabulary
-        )
-        shift = topic * (vocabulary - 1)
-        inputs.append(torch.where(x > 0, x + shift, x))
-        labels.append(torch.where(y != IGNORE, y + shift, y))
-    x, y = torch.stack(inputs, 1), torch.stack(labels, 1)
-    random = torch.Generator().manual_seed(mix(seed, topics))
-    total = topics * pairs
-    written, asked = (torch.rand(batch, total, generator=random).argsort(1) for _ in range(2))
-    rows = torch.arange(batch)[:, None]
-    writes = x[:, :, : 2 * pairs].reshape(batch, total, 2)[rows, written].flatten(1)
-    keys, values = (part[:, :, 2 * pairs :].reshape(batch, total)[rows, asked] for part in (x, y))
-    return torch.cat([writes, keys], 1), torch.cat([torch.full_like(writes, IGNORE), values], 1)
-
-
 def recall_batches(task: Task, seed: int) -> Callable[[int], Any]:
-    """Recall whose number of pairs grows over 7 tenths of the steps; shorter sequences come in larger batches."""
+    """Multi-query recall whose pairs grow over 7 tenths of the steps; shorter sequences come in larger batches."""
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
         stage = min(int(step / (0.7 * task.steps) * len(task.stages)), len(task.stages) - 1)
         pairs = task.stages[stage]
         rows = task.batch * min(4, task.pairs // pairs)
-        return recall_batch(rows, mix(seed, step), pairs=pairs, topics=task.topics, vocabulary=task.alphabet)
+        return multi_query_recall(rows, mix(seed, step), length=3 * pairs, pairs=pairs, vocabulary=task.vocabulary)
 
     return batch
 
@@ -188,10 +162,8 @@ def recall(job: Job) -> dict[str, Any]:
     """Train one model on recall: accuracy with all pairs, and the entropy of each router's choices over ln M."""
     task = job.task
     model = _train(job, recall_batches(task, job.seed))
-    held_out = [
-        recall_batch(64, mix(HELD_OUT, i), pairs=task.pairs, topics=task.topics, vocabulary=task.alphabet)
-        for i in range(4)
-    ]
+    sizes = {"length": 3 * task.pairs, "pairs": task.pairs, "vocabulary": task.vocabulary}
+    held_out = [multi_query_recall(64, mix(HELD_OUT, i), **sizes) for i in range(4)]
     return {
         "accuracy": token_accuracy(model, held_out),
         "entropy": _entropies(model, held_out[0][0]),
@@ -263,34 +235,44 @@ def _each(work: Callable[[Job], dict[str, Any]], jobs: list[Job]) -> list[dict[s
 
 
 def recall_rows(experiment: Experiment) -> Iterator[Row]:
-    """More pairs than a state has rows: a mixture against one memory of equal state; not in the quick form."""
-    for name, task in (("one topic", ONE_TOPIC), ("four topics", FOUR_TOPICS)):
-        if not experiment.quick:
-            yield from _recall_rows(experiment, name, task, SEEDS)
-
-
-def _recall_rows(experiment: Experiment, name: str, task: Task, seeds: tuple[int, ...]) -> Iterator[Row]:
-    title = f"recall of {task.topics * task.pairs} pairs from {name} with K = {task.head_dim}"
-    experiment.say(title)
-    found = tuned(recall, task, seeds, lambda r: float(r["accuracy"]))
+    """More pairs than a state has rows: a mixture against one memory of equal state, and against one of its own."""
+    if experiment.quick:
+        return
+    task = RECALL
+    experiment.say(f"recall of {task.pairs} pairs with K = {task.head_dim}")
+    found = tuned(recall, task, SEEDS, lambda r: float(r["accuracy"]))
     (rate, mixture), (single_rate, single) = found[True], found[False]
-    unbalanced = _each(recall, [Job(task, True, rate, seed, balance=0.0) for seed in seeds[:2]])
-    mine, other, alone = ([r["accuracy"] for r in runs] for runs in (mixture, single, unbalanced))
-    experiment.values.setdefault("recall", {})[name] = {
-        "rates": {"mixture": rate, "one memory": single_rate},
-        "parameters": {"mixture": mixture[0]["parameters"], "one memory": single[0]["parameters"]},
-        "accuracy": {"mixture": mine, "one memory": other, "unbalanced": alone},
-        "entropy": {"mixture": [r["entropy"] for r in mixture], "unbalanced": [r["entropy"] for r in unbalanced]},
+    own = replace(task, single_expand_v=task.expand_v)
+    others = [Job(own, False, single_rate, seed) for seed in SEEDS]
+    others += [Job(task, True, rate, seed, balance=0.0) for seed in SEEDS]
+    done = _each(recall, others)
+    runs = {
+        "mixture": mixture,
+        "one memory, equal state": single,
+        "one memory, its size": done[: len(SEEDS)],
+        "mixture, no balance": done[len(SEEDS) :],
     }
+    mean = {name: statistics.mean(r["accuracy"] for r in some) for name, some in runs.items()}
+    entropy = {name: [r["entropy"] for r in runs[name]] for name in ("mixture", "mixture, no balance")}
+    experiment.values["recall"] = {
+        "pairs": task.pairs,
+        "rates": {"mixture": rate, "one memory": single_rate},
+        "parameters": {name: some[0]["parameters"] for name, some in runs.items()},
+        "accuracy": {name: [r["accuracy"] for r in some] for name, some in runs.items()},
+        "entropy": entropy,
+    }
+    title = f"recall of {task.pairs} pairs with K = {task.head_dim}, mean of {len(SEEDS)} seeds"
+    for name, value in mean.items():
+        yield Row(f"{title}: accuracy, {name}", "", value, "reported", True)
     spare = single[0]["parameters"] - mixture[0]["parameters"]
-    yield at_least(f"{title}: parameters of one memory of equal state over the mixture's, difference", spare, 0)
-    yield Row(f"{title}: accuracy of one memory of equal state", "", statistics.mean(other), "reported", True)
-    gain = statistics.mean(mine) - statistics.mean(other)
-    what = f"{title}: accuracy of the mixture, more than that, mean of {len(seeds)} seeds"
-    yield experiment.in_full(at_least(what, gain, 0.05))
-    entropy, loose = (min(min(r["entropy"]) for r in runs) for runs in (mixture, unbalanced))
-    yield at_least(f"{name}: entropy of the chosen memories over ln M, least of layers and seeds", entropy, 0.8)
-    yield Row(f"{name}: the same without balance loss", "", loose, "reported", True)
+    yield at_least("parameters of one memory of equal state, more than the mixture's", spare, 0)
+    gain = mean["mixture"] - mean["one memory, equal state"]
+    yield at_least(f"{title}: mixture, more than one memory of equal state", gain, 0.05)
+    gain = mean["mixture"] - mean["one memory, its size"]
+    yield at_least(f"{title}: mixture, more than one memory of the size of one of its own", gain, 0.05)
+    balanced, loose = (min(map(min, entropy[name])) for name in entropy)
+    yield at_least("entropy of the chosen memories over ln M, least of layers and seeds", balanced, 0.8)
+    yield Row("the same without the balance loss", "", loose, "reported", True)
 
 
 def language_rows(experiment: Experiment) -> Iterator[Row]:

@@ -28,14 +28,11 @@ def run(experiment: Experiment) -> Iterator[Row]:
 def plot(values: dict[str, Any], figure: Figure) -> None:
     """Accuracy of recall by seed; loss of the byte model by position; time a token by length."""
     left, middle, right = figure.subplots(1, 3)
-    place, ticks = 0, []
-    for task, found in values.get("recall", {}).items():
-        for color, (name, seeds) in enumerate(found["accuracy"].items()):
-            left.bar(place, sum(seeds) / len(seeds), color=f"C{color}", alpha=0.5)
-            left.plot([place] * len(seeds), seeds, "o", color=f"C{color}")
-            ticks.append(f"{name}\n{task}")
-            place += 1
-    left.set_xticks(range(place), ticks, rotation=90, fontsize=8)
+    accuracy = values.get("recall", {}).get("accuracy", {})
+    for place, seeds in enumerate(accuracy.values()):
+        left.bar(place, sum(seeds) / len(seeds), color=f"C{place}", alpha=0.5)
+        left.plot([place] * len(seeds), seeds, "o", color=f"C{place}")
+    left.set_xticks(range(len(accuracy)), [name.replace(", ", ",\n") for name in accuracy], rotation=90, fontsize=8)
     left.set_ylim(0, 1)
     left.set_title("accuracy of recall")
     for name, losses in values["language"]["by position"].items():
