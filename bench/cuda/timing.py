@@ -49,7 +49,8 @@ def _milliseconds(run: Callable[[], None], repeats: int) -> float:
 def time_in_turn(works: Mapping[str, Callable[[], Any]], calls: int = 8) -> dict[str, dict[str, Any]]:
     """Median, least and greatest nanoseconds of a call of each work over `ROUNDS` rounds, and whether it was a graph.
 
-    `calls` calls make one graph, so that the gaps between launches do not count. A work that fails is reported with its error; the others are timed.
+    `calls` calls make one graph, so that the gaps between launches do not count. A work that fails is reported with its
+    error; the others are timed.
     """
     prepared: dict[str, tuple[Callable[[], None], bool, int]] = {}
     results: dict[str, dict[str, Any]] = {}
