@@ -9,6 +9,12 @@
 
 #include "ops/linear_attention/problem.h"
 
+// Defined by hopper/types.h for kernels; the host only passes pointers to them on.
+namespace tilewright::hopper {
+struct bf16;
+struct f16;
+}  // namespace tilewright::hopper
+
 namespace tilewright::linear_attention::cuda {
 
 inline constexpr int kChunk = 64;
