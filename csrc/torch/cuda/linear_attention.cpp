@@ -31,13 +31,14 @@ Tensor initial(Call<In>& call, const Inputs& in, const std::optional<Tensor>& st
 template <class In>
 void run(const Problem<In, Wide<In>>& problem, bool recurrent, const Tensor& where) {
   namespace kernels = linear_attention::cuda;
-  const int64_t bytes = recurrent ? 0 : kernels::chunk_form_bytes(problem);
-  if (bytes == 0) {
-    kernels::launch_recurrent(problem, stream_of(where));
-    return;
+  if constexpr (sizeof(Wide<In>) == sizeof(float) && !std::is_same_v<In, float>) {
+    if (!recurrent && kernels::takes_chunks(problem)) {
+      const Tensor memory = empty_on(where, {kernels::chunk_form_bytes(problem)}, ScalarType::Byte);
+      kernels::launch_chunks(problem, mutable_data<char>(memory), stream_of(where));
+      return;
+    }
   }
-  const Tensor scratch = empty_on(where, {bytes}, ScalarType::Byte);
-  kernels::launch_chunks(problem, mutable_data<char>(scratch), stream_of(where));
+  kernels::launch_recurrent(problem, stream_of(where));
 }
 
 template <class In>
