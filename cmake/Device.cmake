@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # Kernels and their torch adapters that run on a GPU, or in the emulator of one: the same sources for both libraries.
 set(TILEWRIGHT_DEVICE_SOURCES
+  csrc/ops/linear_attention/cuda/backward.cu
   csrc/ops/linear_attention/cuda/backward_plain.cu
   csrc/torch/cuda/linear_attention_backward.cpp
 )

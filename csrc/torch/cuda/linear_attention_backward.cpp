@@ -2,6 +2,7 @@
 // The gradient of linear_attention on a CUDA device. Nothing here reads device memory: sequences are found by the kernels.
 #include <tuple>
 
+#include "ops/linear_attention/cuda/backward.h"
 #include "ops/linear_attention/cuda/backward_plain.h"
 #include "torch/cuda/device.h"
 
@@ -13,7 +14,9 @@ using linear_attention::Rows;
 using linear_attention::Rule;
 using linear_attention::Sequences;
 using linear_attention::cuda::chunk_places;
+using linear_attention::cuda::ChunkBackward;
 using linear_attention::cuda::PlainBackward;
+using linear_attention::cuda::Storage;
 
 constexpr const char* kOp = "linear_attention_backward";
 
@@ -37,6 +40,7 @@ struct Shape {
   int64_t sequences, places;
   bool initial, initial_by_chunk;
 
+  std::vector<int64_t> by_query() const { return {batch, tokens, heads, key_size}; }
   std::vector<int64_t> by_token() const { return {batch, tokens, value_heads}; }
   std::vector<int64_t> by_key() const { return {batch, tokens, value_heads, key_size}; }
   std::vector<int64_t> by_value() const { return {batch, tokens, value_heads, value_size}; }
@@ -130,8 +134,22 @@ class Memory {
 
   template <class T>
   T* take(const std::vector<int64_t>& sizes) {
-    tensors_.push_back(empty_on(where_, sizes, scalar_type_of<T>()));
+    return take<T>(sizes, scalar_type_of<T>());
+  }
+
+  template <class T>
+  T* take(const std::vector<int64_t>& sizes, ScalarType type) {
+    tensors_.push_back(empty_on(where_, sizes, type));
     return mutable_data<T>(tensors_.back());
+  }
+
+  // The tensor as the copy engine can read it.
+  const Tensor& boxes(const Tensor& tensor, ScalarType type) {
+    const Tensor converted = torch::stable::to(tensor, type);
+    bool fits = converted.stride(3) == 1 && reinterpret_cast<uintptr_t>(converted.const_data_ptr()) % 16 == 0;
+    for (int64_t d = 0; d < 3; ++d) fits = fits && (converted.size(d) == 1 || converted.stride(d) % 8 == 0);
+    tensors_.push_back(fits ? converted : torch::stable::contiguous(converted));
+    return tensors_.back();
   }
 
   // The tensor in T with adjacent elements in its last dimension.
@@ -182,6 +200,22 @@ void place_scratch(PlainBackward<T>& p, const Shape& s, Memory& memory) {
   p.anchors = memory.take<T>({s.places, s.value_heads, p.tiles, s.key_size});
 }
 
+void place_scratch(ChunkBackward& p, const Shape& s, ScalarType type, Memory& memory) {
+  constexpr int64_t kRows = linear_attention::cuda::kChunk;
+  const std::vector<int64_t> pairs{s.places, s.value_heads, kRows, kRows};
+  const std::vector<int64_t> values{s.places, s.value_heads, p.slices(), kRows, ChunkBackward::kSlice};
+  const std::vector<int64_t> states{s.places, s.value_heads, p.slices(), ChunkBackward::kSlice,
+                                    ChunkBackward::kMaxKeySize};
+  p.factors = memory.take<float>({s.places, s.value_heads, ChunkBackward::kFactors, kRows});
+  p.attention = memory.take<uint16_t>(pairs, type);
+  p.states = memory.take<uint16_t>(states, type);
+  p.d_states = memory.take<uint16_t>(states, type);
+  p.d_errors = memory.take<uint16_t>(values, type);
+  if (p.rule != Rule::kDelta) return;
+  p.inverse = memory.take<uint16_t>(pairs, type);
+  p.errors = memory.take<uint16_t>(values, type);
+}
+
 template <class T>
 SixTensors plain(const Inputs& in, const Shape& s, double scale, bool delta) {
   constexpr ScalarType kType = scalar_type_of<T>();
@@ -223,6 +257,57 @@ SixTensors plain(const Inputs& in, const Shape& s, double scale, bool delta) {
   return {dq, dk, dv, d_beta, dg, d_initial};
 }
 
+// The decay, beta and the states are float32 beside 16-bit rows.
+SixTensors by_chunk(const Inputs& in, const Shape& s, double scale, bool delta) {
+  constexpr ScalarType kWide = ScalarType::Float;
+  const ScalarType type = in.q.scalar_type();
+  Memory memory(in.q);
+  ChunkBackward p{};
+  p.storage = type == ScalarType::BFloat16 ? Storage::kBf16 : Storage::kF16;
+  p.rule = delta ? Rule::kDelta : Rule::kAdditive;
+  p.decay = s.decay;
+  p.sequences = {s.sequences, s.tokens, memory.offsets(in.cu_seqlens)};
+  p.batches = static_cast<int>(s.batch);
+  p.heads = static_cast<int>(s.heads);
+  p.value_heads = static_cast<int>(s.value_heads);
+  p.key_size = static_cast<int>(s.key_size);
+  p.value_size = static_cast<int>(s.value_size);
+  p.scale = static_cast<float>(scale);
+  p.q = rows_of<uint16_t>(memory.boxes(in.q, type));
+  p.k = rows_of<uint16_t>(memory.boxes(in.k, type));
+  p.v = rows_of<uint16_t>(memory.boxes(in.v, type));
+  p.d_out = rows_of<uint16_t>(memory.boxes(in.d_out, type));
+  if (delta) p.beta = rows_of<float>(memory.rows<float>(*in.beta, "beta"));
+  if (in.g.has_value()) p.g = gates_of<float>(memory.rows<float>(*in.g, "g"));
+  if (s.initial) p.initial_state = memory.whole<float>(in.checkpoints);
+  p.initial_by_chunk = s.initial_by_chunk;
+  p.d_final_state = memory.whole<float>(in.d_state);
+  place_scratch(p, s, type, memory);
+
+  const Tensor dq = output(in, s.by_query(), type), dk = output(in, s.by_query(), type);
+  const Tensor dv = output(in, s.by_value(), type);
+  const Tensor d_beta = delta ? output(in, s.by_token(), kWide) : empty_on(in.q, {0}, kWide);
+  const Tensor dg = s.decay == Decay::kNone ? empty_on(in.q, {0}, kWide) : output(in, s.by_token(), kWide);
+  const Tensor d_initial = empty_on(in.q, s.states(s.sequences), kWide);
+  p.dq = mutable_data<uint16_t>(dq);
+  p.dk = mutable_data<uint16_t>(dk);
+  p.dv = mutable_data<uint16_t>(dv);
+  p.d_beta = mutable_data<float>(d_beta);
+  p.dg = mutable_data<float>(dg);
+  p.d_initial_state = mutable_data<float>(d_initial);
+  linear_attention::cuda::launch_chunk_backward(p, stream_of(in.q));
+  return {dq, dk, dv, d_beta, dg, d_initial};
+}
+
+// What the tensor cores take. The fake kernel in ops/linear_attention.py asks the same.
+bool fits_tensor_cores(const Inputs& in, const Shape& s) {
+  const ScalarType type = in.q.scalar_type();
+  return (type == ScalarType::BFloat16 || type == ScalarType::Half) && in.k.scalar_type() == type &&
+         in.v.scalar_type() == type && s.decay != Decay::kChannel && s.batch > 0 && s.tokens > 0 &&
+         s.key_size % 8 == 0 && s.key_size <= ChunkBackward::kMaxKeySize && s.value_size % 8 == 0 &&
+         s.value_size <= ChunkBackward::kMaxValueSize;
+}
+
 bool wants_double(const Inputs& in) {
   return in.q.scalar_type() == ScalarType::Double || in.k.scalar_type() == ScalarType::Double ||
          in.v.scalar_type() == ScalarType::Double;
@@ -235,6 +320,7 @@ SixTensors backward(const Tensor& q, const Tensor& k, const Tensor& v, const std
   const OnDevice guard(q);
   const Inputs in{q, k, v, beta, g, cu_seqlens, checkpoints, d_out, d_state};
   const Shape s = check(in, delta);
+  if (fits_tensor_cores(in, s)) return by_chunk(in, s, scale, delta);
   return wants_double(in) ? plain<double>(in, s, scale, delta) : plain<float>(in, s, scale, delta);
 }
 
