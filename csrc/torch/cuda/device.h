@@ -43,7 +43,7 @@ inline hopper::Stream stream_of(const Tensor& tensor) {
 }
 
 // While it lives, the tensor's device is the current one: launches and allocations go there.
-class OnDevice {
+class [[gnu::visibility("hidden")]] OnDevice {
  public:
   explicit OnDevice(const Tensor& tensor) : guard_(tensor.get_device_index()) {}
 
