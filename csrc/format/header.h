@@ -27,7 +27,7 @@ struct PackedHeader {
   FormatId format;
   ScaleType scale_type;
   OffsetKind offset_kind;
-  uint16_t reserved;
+  uint16_t variant;          // which arrangement, of formats that have several
   int64_t rows;              // N
   int64_t cols;              // K
   int64_t group;             // elements of K that share a scale
