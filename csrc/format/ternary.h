@@ -85,12 +85,12 @@ struct TernaryT3w {
   static constexpr int kRowsPerBlock = 64;
   static constexpr int kRowsPerVector = 32;
   static constexpr int kColsPerIndex = 3;
-  static constexpr int kIndices = 3;   // of a word
+  static constexpr int kIndices = 3;  // of a word
   static constexpr int kColsPerWord = kColsPerIndex * kIndices;
   static constexpr int kBitsPerIndex = 5;
   static constexpr int kEntries = 27;  // of a table
   static constexpr int kBytesPerWordGroup = kRowsPerBlock * 2;
-  static constexpr int kZeroIndex = 13;   // three zeros
+  static constexpr int kZeroIndex = 13;  // three zeros
   static constexpr uint16_t kZeroWord = kZeroIndex * (1 + (1 << 5) + (1 << 10));
 
   static constexpr int64_t words(int64_t k) { return ceil_div(k, kColsPerWord); }
@@ -124,7 +124,7 @@ struct TernaryMma2 {
   static constexpr int kColsPerStep = 32;
   static constexpr int kBytesPerPanel = 512;
   static constexpr int kBytesPerChunk = kBytesPerPanel * kPanels;
-  static constexpr int kScale = 64;              // of a decoded byte
+  static constexpr int kScale = 64;  // of a decoded byte
   static constexpr int kScaleBits = 6;
   static constexpr uint32_t kMask = 0xC0C0C0C0u;
   // 64 * 128 * kMaxColsPerSum = 2^30: sums over more columns are taken in parts.
@@ -172,7 +172,7 @@ struct TernaryTq2 {
 // Byte b of a base-3 number is ceil(256 v / 243), so that its first digit is (3 b) >> 8 and the rest follow by b <- 3 b.
 struct TernaryTq1 {
   static constexpr int kColsPerBlock = 256;
-  static constexpr int kDigitBytes = 52;   // 32 and 16 bytes of five digits, four bytes of four
+  static constexpr int kDigitBytes = 52;  // 32 and 16 bytes of five digits, four bytes of four
   static constexpr int kScaleAt = kDigitBytes;
   static constexpr int kBytesPerBlock = 54;
 

@@ -57,8 +57,8 @@ inline int64_t ternary_payload_bytes(TernaryPacking packing, int64_t n, int64_t 
 inline void require_ternary_shape(TernaryPacking packing, int64_t n, int64_t k, const char* op) {
   require(n >= 0 && n < kMaxDim && k >= 0 && k < kMaxDim, op, ": weight has shape [", n, ", ", k,
           "], outside what can be packed");
-  const bool foreign = packing == TernaryPacking::kI2S || packing == TernaryPacking::kTq1 ||
-                       packing == TernaryPacking::kTq2;
+  const bool foreign =
+      packing == TernaryPacking::kI2S || packing == TernaryPacking::kTq1 || packing == TernaryPacking::kTq2;
   const int64_t multiple = packing == TernaryPacking::kI2S ? TernaryI2S::kColsPerRun : TernaryTq2::kColsPerBlock;
   require(!foreign || k % multiple == 0, op, ": packing '", ternary_name(packing), "' holds rows of a multiple of ",
           multiple, " columns, K = ", k, "; use 'q2', 't3w', 't5' or 'mma2'");
@@ -156,8 +156,7 @@ inline void ternary_read_row(const TernaryView& view, int64_t row, int8_t* out) 
   const int64_t k = view.k;
   switch (view.packing) {
     case TernaryPacking::kT5: return ternary_detail::read_t5(view.payload + row * ceil_div(k, 5), k, out);
-    case TernaryPacking::kTq1:
-      return ternary_detail::read_tq1(view.payload + row * TernaryTq1::row_bytes(k), k, out);
+    case TernaryPacking::kTq1: return ternary_detail::read_tq1(view.payload + row * TernaryTq1::row_bytes(k), k, out);
     case TernaryPacking::kT3w:
       for (int64_t c = 0; c < k; ++c) {
         const uint8_t* at = view.payload + TernaryT3w::word_at(k, row, c / TernaryT3w::kColsPerWord);
@@ -212,7 +211,7 @@ inline void ternary_clear(const TernaryView& view, uint8_t* payload) {
     for (int64_t i = 0; i < bytes; i += 2) std::memcpy(payload + i, &TernaryT3w::kZeroWord, 2);
     return;
   }
-  const bool ones = view.packing == TernaryPacking::kQ2;   // digit 1 in every place
+  const bool ones = view.packing == TernaryPacking::kQ2;  // digit 1 in every place
   std::fill_n(payload, bytes, ones ? uint8_t{0x55} : uint8_t{0});
 }
 

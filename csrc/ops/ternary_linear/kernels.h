@@ -49,12 +49,12 @@ inline int64_t table_entries(int64_t k) {
   return format::TernaryT3w::words(k) * format::TernaryT3w::kIndices * kTableEntries;
 }
 
-#define TILEWRIGHT_TERNARY_LINEAR_LEVEL(level)                                                \
-  namespace level {                                                                           \
-  void q2_items(const Problem&, const Plan&, int64_t first, int64_t last);                    \
-  void quantize(const float* x, int64_t k, int8_t* codes, float* scale, int32_t* sum);        \
-  int32_t sum(const int8_t* codes, int64_t count);                                            \
-  void finish(const Epilogue&, int64_t first, int64_t last);                                  \
+#define TILEWRIGHT_TERNARY_LINEAR_LEVEL(level)                                         \
+  namespace level {                                                                    \
+  void q2_items(const Problem&, const Plan&, int64_t first, int64_t last);             \
+  void quantize(const float* x, int64_t k, int8_t* codes, float* scale, int32_t* sum); \
+  int32_t sum(const int8_t* codes, int64_t count);                                     \
+  void finish(const Epilogue&, int64_t first, int64_t last);                           \
   }
 TILEWRIGHT_TERNARY_LINEAR_LEVEL(generic)
 TILEWRIGHT_TERNARY_LINEAR_LEVEL(avx2)

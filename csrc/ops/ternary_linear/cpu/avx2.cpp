@@ -37,8 +37,8 @@ template <int kCount>
 void tile(const Problem& p, int64_t m, int64_t block, int64_t tile_index) {
   const int64_t steps = TernaryQ2::steps(p.weight.k);
   const int64_t first_row = block * TernaryQ2::kRowsPerBlock + tile_index * TernaryQ2::kRowsPerTile;
-  const uint8_t* weight = p.weight.payload + block * steps * TernaryQ2::kBytesPerStep +
-                          tile_index * TernaryQ2::kBytesPerTile;
+  const uint8_t* weight =
+      p.weight.payload + block * steps * TernaryQ2::kBytesPerStep + tile_index * TernaryQ2::kBytesPerTile;
   const int8_t* x = p.x + m * p.x_stride;
   const __m256i ones = _mm256_set1_epi16(1);
   __m256i wide[kCount][kHalves];

@@ -9,7 +9,7 @@ namespace {
 
 using format::TernaryT3w;
 
-constexpr int kTokens = 5;   // 20 accumulators, 4 tiles of weights and their codes: 6 tokens spill
+constexpr int kTokens = 5;  // 20 accumulators, 4 tiles of weights and their codes: 6 tokens spill
 constexpr int kTiles = TernaryQ2::kTilesPerBlock;
 
 template <int kPlane>
@@ -81,7 +81,7 @@ void q2_tile(const Problem& p, int64_t m, int64_t block) {
 constexpr int64_t kWordsPerWiden = 28;
 static_assert(kWordsPerWiden * TernaryT3w::kIndices * 3 * 128 <= INT16_MAX, "widen earlier");
 
-constexpr int kMaxBlocks = 4;   // that share a table load
+constexpr int kMaxBlocks = 4;  // that share a table load
 constexpr int kVectors = TernaryT3w::kRowsPerBlock / TernaryT3w::kRowsPerVector;
 
 // 32 rows, held as 16 even and 16 odd ones.
@@ -175,9 +175,8 @@ void t3w_items(const Problem& p, const Plan& plan, int64_t first, int64_t last) 
   const int64_t blocks = plan.rows_per_item / TernaryT3w::kRowsPerBlock;
   const int64_t end = std::min(ceil_div(p.weight.n, TernaryT3w::kRowsPerBlock), last * blocks);
   for (int64_t m = 0; m < p.m; ++m) {
-    each_token_tile<kMaxBlocks>(end - first * blocks, [&](int64_t b, auto count) {
-      t3w_tile<count.value>(p, m, first * blocks + b);
-    });
+    each_token_tile<kMaxBlocks>(end - first * blocks,
+                                [&](int64_t b, auto count) { t3w_tile<count.value>(p, m, first * blocks + b); });
   }
 }
 
