@@ -19,10 +19,9 @@ PlainPlan plan_plain(const Shape& shape, Solver solver, int64_t row_heads) {
   PlainPlan plan{};
   plan.matrix_in_workspace =
       direct && RowMemory<T>::bytes(shape.key_size, shape.value_size, true) > hopper::kMaxSharedBytes;
-  const int64_t bytes =
-      RowMemory<T>::bytes(shape.key_size, shape.value_size, direct && !plan.matrix_in_workspace);
-  require(bytes <= hopper::kMaxSharedBytes, "local linear attention on CUDA: K = ", shape.key_size, " and V = ",
-          shape.value_size, " need ", bytes, " bytes of shared memory for a row, and a block has ",
+  const int64_t bytes = RowMemory<T>::bytes(shape.key_size, shape.value_size, direct && !plan.matrix_in_workspace);
+  require(bytes <= hopper::kMaxSharedBytes, "local linear attention on CUDA: K = ", shape.key_size,
+          " and V = ", shape.value_size, " need ", bytes, " bytes of shared memory for a row, and a block has ",
           hopper::kMaxSharedBytes, "; use smaller heads, or the CPU");
   plan.shared_bytes = static_cast<int>(bytes);
   plan.blocks = at_most(row_heads, plan.matrix_in_workspace ? kWorkspaceBlocks : kMostBlocks);
@@ -36,10 +35,10 @@ void forward(const Forward<T>& problem, const Sequences& sequences, double* work
   const PlainPlan plan = plan_plain<T>(problem.shape, problem.options.solver, row_heads);
   const int64_t step = plan.matrix_in_workspace ? RowMemory<T>::doubles(problem.shape.key_size) : 0;
   const ForwardParams<T> params{problem, sequences, workspace, step, row_heads};
-  hopper::launch(forward_rows<T>,
-                 hopper::Grid{.blocks = {plan.blocks}, .threads = kThreads, .shared_bytes = plan.shared_bytes,
-                              .stream = stream},
-                 params);
+  hopper::launch(
+      forward_rows<T>,
+      hopper::Grid{.blocks = {plan.blocks}, .threads = kThreads, .shared_bytes = plan.shared_bytes, .stream = stream},
+      params);
 }
 
 template <class T>
@@ -49,13 +48,14 @@ void backward(const Backward<T>& problem, const Sequences& sequences, int64_t ke
   const PlainPlan plan = plan_plain<T>(problem.shape, problem.options.solver, row_heads);
   const int64_t step = plan.matrix_in_workspace ? RowMemory<T>::doubles(problem.shape.key_size) : 0;
   const BackwardParams<T> params{problem, sequences, workspace, step, row_heads, key_heads};
-  hopper::launch(backward_rows<T>,
-                 hopper::Grid{.blocks = {plan.blocks}, .threads = kThreads, .shared_bytes = plan.shared_bytes,
-                              .stream = stream},
-                 params);
+  hopper::launch(
+      backward_rows<T>,
+      hopper::Grid{.blocks = {plan.blocks}, .threads = kThreads, .shared_bytes = plan.shared_bytes, .stream = stream},
+      params);
   const int64_t numbers = problem.shape.key_size + problem.shape.value_size + 3 * kTile;
   hopper::launch(backward_keys<T>,
-                 hopper::Grid{.blocks = {at_most(key_heads, kMostBlocks)}, .threads = kThreads,
+                 hopper::Grid{.blocks = {at_most(key_heads, kMostBlocks)},
+                              .threads = kThreads,
                               .shared_bytes = static_cast<int>(numbers * static_cast<int64_t>(sizeof(T))),
                               .stream = stream},
                  params);

@@ -92,7 +92,8 @@ struct RowMemory {
       at += doubles(key_size) * 8;
     }
     T* next = reinterpret_cast<T*>(at);
-    T** vectors[kVectors] = {&scaled, &offset, &centre, &mean, &right, &x, &left, &direction, &image, &diagonal, &spare};
+    T** vectors[kVectors] = {&scaled, &offset,    &centre, &mean,     &right, &x,
+                             &left,   &direction, &image,  &diagonal, &spare};
     for (T** vector : vectors) {
       *vector = next;
       next += key_size;
@@ -196,11 +197,12 @@ TILEWRIGHT_DEVICE void weigh(Row<T>& row) {
   row.peak = peak == lowest<T>() ? T{0} : peak;
   clear(row.m.mean, row.key_size);
   T omega = 0;
-  walk(row, [&](int64_t j, int) { return weight(row, row.key(j)); },
-       [&](int64_t first, int n) {
-         if (static_cast<int>(threadIdx.x) < n) omega += row.m.tile[threadIdx.x];
-         add_keys(row, first, n, row.m.mean);
-       });
+  walk(
+      row, [&](int64_t j, int) { return weight(row, row.key(j)); },
+      [&](int64_t first, int n) {
+        if (static_cast<int>(threadIdx.x) < n) omega += row.m.tile[threadIdx.x];
+        add_keys(row, first, n, row.m.mean);
+      });
   row.omega = block_sum(omega, row.m.sums);
   row.inverse = row.omega == T{0} ? T{0} : T{1} / row.omega;
   for (int64_t d = threadIdx.x; d < row.key_size; d += kThreads) row.m.mean[d] *= row.inverse;

@@ -28,21 +28,23 @@ template <class T>
 TILEWRIGHT_DEVICE T project_values(const Row<T>& row) {
   const RowMemory<T>& m = row.m;
   T sum = 0;
-  walk(row, [&](int64_t j, int) { return weight(row, row.key(j)) * row.inverse * value_gradient(row, row.value(j)); },
-       [&](int64_t, int n) {
-         if (static_cast<int>(threadIdx.x) < n) sum += m.tile[threadIdx.x];
-       });
+  walk(
+      row, [&](int64_t j, int) { return weight(row, row.key(j)) * row.inverse * value_gradient(row, row.value(j)); },
+      [&](int64_t, int n) {
+        if (static_cast<int>(threadIdx.x) < n) sum += m.tile[threadIdx.x];
+      });
   const T mean = block_sum(sum, m.sums);
   clear(m.right, row.key_size);
   T drift = 0;
-  walk(row,
-       [&](int64_t j, int) {
-         return weight(row, row.key(j)) * row.inverse * (value_gradient(row, row.value(j)) - mean);
-       },
-       [&](int64_t first, int n) {
-         if (static_cast<int>(threadIdx.x) < n) drift += m.tile[threadIdx.x];
-         add_keys(row, first, n, m.right);
-       });
+  walk(
+      row,
+      [&](int64_t j, int) {
+        return weight(row, row.key(j)) * row.inverse * (value_gradient(row, row.value(j)) - mean);
+      },
+      [&](int64_t first, int n) {
+        if (static_cast<int>(threadIdx.x) < n) drift += m.tile[threadIdx.x];
+        add_keys(row, first, n, m.right);
+      });
   drift = block_sum(drift, m.sums);
   for (int64_t d = threadIdx.x; d < row.key_size; d += kThreads) m.right[d] -= drift * m.mean[d];
   __syncthreads();
@@ -56,16 +58,17 @@ TILEWRIGHT_DEVICE T multiply_factors(const Row<T>& row, const T* u, T value_mean
   const T level = T{1} + dot(row, m.mean, m.x), off = value_mean - dot(row, m.mean, u);
   clear(m.spare, row.key_size);
   T sum = 0;
-  walk(row,
-       [&](int64_t j, int) {
-         const T* key = row.key(j);
-         const T e = value_gradient(row, row.value(j)) - off - along(row, u, key);
-         return weight(row, key) * row.inverse * e * (level - along(row, m.x, key));
-       },
-       [&](int64_t first, int n) {
-         if (static_cast<int>(threadIdx.x) < n) sum += m.tile[threadIdx.x];
-         add_keys(row, first, n, m.spare);
-       });
+  walk(
+      row,
+      [&](int64_t j, int) {
+        const T* key = row.key(j);
+        const T e = value_gradient(row, row.value(j)) - off - along(row, u, key);
+        return weight(row, key) * row.inverse * e * (level - along(row, m.x, key));
+      },
+      [&](int64_t first, int n) {
+        if (static_cast<int>(threadIdx.x) < n) sum += m.tile[threadIdx.x];
+        add_keys(row, first, n, m.spare);
+      });
   return block_sum(sum, m.sums);
 }
 
@@ -227,8 +230,8 @@ __global__ void __launch_bounds__(kThreads, 1) backward_keys(const __grid_consta
   T* at = reinterpret_cast<T*>(hopper::shared_memory());
   for (int64_t key_at = blockIdx.x; key_at < params.key_heads; key_at += gridDim.x) {
     const int64_t key_row = key_at / p.shape.kv_heads;
-    KeyColumn<T> c{p, p.shape.key_size, p.shape.value_size, p.shape.heads / p.shape.kv_heads,
-                   key_at % p.shape.kv_heads, key_at};
+    KeyColumn<T> c{
+        p, p.shape.key_size, p.shape.value_size, p.shape.heads / p.shape.kv_heads, key_at % p.shape.kv_heads, key_at};
     c.dk = at;
     c.dv = c.dk + c.key_size;
     c.score = c.dv + c.value_size;

@@ -32,19 +32,20 @@ TILEWRIGHT_DEVICE T gather_values(const Row<T>& row) {
   const T level = T{1} + dot(row, m.mean, m.x);
   clear(m.out, row.value_size);
   T total = 0;
-  walk(row,
-       [&](int64_t j, int) {
-         const T* key = row.key(j);
-         return weight(row, key) * row.inverse * (level - along(row, m.x, key));
-       },
-       [&](int64_t first, int n) {
-         if (static_cast<int>(threadIdx.x) < n) total += m.tile[threadIdx.x];
-         for (int64_t d = threadIdx.x; d < row.value_size; d += kThreads) {
-           T sum = m.out[d];
-           for (int j = 0; j < n; ++j) sum += m.tile[j] * row.value(first + j)[d];
-           m.out[d] = sum;
-         }
-       });
+  walk(
+      row,
+      [&](int64_t j, int) {
+        const T* key = row.key(j);
+        return weight(row, key) * row.inverse * (level - along(row, m.x, key));
+      },
+      [&](int64_t first, int n) {
+        if (static_cast<int>(threadIdx.x) < n) total += m.tile[threadIdx.x];
+        for (int64_t d = threadIdx.x; d < row.value_size; d += kThreads) {
+          T sum = m.out[d];
+          for (int j = 0; j < n; ++j) sum += m.tile[j] * row.value(first + j)[d];
+          m.out[d] = sum;
+        }
+      });
   total = block_sum(total, m.sums);
   return total > T{0.5} ? T{1} / total : T{1};
 }

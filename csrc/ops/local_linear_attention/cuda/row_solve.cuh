@@ -17,18 +17,19 @@ TILEWRIGHT_DEVICE void apply(const Row<T>& row, const T* from) {
   const RowMemory<T>& m = row.m;
   const T shift = dot(row, m.mean, from);
   clear(m.image, row.key_size);
-  walk(row,
-       [&](int64_t j, int) {
-         const T* key = row.key(j);
-         return weight(row, key) * row.inverse * (along(row, from, key) - shift);
-       },
-       [&](int64_t first, int n) {
-         for (int64_t d = threadIdx.x; d < row.key_size; d += kThreads) {
-           T sum = m.image[d];
-           for (int j = 0; j < n; ++j) sum += m.tile[j] * (row.key(first + j)[d] - m.centre[d] - m.mean[d]);
-           m.image[d] = sum;
-         }
-       });
+  walk(
+      row,
+      [&](int64_t j, int) {
+        const T* key = row.key(j);
+        return weight(row, key) * row.inverse * (along(row, from, key) - shift);
+      },
+      [&](int64_t first, int n) {
+        for (int64_t d = threadIdx.x; d < row.key_size; d += kThreads) {
+          T sum = m.image[d];
+          for (int j = 0; j < n; ++j) sum += m.tile[j] * (row.key(first + j)[d] - m.centre[d] - m.mean[d]);
+          m.image[d] = sum;
+        }
+      });
   for (int64_t d = threadIdx.x; d < row.key_size; d += kThreads) m.image[d] += row.lambda * from[d];
   __syncthreads();
 }
@@ -41,17 +42,18 @@ TILEWRIGHT_DEVICE void precondition(const Row<T>& row) {
   for (int64_t d = threadIdx.x; d < row.key_size; d += kThreads) m.diagonal[d] = none;
   __syncthreads();
   if (!row.options.jacobi) return;
-  walk(row, [&](int64_t j, int) { return weight(row, row.key(j)) * row.inverse; },
-       [&](int64_t first, int n) {
-         for (int64_t d = threadIdx.x; d < row.key_size; d += kThreads) {
-           T sum = m.diagonal[d];
-           for (int j = 0; j < n; ++j) {
-             const T z = row.key(first + j)[d] - m.centre[d] - m.mean[d];
-             sum += m.tile[j] * z * z;
-           }
-           m.diagonal[d] = sum;
-         }
-       });
+  walk(
+      row, [&](int64_t j, int) { return weight(row, row.key(j)) * row.inverse; },
+      [&](int64_t first, int n) {
+        for (int64_t d = threadIdx.x; d < row.key_size; d += kThreads) {
+          T sum = m.diagonal[d];
+          for (int j = 0; j < n; ++j) {
+            const T z = row.key(first + j)[d] - m.centre[d] - m.mean[d];
+            sum += m.tile[j] * z * z;
+          }
+          m.diagonal[d] = sum;
+        }
+      });
   for (int64_t d = threadIdx.x; d < row.key_size; d += kThreads) m.diagonal[d] = T{1} / (m.diagonal[d] + row.lambda);
   __syncthreads();
 }
@@ -116,24 +118,26 @@ TILEWRIGHT_DEVICE void gather_moments(const Row<T>& row) {
   const RowMemory<T>& m = row.m;
   const int64_t size = row.key_size, elements = size * (size + 1) / 2;
   for (int64_t e = threadIdx.x; e < elements; e += kThreads) m.matrix[e] = 0.0;
-  walk(row, [&](int64_t j, int) { return weight(row, row.key(j)) * row.inverse; },
-       [&](int64_t first, int n) {
-         int64_t a = 0, b = threadIdx.x;
-         for (int64_t e = threadIdx.x; e < elements; e += kThreads) {
-           while (b > a) {
-             b -= a + 1;
-             ++a;
-           }
-           const T at_a = m.centre[a] + m.mean[a], at_b = m.centre[b] + m.mean[b];
-           double sum = m.matrix[e];
-           for (int j = 0; j < n; ++j) {
-             const T* key = row.key(first + j);
-             sum += static_cast<double>(m.tile[j]) * static_cast<double>(key[a] - at_a) * static_cast<double>(key[b] - at_b);
-           }
-           m.matrix[e] = sum;
-           b += kThreads;
-         }
-       });
+  walk(
+      row, [&](int64_t j, int) { return weight(row, row.key(j)) * row.inverse; },
+      [&](int64_t first, int n) {
+        int64_t a = 0, b = threadIdx.x;
+        for (int64_t e = threadIdx.x; e < elements; e += kThreads) {
+          while (b > a) {
+            b -= a + 1;
+            ++a;
+          }
+          const T at_a = m.centre[a] + m.mean[a], at_b = m.centre[b] + m.mean[b];
+          double sum = m.matrix[e];
+          for (int j = 0; j < n; ++j) {
+            const T* key = row.key(first + j);
+            sum += static_cast<double>(m.tile[j]) * static_cast<double>(key[a] - at_a) *
+                   static_cast<double>(key[b] - at_b);
+          }
+          m.matrix[e] = sum;
+          b += kThreads;
+        }
+      });
   for (int64_t d = threadIdx.x; d < size; d += kThreads) m.matrix[triangle(d, d)] += static_cast<double>(row.lambda);
   __syncthreads();
 }
