@@ -13,9 +13,10 @@ constexpr int kMaxArrivals = (1 << 20) - 1;
 void check_phase_end(Block& block, MBarrier& barrier) {
   if (barrier.pending > 0 || barrier.bytes != 0) return;
   if (!barrier.unseen.empty()) {
-    kernel_error("ends phase %llu of the barrier at shared byte %u before thread %d has seen the end of the phase before "
-                 "it: a waiter can miss both",
-                 static_cast<unsigned long long>(barrier.phase), barrier.offset, barrier.unseen.front()->thread);
+    kernel_error(
+        "ends phase %llu of the barrier at shared byte %u before thread %d has seen the end of the phase before "
+        "it: a waiter can miss both",
+        static_cast<unsigned long long>(barrier.phase), barrier.offset, barrier.unseen.front()->thread);
   }
   ++barrier.phase;
   barrier.pending = barrier.count;
@@ -28,10 +29,11 @@ void check_phase_end(Block& block, MBarrier& barrier) {
 
 void arrive_at(Block& block, MBarrier& barrier, int who, uint32_t bytes) {
   if (barrier.pending == 0) {
-    kernel_error("arrives at the barrier at shared byte %u, whose phase %llu has all its %d arrivals already (%lld bytes "
-                 "are still to come)",
-                 barrier.offset, static_cast<unsigned long long>(barrier.phase), barrier.count,
-                 static_cast<long long>(barrier.bytes));
+    kernel_error(
+        "arrives at the barrier at shared byte %u, whose phase %llu has all its %d arrivals already (%lld bytes "
+        "are still to come)",
+        barrier.offset, static_cast<unsigned long long>(barrier.phase), barrier.count,
+        static_cast<long long>(barrier.bytes));
   }
   // A barrier for many threads counts each of them once; one for a few may be armed several times by its producer.
   if (barrier.count >= 32 && std::find(barrier.who.begin(), barrier.who.end(), who) != barrier.who.end()) {
@@ -63,7 +65,8 @@ void barrier_init(void* barrier, int arrivals) {
   if (arrivals < 1 || arrivals > kMaxArrivals) {
     kernel_error("a barrier for %d arrivals; 1 to %d are possible", arrivals, kMaxArrivals);
   }
-  if (block.barriers.contains(offset)) kernel_error("init of the barrier at shared byte %u, which is one already", offset);
+  if (block.barriers.contains(offset))
+    kernel_error("init of the barrier at shared byte %u, which is one already", offset);
   for (uint32_t i = offset; i < offset + 8; ++i) {
     if ((block.shared.flags[i] & kInFlight) != 0) kernel_error("a barrier where a copy is on its way (byte %u)", i);
     block.shared.flags[i] = kBarrierWord;
@@ -91,9 +94,10 @@ void barrier_arrive_cluster(void* barrier, int rank) {
   const uint32_t offset = shared_offset(this_block(), barrier, 8, "arrive_cluster");
   const auto at = target.barriers.find(offset);
   if (at == target.barriers.end()) {
-    kernel_error("arrive_cluster: block %d of the cluster has no barrier at shared byte %u (yet: a cluster_sync() after "
-                 "init is needed)",
-                 rank, offset);
+    kernel_error(
+        "arrive_cluster: block %d of the cluster has no barrier at shared byte %u (yet: a cluster_sync() after "
+        "init is needed)",
+        rank, offset);
   }
   arrive_at(target, at->second, current->thread + this_block().rank * kMaxThreads, 0);
 }
@@ -104,8 +108,8 @@ void bytes_came(Block& block, uint32_t barrier_offset, int64_t bytes) {
   if (barrier.pending == 0 && barrier.bytes < 0) {
     machine->error = "block (" + std::to_string(block.index.x) + ", " + std::to_string(block.index.y) + ", " +
                      std::to_string(block.index.z) + "): " + std::to_string(-barrier.bytes) +
-                     " more bytes came to the barrier at shared byte " + std::to_string(barrier_offset) +
-                     " than the " + std::to_string(barrier.announced) + " that were announced";
+                     " more bytes came to the barrier at shared byte " + std::to_string(barrier_offset) + " than the " +
+                     std::to_string(barrier.announced) + " that were announced";
     return;
   }
   check_phase_end(block, barrier);

@@ -11,13 +11,16 @@ namespace tilewright::emulator {
 
 // What the driver checks when it encodes a tensor map.
 void check_box(const Box& box) {
-  const auto refuse = [](const std::string& why) { throw std::runtime_error("emulator: a tensor map was refused: " + why); };
+  const auto refuse = [](const std::string& why) {
+    throw std::runtime_error("emulator: a tensor map was refused: " + why);
+  };
   if (box.rank < 1 || box.rank > 5) refuse("rank " + std::to_string(box.rank) + ", 1 to 5 are possible");
   if (reinterpret_cast<uintptr_t>(box.base) % 16 != 0) refuse("its base is no multiple of 16 bytes");
   for (int d = 0; d < box.rank; ++d) {
     if (box.sizes[d] == 0 || box.sizes[d] > (uint64_t{1} << 32)) refuse("size " + std::to_string(box.sizes[d]));
     if (box.extent[d] == 0 || box.extent[d] > 256) {
-      refuse("box of " + std::to_string(box.extent[d]) + " in dimension " + std::to_string(d) + ", 1 to 256 are possible");
+      refuse("box of " + std::to_string(box.extent[d]) + " in dimension " + std::to_string(d) +
+             ", 1 to 256 are possible");
     }
     if (d > 0 && (box.strides[d] % 16 != 0 || box.strides[d] >= (uint64_t{1} << 40))) {
       refuse("stride " + std::to_string(box.strides[d]) + " of dimension " + std::to_string(d) +
@@ -94,8 +97,8 @@ void start_load(Block& block, std::vector<Chunk> chunks, uint32_t barrier, const
   for (const Chunk& chunk : chunks) mark_flight(block, chunk.offset, chunk.bytes, what);
   auto flight = std::make_unique<Flight>();
   flight->block = &block;
-  flight->what = std::string(what) + " to shared byte " + std::to_string(chunks.front().offset) + " issued by " +
-                 place(*current);
+  flight->what =
+      std::string(what) + " to shared byte " + std::to_string(chunks.front().offset) + " issued by " + place(*current);
   flight->land = [&block, barrier, chunks = std::move(chunks)] {
     int64_t bytes = 0;
     for (const Chunk& chunk : chunks) {
@@ -152,7 +155,8 @@ void load_bulk(void* to, const void* from, uint32_t bytes, void* barrier) {
   MBarrier& state = barrier_at(this_block(), barrier, kWhat);
   check_global_range(from, bytes, false, kWhat);
   const uint32_t offset = shared_offset(this_block(), to, bytes, kWhat);
-  start_load(this_block(), chunks_of_run(offset, static_cast<char*>(const_cast<void*>(from)), bytes), state.offset, kWhat);
+  start_load(this_block(), chunks_of_run(offset, static_cast<char*>(const_cast<void*>(from)), bytes), state.offset,
+             kWhat);
 }
 
 // --- stores
@@ -218,9 +222,8 @@ void store_wait(int pending, bool only_sources) {
     if (!only_sources) write_targets(*store);
   }
   if (only_sources) return;
-  std::erase_if(fiber.stores, [&](const auto& store) {
-    return store->group >= 0 && store->group < fiber.store_groups - pending;
-  });
+  std::erase_if(fiber.stores,
+                [&](const auto& store) { return store->group >= 0 && store->group < fiber.store_groups - pending; });
 }
 
 // --- cp.async

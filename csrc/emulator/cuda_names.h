@@ -27,12 +27,12 @@ extern dim3 threadIdx, blockIdx, blockDim, gridDim;
 inline constexpr int warpSize = 32;
 
 // --- vectors, with CUDA's alignment: a misaligned access is an error of its own
-#define TILEWRIGHT_VECTOR(Name, T, Align2, Align4)                                   \
-  struct alignas(Align2) Name##2 { T x, y; };                                        \
-  struct Name##3 { T x, y, z; };                                                     \
-  struct alignas(Align4) Name##4 { T x, y, z, w; };                                  \
-  inline Name##2 make_##Name##2(T x, T y) { return {x, y}; }                         \
-  inline Name##3 make_##Name##3(T x, T y, T z) { return {x, y, z}; }                 \
+#define TILEWRIGHT_VECTOR(Name, T, Align2, Align4)                   \
+  struct alignas(Align2) Name##2 { T x, y; };                        \
+  struct Name##3 { T x, y, z; };                                     \
+  struct alignas(Align4) Name##4 { T x, y, z, w; };                  \
+  inline Name##2 make_##Name##2(T x, T y) { return {x, y}; }         \
+  inline Name##3 make_##Name##3(T x, T y, T z) { return {x, y, z}; } \
   inline Name##4 make_##Name##4(T x, T y, T z, T w) { return {x, y, z, w}; }
 TILEWRIGHT_VECTOR(char, signed char, 2, 4)
 TILEWRIGHT_VECTOR(uchar, unsigned char, 2, 4)
@@ -42,9 +42,15 @@ TILEWRIGHT_VECTOR(int, int, 8, 16)
 TILEWRIGHT_VECTOR(uint, unsigned, 8, 16)
 TILEWRIGHT_VECTOR(float, float, 8, 16)
 #undef TILEWRIGHT_VECTOR
-struct alignas(16) longlong2 { long long x, y; };
-struct alignas(16) ulonglong2 { unsigned long long x, y; };
-struct alignas(16) double2 { double x, y; };
+struct alignas(16) longlong2 {
+  long long x, y;
+};
+struct alignas(16) ulonglong2 {
+  unsigned long long x, y;
+};
+struct alignas(16) double2 {
+  double x, y;
+};
 inline longlong2 make_longlong2(long long x, long long y) { return {x, y}; }
 inline ulonglong2 make_ulonglong2(unsigned long long x, unsigned long long y) { return {x, y}; }
 inline double2 make_double2(double x, double y) { return {x, y}; }
@@ -163,15 +169,25 @@ inline void __threadfence_block() {}
 inline void __threadfence_system() {}
 inline void __nanosleep(unsigned) { tilewright::emulator::pause_thread(); }
 template <class T>
-T __ldg(const T* pointer) { return *pointer; }
+T __ldg(const T* pointer) {
+  return *pointer;
+}
 template <class T>
-T __ldcg(const T* pointer) { return *pointer; }
+T __ldcg(const T* pointer) {
+  return *pointer;
+}
 template <class T>
-T __ldcs(const T* pointer) { return *pointer; }
+T __ldcs(const T* pointer) {
+  return *pointer;
+}
 template <class T>
-void __stcs(T* pointer, std::type_identity_t<T> value) { *pointer = value; }
+void __stcs(T* pointer, std::type_identity_t<T> value) {
+  *pointer = value;
+}
 template <class T>
-void __stcg(T* pointer, std::type_identity_t<T> value) { *pointer = value; }
+void __stcg(T* pointer, std::type_identity_t<T> value) {
+  *pointer = value;
+}
 
 namespace tilewright::emulator {
 
@@ -221,8 +237,7 @@ T atomicExch(T* pointer, std::type_identity_t<T> value) {
 }
 template <class T>
 T atomicCAS(T* pointer, std::type_identity_t<T> expected, std::type_identity_t<T> value) {
-  const T old =
-      tilewright::emulator::atomic_update(pointer, [&](T now) { return now == expected ? value : now; });
+  const T old = tilewright::emulator::atomic_update(pointer, [&](T now) { return now == expected ? value : now; });
   if (old != expected) tilewright::emulator::pause_thread();
   return old;
 }
@@ -299,13 +314,13 @@ inline int __any_sync(unsigned mask, int predicate) {
 inline int __all_sync(unsigned mask, int predicate) {
   return tilewright::emulator::vote("__all_sync", mask, predicate == 0) == 0;
 }
-#define TILEWRIGHT_REDUCE(Name, How)                                                                              \
-  inline unsigned Name(unsigned mask, unsigned value) {                                                           \
-    return tilewright::emulator::reduce(#Name, mask, value, tilewright::emulator::Reduction::How, false);         \
-  }                                                                                                               \
-  inline int Name(unsigned mask, int value) {                                                                     \
-    return static_cast<int>(tilewright::emulator::reduce(#Name, mask, static_cast<unsigned>(value),               \
-                                                         tilewright::emulator::Reduction::How, true));            \
+#define TILEWRIGHT_REDUCE(Name, How)                                                                      \
+  inline unsigned Name(unsigned mask, unsigned value) {                                                   \
+    return tilewright::emulator::reduce(#Name, mask, value, tilewright::emulator::Reduction::How, false); \
+  }                                                                                                       \
+  inline int Name(unsigned mask, int value) {                                                             \
+    return static_cast<int>(tilewright::emulator::reduce(#Name, mask, static_cast<unsigned>(value),       \
+                                                         tilewright::emulator::Reduction::How, true));    \
   }
 TILEWRIGHT_REDUCE(__reduce_add_sync, kAdd)
 TILEWRIGHT_REDUCE(__reduce_min_sync, kMin)

@@ -84,26 +84,26 @@ bool is_program_data(const void* pointer) {
 }  // namespace tilewright::emulator
 
 #define TILEWRIGHT_HOOK extern "C" __attribute__((visibility("hidden")))
-#define TILEWRIGHT_ACCESS_HOOKS(Bytes)                                                              \
-  TILEWRIGHT_HOOK void __tsan_read##Bytes(void* p) {                                                \
-    tilewright::emulator::access(p, Bytes, false, true, __builtin_return_address(0));               \
-  }                                                                                                 \
-  TILEWRIGHT_HOOK void __tsan_write##Bytes(void* p) {                                               \
-    tilewright::emulator::access(p, Bytes, true, true, __builtin_return_address(0));                \
-  }                                                                                                 \
-  TILEWRIGHT_HOOK void __tsan_volatile_read##Bytes(void* p) {                                       \
-    tilewright::emulator::volatile_read(p);                                                         \
-    tilewright::emulator::access(p, Bytes, false, true, __builtin_return_address(0));               \
-  }                                                                                                 \
-  TILEWRIGHT_HOOK void __tsan_volatile_write##Bytes(void* p) {                                      \
-    tilewright::emulator::access(p, Bytes, true, true, __builtin_return_address(0));                \
+#define TILEWRIGHT_ACCESS_HOOKS(Bytes)                                                \
+  TILEWRIGHT_HOOK void __tsan_read##Bytes(void* p) {                                  \
+    tilewright::emulator::access(p, Bytes, false, true, __builtin_return_address(0)); \
+  }                                                                                   \
+  TILEWRIGHT_HOOK void __tsan_write##Bytes(void* p) {                                 \
+    tilewright::emulator::access(p, Bytes, true, true, __builtin_return_address(0));  \
+  }                                                                                   \
+  TILEWRIGHT_HOOK void __tsan_volatile_read##Bytes(void* p) {                         \
+    tilewright::emulator::volatile_read(p);                                           \
+    tilewright::emulator::access(p, Bytes, false, true, __builtin_return_address(0)); \
+  }                                                                                   \
+  TILEWRIGHT_HOOK void __tsan_volatile_write##Bytes(void* p) {                        \
+    tilewright::emulator::access(p, Bytes, true, true, __builtin_return_address(0));  \
   }
-#define TILEWRIGHT_UNALIGNED_HOOKS(Bytes)                                                           \
-  TILEWRIGHT_HOOK void __tsan_unaligned_read##Bytes(void* p) {                                      \
-    tilewright::emulator::access(p, Bytes, false, false, __builtin_return_address(0));              \
-  }                                                                                                 \
-  TILEWRIGHT_HOOK void __tsan_unaligned_write##Bytes(void* p) {                                     \
-    tilewright::emulator::access(p, Bytes, true, false, __builtin_return_address(0));               \
+#define TILEWRIGHT_UNALIGNED_HOOKS(Bytes)                                              \
+  TILEWRIGHT_HOOK void __tsan_unaligned_read##Bytes(void* p) {                         \
+    tilewright::emulator::access(p, Bytes, false, false, __builtin_return_address(0)); \
+  }                                                                                    \
+  TILEWRIGHT_HOOK void __tsan_unaligned_write##Bytes(void* p) {                        \
+    tilewright::emulator::access(p, Bytes, true, false, __builtin_return_address(0));  \
   }
 
 namespace tilewright::emulator {

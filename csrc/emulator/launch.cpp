@@ -42,10 +42,11 @@ void check_shape(const GridShape& shape) {
   if (shape.shared_bytes < 0 || shape.shared_bytes > static_cast<int>(kMaxSharedBytes)) {
     kernel_error("%d bytes of shared memory; a block has at most %zu", shape.shared_bytes, kMaxSharedBytes);
   }
-  if (shape.cluster < 1 || shape.cluster > 8) kernel_error("a cluster of %d blocks; 1 to 8 are possible", shape.cluster);
+  if (shape.cluster < 1 || shape.cluster > 8)
+    kernel_error("a cluster of %d blocks; 1 to 8 are possible", shape.cluster);
   if (shape.blocks_x % shape.cluster != 0) {
-    kernel_error("%lld blocks along x are no whole number of clusters of %d",
-                 static_cast<long long>(shape.blocks_x), shape.cluster);
+    kernel_error("%lld blocks along x are no whole number of clusters of %d", static_cast<long long>(shape.blocks_x),
+                 shape.cluster);
   }
 }
 

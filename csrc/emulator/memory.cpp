@@ -22,7 +22,8 @@ std::vector<Range> global_ranges;
 size_t last_range = 0;
 std::vector<bool> slots_used(kSlots, false);
 
-constexpr uintptr_t kRedZone = 4096;  // around a registered range: close misses are errors even where others are let through
+constexpr uintptr_t kRedZone =
+    4096;  // around a registered range: close misses are errors even where others are let through
 
 }  // namespace
 
@@ -48,7 +49,7 @@ void take_shared(SharedMemory& shared, uint32_t bytes) {
   shared.bytes = bytes;
   shared.base = reinterpret_cast<char*>(shared_arena + shared.slot * kSlotBytes + kSlotMargin);
   std::memset(shared.base, 0xff, bytes);  // NaN in every float format
-  shared.flags.assign(bytes + 8, 0);      // eight more, so that checks may look at eight at once
+  shared.flags.assign(bytes + 8, 0);  // eight more, so that checks may look at eight at once
   shared.readers.assign(bytes + 8, 0);
   shared.writer.assign(bytes, 0);
   shared.stamp.assign(bytes, 0);
@@ -87,7 +88,8 @@ void report_shared(const Block& block, uint32_t offset, uint32_t bytes, bool wri
   const SharedMemory& shared = block.shared;
   for (uint32_t i = offset; i < offset + bytes; ++i) {
     const uint8_t flags = shared.flags[i];
-    if ((flags & kBarrierWord) != 0) kernel_error("%s %s the barrier at shared byte %u as data", what, writes ? "writes" : "reads", i);
+    if ((flags & kBarrierWord) != 0)
+      kernel_error("%s %s the barrier at shared byte %u as data", what, writes ? "writes" : "reads", i);
     if ((flags & kInFlight) != 0) {
       kernel_error("%s %s shared byte %u while an asynchronous copy into it is on its way", what,
                    writes ? "writes" : "reads", i);
@@ -164,7 +166,8 @@ void check_global(const void* pointer, const char* what) {
 }
 
 void check_atomic(void* pointer, size_t bytes) {
-  if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0) kernel_error("an atomic at the misaligned address %p", pointer);
+  if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0)
+    kernel_error("an atomic at the misaligned address %p", pointer);
   check_access(pointer, bytes, false, "an atomic");
   check_access(pointer, bytes, true, "an atomic");
 }
@@ -235,7 +238,8 @@ void register_global(const void* base, size_t bytes, bool writable) {
 
 void forget_global(const void* base) {
   const auto low = reinterpret_cast<uintptr_t>(base);
-  const auto at = std::find_if(global_ranges.rbegin(), global_ranges.rend(), [&](const Range& r) { return r.low == low; });
+  const auto at =
+      std::find_if(global_ranges.rbegin(), global_ranges.rend(), [&](const Range& r) { return r.low == low; });
   if (at != global_ranges.rend()) global_ranges.erase(std::next(at).base());
 }
 

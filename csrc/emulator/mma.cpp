@@ -98,9 +98,10 @@ void check_row(const void* row, int count, const char* name) {
 void mma(Element a, Element b, void* d, const uint32_t* a_registers, const uint32_t* b_registers) {
   MmaLane lane{a, b, d, a_registers, b_registers};
   const bool integers = is_integer(a);
-  meet_warp(mma_name(a, b), 0xffffffffu, &lane,
-            integers ? [](void* const* lanes, uint32_t) { run_mma<int32_t>(lanes); }
-                     : [](void* const* lanes, uint32_t) { run_mma<float>(lanes); });
+  meet_warp(
+      mma_name(a, b), 0xffffffffu, &lane,
+      integers ? [](void* const* lanes, uint32_t) { run_mma<int32_t>(lanes); }
+               : [](void* const* lanes, uint32_t) { run_mma<float>(lanes); });
   registers_written(d, 16);
 }
 

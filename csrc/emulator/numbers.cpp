@@ -35,6 +35,7 @@ uint16_t float_to_f16(float value) {
   if (std::isnan(value)) return 0x7fff;
   const auto sign = static_cast<uint16_t>(std::signbit(value) ? 0x8000 : 0);
   const float magnitude = std::fabs(value);
+  if (magnitude == 0.0f) return sign;
   if (magnitude >= 65520.0f) return sign | 0x7c00;  // halfway to the value behind the largest: infinity
   // Adding 2^(e+13) leaves the bits that the format keeps, rounded to nearest even; below 2^-14 the step is 2^-24.
   int exponent = 0;

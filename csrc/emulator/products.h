@@ -27,11 +27,11 @@ struct Product {
   ProductShape shape;
   uint64_t a, b;
   bool a_in_registers, accumulate;
-  Product* earlier = nullptr;             // the product under way whose accumulators this one goes on with
-  int issued = 0, returned = 0;           // threads
+  Product* earlier = nullptr;  // the product under way whose accumulators this one goes on with
+  int issued = 0, returned = 0;  // threads
   std::array<int, 4> issued_by_warp{};
   bool reading = false, executed = false;
-  std::vector<uint32_t> d;                // [128][n / 2]
+  std::vector<uint32_t> d;  // [128][n / 2]
   std::array<std::array<uint32_t, 4>, 128> a_registers;
   std::vector<uint32_t> a_chunks, b_chunks;  // shared offsets of the operands' 16-byte pieces
 };

@@ -75,7 +75,8 @@ void pause_thread() {
 namespace {
 
 Fiber* pick(Cluster& cluster) {
-  if (random_below(32) == 0) cluster.warps[random_below(cluster.warps.size())]->priority = machine->random() >> 32;
+  if (random_below(32) == 0)
+    cluster.warps[random_below(cluster.warps.size())]->priority = static_cast<uint32_t>(machine->random());
   Warp* best = nullptr;
   for (Warp* warp : cluster.warps) {
     if (!warp->ready.empty() && (best == nullptr || warp->priority > best->priority)) best = warp;
@@ -178,7 +179,7 @@ std::unique_ptr<Block> new_block(Cluster& cluster, int64_t serial, int rank) {
   block->groups = std::vector<WarpGroup>((shape.threads + 127) / 128);
   block->alive = shape.threads;
   for (int t = 0; t < shape.threads; ++t) block->fibers.push_back(new_fiber(*block, t));
-  for (Warp& warp : block->warps) warp.priority = machine->random() >> 32;
+  for (Warp& warp : block->warps) warp.priority = static_cast<uint32_t>(machine->random());
   return block;
 }
 
@@ -204,7 +205,7 @@ void end_cluster(Cluster& cluster) {
 }  // namespace
 
 constexpr int kResidentBlocks = 132;  // at once: those of an H100 with one block on each multiprocessor
-constexpr int kIdleRounds = 2000;     // of all pollers, before they are said to wait in vain
+constexpr int kIdleRounds = 2000;  // of all pollers, before they are said to wait in vain
 
 // Clusters run one after the other, in random order (in order for seed 0); another starts where one waits for others.
 void run_clusters(std::vector<int64_t> order) {

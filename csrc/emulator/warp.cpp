@@ -19,8 +19,9 @@ void check_divergence(const Warp& warp, const char* name, uint32_t mask) {
   const uint32_t self = 1u << current->lane();
   for (const auto& other : warp.meetings) {
     if ((other->mask & self) == 0 || (other->arrived & mask) == 0) continue;
-    kernel_error("divergent warp: calls %s (mask %08x) while lanes %08x of its warp, whose mask %08x names it, are in %s",
-                 name, mask, other->arrived, other->mask, other->name);
+    kernel_error(
+        "divergent warp: calls %s (mask %08x) while lanes %08x of its warp, whose mask %08x names it, are in %s", name,
+        mask, other->arrived, other->mask, other->name);
   }
 }
 
@@ -55,8 +56,8 @@ void meet_warp(const char* name, uint32_t mask, void* lane_data, Finish finish) 
     park(name, meeting);
     return;
   }
-  const auto at = std::find_if(warp.meetings.begin(), warp.meetings.end(),
-                               [&](const auto& open) { return open.get() == meeting; });
+  const auto at =
+      std::find_if(warp.meetings.begin(), warp.meetings.end(), [&](const auto& open) { return open.get() == meeting; });
   const std::unique_ptr<Meeting> done = std::move(*at);
   warp.meetings.erase(at);
   if (finish != nullptr) finish(done->data.data(), mask);

@@ -20,12 +20,14 @@ uint32_t pattern_bytes(uint64_t descriptor) {
 
 // The 16-byte pieces of an operand of `rows` rows of M or N, 32 bytes of K each. K-major: piece 2 r + j is half j of row r.
 // MN-major: piece k * (rows / 8) + c holds the elements 8 c to 8 c + 7 of column k.
-std::vector<uint32_t> operand_chunks(const Block& block, uint64_t descriptor, int rows, bool mn_major, const char* which) {
+std::vector<uint32_t> operand_chunks(const Block& block, uint64_t descriptor, int rows, bool mn_major,
+                                     const char* which) {
   const uint32_t start = static_cast<uint32_t>(descriptor & 0x3fff) << 4;
   const uint32_t leading = static_cast<uint32_t>((descriptor >> 16) & 0x3fff) << 4;
   const uint32_t stride = static_cast<uint32_t>((descriptor >> 32) & 0x3fff) << 4;
   const uint32_t width = pattern_bytes(descriptor);
-  if (((descriptor >> 49) & 7) != 0) kernel_error("wgmma: the descriptor of %s has a base offset; align its tile", which);
+  if (((descriptor >> 49) & 7) != 0)
+    kernel_error("wgmma: the descriptor of %s has a base offset; align its tile", which);
   if (width != 0 && start % (8 * width) >= width) {
     kernel_error("wgmma: the descriptor of %s starts at shared address %u, within a swizzle pattern of %u bytes", which,
                  start, 8 * width);
@@ -91,7 +93,8 @@ int accumulator_col_of(int t, int i) { return 8 * (i / 4) + 2 * (t % 4) + i % 2;
 template <class T>
 void run_product(Product& product, const std::vector<uint8_t>& a, const std::vector<uint8_t>& b) {
   const int n = product.shape.n, depth = kRowBytes / element_bytes(product.shape.a);
-  std::vector<T> left(static_cast<size_t>(64) * depth), right(static_cast<size_t>(n) * depth), d(static_cast<size_t>(64) * n);
+  std::vector<T> left(static_cast<size_t>(64) * depth), right(static_cast<size_t>(n) * depth),
+      d(static_cast<size_t>(64) * n);
   if constexpr (std::is_same_v<T, float>) {
     decode_floats(product.shape.a, a.data(), 64, left.data());
     decode_floats(product.shape.b, b.data(), n, right.data());
@@ -166,8 +169,9 @@ Product& enter_product(Block& block, WarpGroup& group, const Product& wanted) {
                  static_cast<unsigned long long>(current->issued - 1));
   }
   if (product.a != wanted.a || product.b != wanted.b || product.accumulate != wanted.accumulate) {
-    kernel_error("wgmma number %llu of the warpgroup has another descriptor or accumulate flag here than in other threads",
-                 static_cast<unsigned long long>(current->issued - 1));
+    kernel_error(
+        "wgmma number %llu of the warpgroup has another descriptor or accumulate flag here than in other threads",
+        static_cast<unsigned long long>(current->issued - 1));
   }
   if (product.earlier != wanted.earlier) {
     kernel_error("wgmma number %llu of the warpgroup goes on with other accumulators here than in other threads",
@@ -257,7 +261,9 @@ void wgmma_wait(int pending_groups) {
   Fiber& fiber = *current;
   Block& block = this_block();
   WarpGroup& group = block.groups[fiber.thread / 128];
-  const auto due = [&](const PendingProduct& p) { return p.group >= 0 && p.group < fiber.product_groups - pending_groups; };
+  const auto due = [&](const PendingProduct& p) {
+    return p.group >= 0 && p.group < fiber.product_groups - pending_groups;
+  };
   for (const PendingProduct& pending : fiber.products) {
     if (!due(pending)) continue;
     while (pending.product->issued < 128) {

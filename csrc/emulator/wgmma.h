@@ -37,13 +37,11 @@ struct WgmmaInstruction {
 
   template <int TA, int TB>
   static void run(D (&d)[N / 2], uint64_t a, uint64_t b, int accumulate) {
-    emulator::wgmma_issue({element_of<A>(), element_of<B>(), N, TA != 0, TB != 0}, d, nullptr, a, b,
-                          accumulate != 0);
+    emulator::wgmma_issue({element_of<A>(), element_of<B>(), N, TA != 0, TB != 0}, d, nullptr, a, b, accumulate != 0);
   }
   template <int TB>
   static void run(D (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, int accumulate) {
-    emulator::wgmma_issue({element_of<A>(), element_of<B>(), N, false, TB != 0}, d, a, 0, b,
-                          accumulate != 0);
+    emulator::wgmma_issue({element_of<A>(), element_of<B>(), N, false, TB != 0}, d, a, 0, b, accumulate != 0);
   }
 };
 

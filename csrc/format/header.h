@@ -27,7 +27,7 @@ struct PackedHeader {
   FormatId format;
   ScaleType scale_type;
   OffsetKind offset_kind;
-  uint16_t flags;            // kInt4Hopper: 1 if codes are signed; 0 otherwise
+  uint16_t variant;          // of formats that have several: kInt4Hopper, 1 if codes are signed; kTernary, the packing
   int64_t rows;              // N
   int64_t cols;              // K
   int64_t group;             // elements of K that share a scale

@@ -129,7 +129,7 @@ inline Int4HopperView int4_hopper_view(const void* blob, int64_t blob_bytes, con
   require(header.scale_type <= ScaleType::kFloat32 && header.offset_kind <= OffsetKind::kZeroPoint, op,
           ": weight header states an unknown scale or offset type");
   const Int4HopperView view = int4_hopper_layout(header.rows, header.cols, header.group, header.scale_type,
-                                                 header.offset_kind, header.flags != 0);
+                                                 header.offset_kind, header.variant != 0);
   constexpr int64_t kBefore = Int4Hopper::kPayloadOffset - static_cast<int64_t>(sizeof(PackedHeader));
   check_payload(header, kBefore + view.payload_bytes(), blob_bytes, op);
   return view;

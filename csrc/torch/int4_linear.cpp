@@ -115,7 +115,7 @@ Tensor to_hopper(const Tensor& blob, const char* op) {
   auto* bytes = mutable_data<uint8_t>(result);
   PackedHeader header = header_of(blob, op);
   header.format = format::FormatId::kInt4Hopper;
-  header.flags = layout.signed_codes ? 1 : 0;
+  header.variant = layout.signed_codes ? 1 : 0;
   header.payload_bytes = layout.blob_bytes() - static_cast<int64_t>(sizeof(header));
   std::memset(bytes, 0, format::Int4Hopper::kPayloadOffset);
   std::memcpy(bytes, &header, sizeof(header));

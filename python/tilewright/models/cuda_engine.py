@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from tilewright.models.sequences import SequenceEngine
 from tilewright.ops.int4_fp8_attention import int4_fp8_attention
 from tilewright.ops.int4_linear import int4_fp8_linear
 from tilewright.ops.kv_cache import KVCache, kv_append_
+from tilewright.ops.token_ops import gated_activation, rms_norm, rope_angles, rope_rotate_
 
 Linear = Callable[[Tensor], Tensor]
 
@@ -32,6 +33,7 @@ class _Layer:
     q: Linear
     k: Linear
     v: Linear
+    query_scale: Tensor | None
     key_scale: Tensor | None
     cache: KVCache
     o: Linear
@@ -196,36 +198,36 @@ class CudaEngine(SequenceEngine):
         """Logits behind the tokens in ``rows`` (all when None); every sequence's cache is advanced."""
         c = self.config
         hidden = self._embedding[tokens].float()
-        angles = positions[:, None].float() * self._frequencies
-        cos, sin = (f(angles)[:, None] * c.rotation_gain for f in (torch.cos, torch.sin))
+        angles = rope_angles(positions, self._frequencies, c.rotation_gain)
         for index, layer in enumerate(self._layers):
-            x = functional.rms_norm(hidden, hidden.shape[-1:], layer.attention_norm, c.rms_norm_eps)
-            q = _rotated(layer.q(x).unflatten(-1, (c.num_attention_heads, c.head_dim)), cos, sin)
-            k = _rotated(layer.k(x).unflatten(-1, (c.num_key_value_heads, c.head_dim)), cos, sin)
+            x = rms_norm(hidden, layer.attention_norm, c.rms_norm_eps)
+            q = layer.q(x).unflatten(-1, (c.num_attention_heads, c.head_dim))
+            k = layer.k(x).unflatten(-1, (c.num_key_value_heads, c.head_dim))
             v = layer.v(x).unflatten(-1, (c.num_key_value_heads, c.head_dim))
-            if layer.key_scale is not None:
-                k = k * layer.key_scale
-                q = q / layer.key_scale.repeat_interleave(c.num_attention_heads // c.num_key_value_heads, 0)
+            rope_rotate_(q, angles, layer.query_scale)
+            rope_rotate_(k, angles, layer.key_scale)
             kv_append_(layer.cache, k, v, cu_seqlens)
             attended = int4_fp8_attention(q, layer.cache, cu_seqlens, window=c.sliding_window)
             if rows is not None and index == len(self._layers) - 1:
                 attended, hidden = attended[rows], hidden[rows]
             hidden = hidden + layer.o(attended.flatten(-2))
-            x = functional.rms_norm(hidden, hidden.shape[-1:], layer.mlp_norm, c.rms_norm_eps)
-            hidden = hidden + layer.down(functional.silu(layer.gate(x)) * layer.up(x))
-        x = functional.rms_norm(hidden, hidden.shape[-1:], self._norm, c.rms_norm_eps)
+            x = rms_norm(hidden, layer.mlp_norm, c.rms_norm_eps)
+            hidden = hidden + layer.down(gated_activation(layer.gate(x), layer.up(x)))
+        x = rms_norm(hidden, self._norm, c.rms_norm_eps)
         return self._head(x)
 
     def _layer(self, model: LanguageModel, index: int, kv: Literal["int4", "bf16"]) -> _Layer:
         c, prefix = self.config, f"model.layers.{index}."
         cache = KVCache.allocate(self.batch, c.num_key_value_heads, c.head_dim, self.max_length, kv).to(self.device)
-        scale = model.weights.get(prefix + "self_attn.key_scale")
+        key_scale = prefix + "self_attn.key_scale"
+        scale = self._vector(model, key_scale) if key_scale in model.weights else None
         projections = {name: self._linear(model, f"{prefix}self_attn.{name}_proj") for name in "qkvo"}
         mlp = {name: self._linear(model, f"{prefix}mlp.{name}_proj") for name in ("gate", "up", "down")}
         return _Layer(
             attention_norm=self._vector(model, prefix + "input_layernorm.weight"),
             mlp_norm=self._vector(model, prefix + "post_attention_layernorm.weight"),
-            key_scale=None if scale is None else cast("Tensor", scale).float().to(self.device),
+            query_scale=None if scale is None else 1 / scale,
+            key_scale=scale,
             cache=cache,
             **projections,
             **mlp,
@@ -251,9 +253,3 @@ def _dense(weight: Tensor, bias: Tensor | None) -> Linear:
         return y if bias is None else y + bias
 
     return run
-
-
-def _rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary positions of `[T, H, D]` in half-split pairs, in float32."""
-    first, second = x.float().chunk(2, -1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], -1)
