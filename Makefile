@@ -7,9 +7,9 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 # Two threads beside other work are far slower than one; kernels' thread counts are varied inside the tests.
 ONE_THREAD := OMP_NUM_THREADS=1
-CXX_SOURCES := git ls-files 'csrc/*.h' 'csrc/*.cpp' 'csrc/*.cu' 'csrc/*.cuh'
+CXX_SOURCES := git ls-files '*.h' '*.cpp' '*.cu' '*.cuh'
 
-.PHONY: help build demo test lint format sanitize bench peers wheel test-wheel clean
+.PHONY: help build demo test lint format sanitize bench test-gpu bench-gpu gpu-bundle peers wheel test-wheel clean
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /\1  /p' Makefile | expand -t 12
@@ -48,6 +48,15 @@ sanitize: build  ## the kernels' tests under the address and undefined-behaviour
 bench: build  ## benchmarks against whatever peers are installed: bench/results, docs/benchmarks.md
 	$(BIN)/python -m bench.run
 	$(BIN)/python -m bench.report
+
+test-gpu:  ## on a machine with a GPU: tests, compute-sanitizer, repeated runs (PYTHON: its interpreter with torch)
+	PYTHON=$(PYTHON) scripts/gpu.sh test sanitize repeat
+
+bench-gpu:  ## on a machine with a GPU: benchmarks against the peers that are installed there
+	PYTHON=$(PYTHON) scripts/gpu.sh bench
+
+gpu-bundle: $(VENV)/.ready  ## build/bundle: the native libraries for a GPU machine that does not build them itself
+	scripts/gpu_bundle.sh
 
 peers:  ## llama.cpp and ik_llama.cpp in an environment of their own
 	PYTHON=$(PYTHON) scripts/peers.sh

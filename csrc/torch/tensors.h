@@ -15,6 +15,9 @@
 #include <vector>
 
 #include "core/require.h"
+#if defined(TILEWRIGHT_EMULATOR)
+#include "emulator/control.h"
+#endif
 
 namespace tilewright::torch_adapter {
 
@@ -65,13 +68,24 @@ inline Tensor as_float(const Tensor& tensor, const char* op, const char* argumen
   return torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Float));
 }
 
+// In the emulator, whatever memory an adapter takes the address of is what its kernels may touch.
+inline void allow_kernels([[maybe_unused]] const Tensor& tensor, [[maybe_unused]] bool to_write) {
+#if defined(TILEWRIGHT_EMULATOR)
+  int64_t elements = tensor.numel() > 0 ? 1 : 0;
+  for (int64_t d = 0; d < tensor.dim() && elements > 0; ++d) elements += (tensor.size(d) - 1) * tensor.stride(d);
+  emulator::register_global(tensor.const_data_ptr(), static_cast<size_t>(elements) * tensor.element_size(), to_write);
+#endif
+}
+
 template <class T>
 const T* data(const Tensor& tensor) {
+  allow_kernels(tensor, false);
   return static_cast<const T*>(tensor.const_data_ptr());
 }
 
 template <class T>
 T* mutable_data(const Tensor& tensor) {
+  allow_kernels(tensor, true);
   return static_cast<T*>(tensor.mutable_data_ptr());
 }
 

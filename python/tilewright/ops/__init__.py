@@ -44,6 +44,12 @@ from tilewright.ops.lightning_attention import (  # noqa: E402
 )
 from tilewright.ops.linear_attention import linear_attention, linear_attention_step_, state_transition  # noqa: E402
 from tilewright.ops.local_linear_attention import lla_attention, lla_decode, parallax, relmm  # noqa: E402
+from tilewright.ops.ternary_linear import (  # noqa: E402
+    pack_ternary,
+    quantize_ternary_activation,
+    ternary_linear,
+    ternary_matmul,
+)
 
 __all__ = [
     "KVCache",
@@ -77,9 +83,13 @@ __all__ = [
     "linear_attention_step_",
     "lla_attention",
     "lla_decode",
+    "pack_ternary",
     "parallax",
     "quantize_fp8_per_token",
     "quantize_int8_per_token",
+    "quantize_ternary_activation",
     "relmm",
     "state_transition",
+    "ternary_linear",
+    "ternary_matmul",
 ]

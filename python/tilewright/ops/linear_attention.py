@@ -160,6 +160,21 @@ def state_transition(
     return state[..., -key_size:], state[..., :-key_size]
 
 
+def _sums_groups(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> bool:
+    """Whether the device's kernel for tensor cores takes the gradient: dq and dk come summed, in the dtype of q."""
+    return (
+        q.device.type == "cuda"
+        and q.dtype in (torch.bfloat16, torch.float16)
+        and k.dtype == v.dtype == q.dtype
+        and (g is None or g.dim() < 4)
+        and q.numel() > 0
+        and q.shape[3] % 8 == 0
+        and q.shape[3] <= 128
+        and v.shape[3] % 8 == 0
+        and v.shape[3] <= 256
+    )
+
+
 def _wide(*tensors: Tensor) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in tensors) else torch.float32
 
@@ -212,7 +227,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = _wide(q, k, v)
     by_token = v.shape[:3]
-    keys = q.new_empty((*by_token, q.shape[3]), dtype=wide)
+    narrow = _sums_groups(q, k, v, g)
+    keys = q.new_empty(q.shape) if narrow else q.new_empty((*by_token, q.shape[3]), dtype=wide)
     d_beta = q.new_empty(by_token if delta else (0,), dtype=wide)
     d_g: tuple[int, ...] = (0,)
     if g is not None:
@@ -220,7 +236,7 @@ def _(
     return (
         keys,
         torch.empty_like(keys),
-        v.new_empty(v.shape, dtype=wide),
+        v.new_empty(v.shape, dtype=v.dtype if narrow else wide),
         d_beta,
         q.new_empty(d_g, dtype=wide),
         d_state.new_empty(d_state.shape, dtype=wide),
@@ -257,8 +273,8 @@ def _backward(ctx: Any, d_out: Tensor, d_state: Tensor, *_: Tensor) -> tuple[Any
     dq, dk, dv, d_beta, d_g, d_initial = _ops.linear_attention_backward(
         q, k, v, beta, g, cu_seqlens, checkpoints, errors, d_out, d_state, ctx.scale, ctx.delta
     )
-    if v.shape[2] != q.shape[2]:
-        # One query and key head serves a group of value heads.
+    if dq.shape[2] != q.shape[2]:
+        # One query and key head serves a group of value heads, and the kernel left their sum to us.
         dq, dk = (x.unflatten(2, (q.shape[2], -1)).sum(3) for x in (dq, dk))
     if g is not None and g.dim() == 1:
         d_g = d_g.sum((0, 1))

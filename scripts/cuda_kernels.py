@@ -1,0 +1,167 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the compiler made of the CUDA kernels, read without a GPU from the library's disassembly.
+
+    python scripts/cuda_kernels.py            print the table
+    python scripts/cuda_kernels.py --write    put it into docs/reference/cuda-kernels.md
+    python scripts/cuda_kernels.py --check    exit code 1 where a kernel breaks its room's kernels.toml
+
+A room's `cuda/kernels.toml` says what its kernels must be made of: `[[kernel]]` tables with `match`, a regular
+expression over the demangled name, and any of `instruction` (must occur), `registers` (at most), `local = true` (may
+use local memory; the reason stands in a comment). Every kernel, listed or not, must otherwise use no local memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import shutil
+import subprocess
+import sys
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs" / "reference" / "cuda-kernels.md"
+BEGIN, END = "<!-- begin generated: cuda kernels -->", "<!-- end generated: cuda kernels -->"
+MATRIX = ("HGMMA", "QGMMA", "IGMMA", "HMMA", "QMMA", "IMMA", "IDP", "FFMA", "DFMA")
+COPIES = ("UTMALDG", "UBLKCP", "LDGSTS")
+
+
+@dataclass
+class Kernel:
+    """One compiled kernel: registers a thread, bytes of local memory, instructions by mnemonic."""
+
+    symbol: str
+    name: str
+    registers: int = 0
+    local: int = 0
+    instructions: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def spills(self) -> int:
+        """Instructions that read or write local memory."""
+        return self.instructions["LDL"] + self.instructions["STL"]
+
+
+def tool(name: str) -> str:
+    """A program of the CUDA toolkit, or of the wheel that carries it."""
+    found = shutil.which(name) or next(
+        (str(p) for p in Path(sys.prefix).glob(f"lib/python*/site-packages/nvidia/*/bin/{name}")), None
+    )
+    if found is None:
+        raise SystemExit(f"{name} is not here; install the nvidia-cuda-{name} package or a CUDA toolkit")
+    return found
+
+
+def run(*command: str, given: str | None = None) -> str:
+    """Standard output of a program that must succeed; the disassembler is looked for beside the dumper."""
+    path = f"{Path(tool('nvdisasm')).parent}:/usr/bin:/bin"
+    return subprocess.run(command, input=given, capture_output=True, text=True, check=True, env={"PATH": path}).stdout
+
+
+def short(demangled: str) -> str:
+    """The kernel's name with its template arguments, without namespaces and parameters."""
+    text = re.sub(r"\(anonymous namespace\)::|tilewright::(\w+::)?|hopper::", "", demangled)
+    depth, end = 0, len(text)
+    for i, letter in enumerate(text):
+        depth += {"<": 1, ">": -1}.get(letter, 0)
+        if letter == "(" and depth == 0 and text[:i].strip():
+            end = i
+            break
+    text = text[:end].removeprefix("void ").strip()
+    return re.sub(r"\((?:\w+::)*\w+\)", "", text)  # casts of enumerators in template arguments
+
+
+def kernels(library: Path) -> list[Kernel]:
+    """Every kernel of a library for sm_90a."""
+    found: dict[str, Kernel] = {}
+    usage = run(tool("cuobjdump"), "--dump-resource-usage", str(library))
+    for symbol, resources in re.findall(r"Function (\S+):\n\s+(REG:.*)", usage):
+        numbers = {key: int(value) for key, value in re.findall(r"(\w+):(\d+)", resources)}
+        found[symbol] = Kernel(symbol, symbol, numbers["REG"], numbers["STACK"] + numbers["LOCAL"])
+    current: Kernel | None = None
+    for text in run(tool("cuobjdump"), "--dump-sass", str(library)).splitlines():
+        if match := re.search(r"Function : (\S+)", text):
+            current = found[match[1]]
+        elif current and (match := re.match(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][A-Z0-9_]*)", text)):
+            current.instructions[match[1]] += 1
+    names = run("c++filt", given="\n".join(found)).splitlines()
+    for kernel, name in zip(found.values(), names, strict=True):
+        kernel.name = short(name)
+    return sorted(found.values(), key=lambda kernel: kernel.name)
+
+
+def rules() -> list[dict[str, Any]]:
+    """What the rooms ask of their kernels."""
+    import tomllib
+
+    tables = [
+        tomllib.loads(path.read_text(encoding="utf-8")) for path in sorted(ROOT.glob("csrc/ops/*/cuda/kernels.toml"))
+    ]
+    return [rule for table in tables for rule in table["kernel"]]
+
+
+def broken(found: list[Kernel], asked: list[dict[str, Any]]) -> list[str]:
+    """Every rule that a kernel breaks, in words."""
+    problems = []
+    for rule in asked:
+        matched = [kernel for kernel in found if re.search(rule["match"], kernel.name)]
+        if not matched:
+            problems.append(f"no kernel matches {rule['match']!r}")
+        for kernel in matched:
+            wanted, most = rule.get("instruction"), rule.get("registers")
+            if wanted and not kernel.instructions[wanted]:
+                problems.append(f"{kernel.name} has no {wanted}")
+            if most and kernel.registers > most:
+                problems.append(f"{kernel.name} uses {kernel.registers} registers, at most {most} are allowed")
+    allowed = [rule["match"] for rule in asked if rule.get("local")]
+    for kernel in found:
+        if (kernel.local or kernel.spills) and not any(re.search(match, kernel.name) for match in allowed):
+            problems.append(f"{kernel.name} uses {kernel.local} bytes of local memory ({kernel.spills} accesses)")
+    return problems
+
+
+def table(found: list[Kernel]) -> str:
+    """The Markdown table."""
+    lines = [
+        "| kernel | registers | local bytes | matrix instructions | copies | instructions |",
+        "|---|---:|---:|---|---|---:|",
+    ]
+    for kernel in found:
+        products = ", ".join(f"{name} {kernel.instructions[name]}" for name in MATRIX if kernel.instructions[name])
+        copies = ", ".join(f"{name} {kernel.instructions[name]}" for name in COPIES if kernel.instructions[name])
+        total = sum(kernel.instructions.values())
+        lines.append(f"| `{kernel.name}` | {kernel.registers} | {kernel.local} | {products} | {copies} | {total} |")
+    return "\n".join(lines) + "\n"
+
+
+def library() -> Path:
+    """The CUDA library of the installed package."""
+    from tilewright import _native
+
+    return _native._folder() / "libtilewright_cuda.so"
+
+
+def main() -> None:
+    """Command line; see the module's description."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--library", type=Path, help="libtilewright_cuda.so; the installed package's when not given")
+    parser.add_argument("--write", action="store_true", help="put the table into the documentation")
+    parser.add_argument("--check", action="store_true", help="exit code 1 where a rule is broken")
+    options = parser.parse_args()
+    found = kernels(options.library or library())
+    if options.write:
+        before, rest = PAGE.read_text(encoding="utf-8").split(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}\n\n{table(found)}\n{END}{rest.split(END)[1]}", encoding="utf-8")
+    else:
+        print(table(found), end="")
+    problems = broken(found, rules()) if options.check else []
+    for problem in problems:
+        print(f"cuda_kernels: {problem}", file=sys.stderr)
+    raise SystemExit(bool(problems))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+#!/usr/bin/env bash
+# SPDX-License-Identifier: Apache-2.0
+# Everything that wants a GPU: tests, compute-sanitizer, repeated runs, benchmarks. Give the steps to run:
+#   PYTHON=python3 OUT=reports/gpu scripts/gpu.sh test sanitize repeat bench
+# The interpreter needs torch with CUDA, pytest and the package's dependencies. Where the package is not installed for it,
+# the libraries come from build/bundle (scripts/gpu_bundle.sh). A step that fails does not stop the others; the exit code
+# says whether all passed.
+set -uo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+OUT=${OUT:-reports/gpu}
+KERNELS=${KERNELS:-}                 # pytest -k and bench module; empty: all
+LIMIT=${LIMIT:-150}                  # seconds that a step may take for one kernel
+SANITIZER=${SANITIZER:-compute-sanitizer}
+mkdir -p "$OUT"
+export PYTHONPATH=$PWD/python:$PWD${PYTHONPATH:+:$PYTHONPATH}
+failed=0
+
+native() {
+  "$PYTHON" -c 'import tilewright._host' 2>/dev/null && return
+  local package=python/tilewright suffix
+  suffix=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
+  rm -rf "$package/lib" && cp -r build/bundle/lib "$package/lib"
+  g++ -std=c++20 -O0 -fPIC -shared -fvisibility=hidden -march=x86-64-v2 -Icsrc \
+    -I"$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
+    -I"$("$PYTHON" -c 'import pybind11; print(pybind11.get_include())')" \
+    csrc/host/module.cpp build/bundle/host.a -o "$package/_host$suffix"
+}
+
+files() { ls tests/cuda/test_*"$KERNELS"*.py; }
+
+test_step() {
+  for file in $(files); do
+    name=$(basename "$file" .py)
+    timeout "$LIMIT" "$PYTHON" -m pytest -q -x --maxfail=8 -p no:cacheprovider -m "not repeat" -k "cuda" "$file" \
+      --junitxml="$OUT/$name.xml" > "$OUT/$name.log" 2>&1
+    status=$?
+    echo "$name: exit $status, $(tail -1 "$OUT/$name.log")"
+    test $status = 0 || { failed=1; grep -E '^(E  |FAILED)' "$OUT/$name.log" | head -12; }
+  done
+}
+
+sanitize_step() {
+  for tool in memcheck racecheck synccheck; do
+    for file in $(files); do
+      name=$(basename "$file" .py)
+      timeout "$LIMIT" "$SANITIZER" --tool $tool --error-exitcode 9 --target-processes all --kernel-name regex:tilewright \
+        "$PYTHON" -m pytest -q -x -p no:cacheprovider -m sanitize -k "cuda" "$file" > "$OUT/$name.$tool.log" 2>&1
+      status=$?
+      echo "$tool $name: exit $status, $(grep -E 'ERROR SUMMARY|RACECHECK SUMMARY' "$OUT/$name.$tool.log" | tail -1)"
+      test $status = 0 || { failed=1; grep -E '^=+ +(Error|Invalid|.*hazard)' "$OUT/$name.$tool.log" | head -5; }
+    done
+  done
+}
+
+repeat_step() {
+  timeout $((2 * LIMIT)) "$PYTHON" -m pytest -q -p no:cacheprovider -m repeat -k "cuda" $(files) > "$OUT/repeat.log" 2>&1
+  status=$?
+  echo "repeat: exit $status, $(tail -1 "$OUT/repeat.log")"
+  test $status = 0 || { failed=1; grep -E '^(E  |FAILED)' "$OUT/repeat.log" | head -12; }
+}
+
+bench_step() {
+  "$PYTHON" -m bench.cuda.run --seconds "${BENCH_SECONDS:-30}" --output "$OUT/bench.jsonl" 2>&1 | tee "$OUT/bench.log" || failed=1
+}
+
+native || exit 1
+for step in "${@:-test}"; do
+  echo "== $step"
+  "${step}_step"
+done
+exit $failed
