@@ -6,7 +6,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
@@ -22,8 +22,8 @@ RULES = ("additive", "delta")
 DECAYS = ("none", "head", "token", "channel")
 CHUNK = 64
 # Relative L2 error of values and states. On tensor cores an operand is rounded to the inputs' type in at most five
-# places between an input and an output (state, residual, inverse, correction, score) and the output once more: the square
-# root of 6 times half an ulp, times 1.25 for what the inverse adds up. float16 has three more bits.
+# places between an input and an output (state, residual, inverse, correction, score) and the output once more: the
+# square root of 6 times half an ulp, times 1.25 for what the inverse adds up. float16 has three more bits.
 BOUNDS = {torch.bfloat16: 6e-3, torch.float16: 7.5e-4}
 
 
@@ -37,7 +37,7 @@ class Inputs:
     beta: Tensor | None
     g: Tensor | None
     initial_state: Tensor | None
-    rule: str
+    rule: Any
     cu_seqlens: Tensor | None = None
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
@@ -90,7 +90,7 @@ def make(
     )
 
 
-def run(device: Device, inputs: Inputs, mode: str = "chunk") -> tuple[Tensor, Tensor]:
+def run(device: Device, inputs: Inputs, mode: Any = "chunk") -> tuple[Tensor, Tensor]:
     """Output and final state, back on the CPU."""
     x = inputs.map(device.tensor)
     with torch.no_grad():
@@ -303,7 +303,7 @@ def test_mixed_types_are_computed_in_the_widest(device: Device, mode: str) -> No
 
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("rule", RULES)
-def test_a_step_updates_the_pool_in_place(device: Device, rule: str, decay: str) -> None:
+def test_a_step_updates_the_pool_in_place(device: Device, rule: Any, decay: str) -> None:
     sizes = [(64, 64), (20, 70)] if device.is_emulator else [(128, 128), (64, 64), (20, 70), (256, 256)]
     for key, value in sizes:
         inputs = make(rule, decay, 3, batch=2, heads=1, group=2, key=key, value=value, seed=key)
@@ -364,7 +364,7 @@ def test_errors_name_the_argument(device: Device) -> None:
         ({"cu_seqlens": torch.tensor([0.0, 4.0])}, "cu_seqlens has dtype Float"),
     ):
         with pytest.raises(RuntimeError, match=message):
-            run(device, replace(inputs, **change))  # type: ignore[arg-type]
+            run(device, replace(inputs, **change))
 
 
 @pytest.mark.parametrize("decay", ["token", "channel"])

@@ -57,8 +57,8 @@ def linear_attention(
         cu_seqlens: int64 or int32 `[N+1]` with B = 1: offsets of packed sequences, which may be empty. Rows of q past
             the last offset give zeros. On a CUDA device they are not looked at by the host: offsets that fall or pass T
             are cut off, without an error.
-        mode: "chunk" treats 16, 32 or, on a CUDA device, 64 tokens at once as matrix products; "recurrent" goes token by
-            token, which is the form for decoding. On the CPU both run in chunks where a gradient is wanted.
+        mode: "chunk" treats 16, 32 or, on a CUDA device, 64 tokens at once as matrix products; "recurrent" goes token
+            by token, which is the form for decoding. On the CPU both run in chunks where a gradient is wanted.
 
     Returns:
         o `[B, T, HV, V]` in the dtype of v, and the final states, float32 (float64 for float64), or None. The bits
