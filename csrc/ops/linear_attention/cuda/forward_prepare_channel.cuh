@@ -75,9 +75,10 @@ struct ChannelBlock {
     for (int i = static_cast<int>(threadIdx.x) * 16; i < kSquareBytes; i += kPrepareThreads * 16) {
       hopper::store_16(shared + At::kScores + i, kZero);
     }
-    if constexpr (!kDelta) return;
-    for (int i = static_cast<int>(threadIdx.x) * 16; i < kMatrixFloats * 4; i += kPrepareThreads * 16) {
-      hopper::store_16(shared + At::kMatrix + i, kZero);
+    if constexpr (kDelta) {
+      for (int i = static_cast<int>(threadIdx.x) * 16; i < kMatrixFloats * 4; i += kPrepareThreads * 16) {
+        hopper::store_16(shared + At::kMatrix + i, kZero);
+      }
     }
   }
 
