@@ -25,7 +25,7 @@ CHUNK = 64
 # float64: a sum of some hundred products with an error of 2^-53 each; the decays' exponentials cost a few more.
 EXACT = 1e-12
 # Relative L2 error on tensor cores. Between an input and a gradient an operand is rounded to the inputs' type in eight
-# places at most (inverse, state and its gradient, residual, what was written and its gradient, scores and theirs) and the
+# places at most (inverse, state, its gradient, residual, what was written, its gradient, scores, theirs) and the
 # result once more; each time half an ulp of 2^-8 or 2^-11 at most, 0.58 of that on average: the square root of 9 times
 # that is 3.4e-3, and twice that for what the inverse adds up. float16 has three more bits.
 BOUNDS = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
