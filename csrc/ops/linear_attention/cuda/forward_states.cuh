@@ -14,13 +14,11 @@
 #pragma once
 
 #include "hopper/hopper.h"
-#include "ops/linear_attention/cuda/prepared.h"
+#include "ops/linear_attention/cuda/plan.h"
 
 namespace tilewright::linear_attention::cuda {
 
 inline constexpr int kMaxStages = 3;
-inline constexpr int kGroupColumns = 64;  // of V, of a warpgroup
-inline constexpr int kMaxGroups = 2;
 inline constexpr int kProducerBarrier = 1;
 // Of 168 registers a thread that three warpgroups start with.
 inline constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;
@@ -244,10 +242,12 @@ struct Consumer {
   TILEWRIGHT_DEVICE void load_state() {
     const Problem<In, float>& p = params.problem;
     const int thread = static_cast<int>(threadIdx.x);
-    const float* from = p.initial == nullptr ? nullptr : p.initial + (task.n * p.value_heads + task.head) * p.state_size();
+    const float* from =
+        p.initial == nullptr ? nullptr : p.initial + (task.n * p.value_heads + task.head) * p.state_size();
 #pragma unroll
     for (int i = 0; i < kKeys / 2; ++i) {
-      const int64_t column = first_column() + hopper::accumulator_row(thread, i), key = hopper::accumulator_col(thread, i);
+      const int64_t column = first_column() + hopper::accumulator_row(thread, i),
+                    key = hopper::accumulator_col(thread, i);
       const bool inside = from != nullptr && column < p.value_size && key < p.key_size;
       state[i] = inside ? from[key * p.value_size + column] : 0.0f;
     }
@@ -258,7 +258,8 @@ struct Consumer {
     const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll
     for (int i = 0; i < kKeys / 2; ++i) {
-      const int64_t column = first_column() + hopper::accumulator_row(thread, i), key = hopper::accumulator_col(thread, i);
+      const int64_t column = first_column() + hopper::accumulator_row(thread, i),
+                    key = hopper::accumulator_col(thread, i);
       if (column < p.value_size && key < p.key_size) to[key * p.value_size + column] = state[i];
     }
   }
@@ -285,7 +286,8 @@ struct Consumer {
 
   // ---- one chunk
 
-  TILEWRIGHT_DEVICE void multiply_state(const uint32_t (&s)[kKeySteps][4], const char* rows, float (&product)[32]) const {
+  TILEWRIGHT_DEVICE void multiply_state(const uint32_t (&s)[kKeySteps][4], const char* rows,
+                                        float (&product)[32]) const {
 #pragma unroll
     for (int step = 0; step < kKeySteps; ++step) {
       ByTokens::run(product, s[step], KeyTile::k_major(rows, 0, 16 * step), step > 0);
@@ -399,9 +401,6 @@ struct Consumer {
     hopper::wgmma_fence();
     update_state(u, stage + At::kWrites);
     multiply_tokens(w, stage + At::kScores, o, true);
-    if constexpr (kDelta) {
-      if (p.errors.data != nullptr) store_rows(p.errors, w, token, count, values);
-    }
     hopper::wgmma_wait<0>();
     hopper::keep(state);
     hopper::keep(o);
@@ -428,9 +427,6 @@ struct Consumer {
     Ring ring(params.stages);
     for (int64_t c = 0; c < chunks; ++c, ring.advance()) {
       const int64_t left = task.sequence.tokens - c * kChunk, token = task.sequence.first + c * kChunk;
-      if (p.checkpoints != nullptr) {
-        store_state(p.checkpoints + ((task.sequence.place + c) * p.value_heads + task.head) * p.state_size());
-      }
       hopper::wait(full[ring.stage], ring.phase);
       run_chunk(stages + ring.stage * At::stage_bytes(params.groups), token,
                 static_cast<int>(left < kChunk ? left : kChunk));
