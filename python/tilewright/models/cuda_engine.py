@@ -240,7 +240,7 @@ class CudaEngine(SequenceEngine):
         weight: Weight = model.weights[name + ".weight"]
         bias = self._vector(model, name + ".bias") if name + ".bias" in model.weights else None
         if isinstance(weight, Int4Weight):
-            packed = weight.pack()
+            packed = weight.pack().to(self.device)
             return lambda x: int4_fp8_linear(x, packed, bias, mode=self._mode)
         return _dense(model.dense(name + ".weight", torch.bfloat16).to(self.device), bias)
 
