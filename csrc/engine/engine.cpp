@@ -3,6 +3,7 @@
 
 #include <atomic>
 #include <cstring>
+#include <new>
 
 #include "core/require.h"
 #include "engine/call.h"
@@ -69,9 +70,15 @@ void allocate(const Program& program, Call& call, Workspace& w) {
   const int64_t floats = program.floats_per_token * call.token_count;
   require(floats <= kMaxWorkspace && call.lane_bytes <= kMaxWorkspace / call.lanes, "engine: ", call.token_count,
           " tokens at once need more workspace than can be addressed; pass fewer in one call");
-  call.slots = w.slots.get<float>(std::max<int64_t>(floats, 1));
-  call.shared = w.shared.get<uint8_t>(std::max<int64_t>(call.shared_bytes, 1));
-  call.own = w.own.get<uint8_t>(std::max<int64_t>(call.lane_bytes * call.lanes, 1));
+  try {
+    call.slots = w.slots.get<float>(std::max<int64_t>(floats, 1));
+    call.shared = w.shared.get<uint8_t>(std::max<int64_t>(call.shared_bytes, 1));
+    call.own = w.own.get<uint8_t>(std::max<int64_t>(call.lane_bytes * call.lanes, 1));
+  } catch (const std::bad_alloc&) {
+    fail("engine: ", call.token_count, " tokens at once need a workspace of ",
+         floats * static_cast<int64_t>(sizeof(float)) + call.shared_bytes + call.lane_bytes * call.lanes,
+         " bytes, which this machine does not give; pass fewer in one call");
+  }
 }
 
 }  // namespace

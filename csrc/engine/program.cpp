@@ -12,6 +12,7 @@ namespace tilewright::engine {
 namespace {
 
 constexpr int64_t kMaxWidth = int64_t{1} << 31;
+constexpr int64_t kSlotMultiple = 16;  // slots start at multiples of a cache line
 
 std::map<int64_t, RecordKind>& kinds() {
   static std::map<int64_t, RecordKind> table;
@@ -143,13 +144,17 @@ void parse(Words program, Arena weights, Program& out) {
           " slots, more than it has words for; it is damaged");
   out.slots.clear();
   out.floats_per_token = 0;
+  int64_t room = 0;  // what the slots need side by side: one that starts beyond it would only make the workspace larger
   for (int64_t s = 0; s < slots; ++s, at += 2) {
     const Slot slot{program.data[at], program.data[at + 1]};
     require(slot.offset >= 0 && slot.offset < kMaxWidth && slot.width > 0 && slot.width < kMaxWidth, "engine: slot ", s,
             " has offset ", slot.offset, " and width ", slot.width, "; the program is damaged");
     out.floats_per_token = std::max(out.floats_per_token, slot.offset + slot.width);
+    room += round_up(slot.width, kSlotMultiple);
     out.slots.push_back(slot);
   }
+  require(out.floats_per_token <= room, "engine: slots reach to float ", out.floats_per_token, " of a token, but need ",
+          room, " side by side; the program is damaged");
   out.logits = program.data[kLogitsAt];
   out.checksum = program.data[kChecksumAt];
   out.steps.clear();

@@ -9,7 +9,7 @@
 
 namespace tilewright::format {
 
-enum class FormatId : uint16_t { kInt4 = 1, kTernary = 2, kInt8 = 3, kBFloat16 = 4 };
+enum class FormatId : uint16_t { kInt4 = 1, kTernary = 2, kInt8 = 3, kBFloat16 = 4, kInt4Hopper = 5 };
 enum class ScaleType : uint8_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2 };
 
 // What the stored code u stands for:
@@ -27,7 +27,7 @@ struct PackedHeader {
   FormatId format;
   ScaleType scale_type;
   OffsetKind offset_kind;
-  uint16_t reserved;
+  uint16_t variant;          // of formats that have several: kInt4Hopper, 1 if codes are signed; kTernary, the packing
   int64_t rows;              // N
   int64_t cols;              // K
   int64_t group;             // elements of K that share a scale

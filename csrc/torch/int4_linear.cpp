@@ -1,5 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // int4_int8_linear, int4_fp8_linear, their packer and their activation quantizers as torch operators.
+#include <atomic>
+
+#include "format/int4_hopper.h"
 #include "ops/int4_linear/kernels.h"
 #include "ops/int4_linear/reference.h"
 #include "torch/tensors.h"
@@ -7,8 +10,10 @@
 namespace tilewright::torch_adapter {
 namespace {
 
+using format::Int4HopperView;
 using format::Int4View;
 using format::OffsetKind;
+using format::PackedHeader;
 using format::ScaleType;
 using int4_linear::Activation;
 using int4_linear::Mode;
@@ -31,6 +36,28 @@ OffsetKind offset_kind_of(const std::optional<Tensor>& offsets, const Tensor& sc
   require(offsets->scalar_type() == scales.scalar_type(), op, ": offsets has dtype ",
           dtype_name(offsets->scalar_type()), ", needed uint8 (zero points) or the dtype of scales (minima)");
   return OffsetKind::kMinimum;
+}
+
+Tensor pack_blob(const Int4View& layout, const uint8_t* codes, const void* scales, const void* offsets,
+                 float per_tensor_scale) {
+  PackedHeader header{};
+  std::memcpy(header.magic, PackedHeader::kMagic, sizeof(header.magic));
+  header.version = PackedHeader::kVersion;
+  header.format = format::FormatId::kInt4;
+  header.scale_type = layout.scale_type;
+  header.offset_kind = layout.offset_kind;
+  header.rows = layout.n;
+  header.cols = layout.k;
+  header.group = layout.group;
+  header.payload_bytes = layout.blocks * layout.block_bytes;
+  header.per_tensor_scale = per_tensor_scale;
+  Tensor blob = empty_cpu({static_cast<int64_t>(sizeof(header)) + header.payload_bytes}, ScalarType::Byte);
+  auto* bytes = mutable_data<uint8_t>(blob);
+  std::memcpy(bytes, &header, sizeof(header));
+  torch::stable::parallel_for(0, layout.blocks, 1, [&](int64_t first, int64_t last) {
+    format::int4_pack(layout, codes, scales, offsets, bytes + sizeof(header), first, last);
+  });
+  return blob;
 }
 
 Tensor int4_pack(const Tensor& codes, const Tensor& scales, const std::optional<Tensor>& offsets, int64_t cols,
@@ -59,25 +86,77 @@ Tensor int4_pack(const Tensor& codes, const Tensor& scales, const std::optional<
     o = torch::stable::contiguous(*offsets);
   }
 
-  format::PackedHeader header{};
-  std::memcpy(header.magic, format::PackedHeader::kMagic, sizeof(header.magic));
-  header.version = format::PackedHeader::kVersion;
-  header.format = format::FormatId::kInt4;
-  header.scale_type = layout.scale_type;
-  header.offset_kind = layout.offset_kind;
-  header.rows = rows;
-  header.cols = cols;
-  header.group = group;
-  header.payload_bytes = layout.blocks * layout.block_bytes;
-  header.per_tensor_scale = static_cast<float>(per_tensor_scale);
-  Tensor blob = empty_cpu({static_cast<int64_t>(sizeof(header)) + header.payload_bytes}, ScalarType::Byte);
-  auto* bytes = mutable_data<uint8_t>(blob);
+  return pack_blob(layout, data<uint8_t>(c), s.const_data_ptr(), o.has_value() ? o->const_data_ptr() : nullptr,
+                   static_cast<float>(per_tensor_scale));
+}
+
+const PackedHeader& header_of(const Tensor& blob, const char* op) {
+  require_cpu(blob, op, "blob");
+  require_dtype(blob, ScalarType::Byte, op, "blob");
+  require_dim(blob, 1, op, "blob", "the one-dimensional blob of a PackedInt4");
+  require(blob.is_contiguous() && blob.numel() >= static_cast<int64_t>(sizeof(PackedHeader)), op,
+          ": blob must be contiguous and hold a header of 64 bytes; pass the blob of a PackedInt4 itself");
+  return *static_cast<const PackedHeader*>(blob.const_data_ptr());
+}
+
+bool fits_signed(const Int4View& view) {
+  std::atomic<bool> fits{view.offset_kind == OffsetKind::kSymmetric};
+  torch::stable::parallel_for(0, view.n, 64, [&](int64_t first, int64_t last) {
+    if (fits && !format::int4_fits_signed(view, first, last)) fits = false;
+  });
+  return fits;
+}
+
+Tensor to_hopper(const Tensor& blob, const char* op) {
+  const Int4View cpu = format::int4_view(blob.const_data_ptr(), blob.numel(), op);
+  const Int4HopperView layout =
+      format::int4_hopper_layout(cpu.n, cpu.k, cpu.group, cpu.scale_type, cpu.offset_kind, fits_signed(cpu));
+  Tensor result = empty_cpu({layout.blob_bytes()}, ScalarType::Byte);
+  auto* bytes = mutable_data<uint8_t>(result);
+  PackedHeader header = header_of(blob, op);
+  header.format = format::FormatId::kInt4Hopper;
+  header.variant = layout.signed_codes ? 1 : 0;
+  header.payload_bytes = layout.blob_bytes() - static_cast<int64_t>(sizeof(header));
+  std::memset(bytes, 0, format::Int4Hopper::kPayloadOffset);
   std::memcpy(bytes, &header, sizeof(header));
   torch::stable::parallel_for(0, layout.blocks, 1, [&](int64_t first, int64_t last) {
-    format::int4_pack(layout, data<uint8_t>(c), s.const_data_ptr(), o.has_value() ? o->const_data_ptr() : nullptr,
-                      bytes + sizeof(header), first, last);
+    format::int4_to_hopper(cpu, layout, bytes + format::Int4Hopper::kPayloadOffset, first, last);
   });
-  return blob;
+  return result;
+}
+
+Tensor from_hopper(const Tensor& blob, const char* op) {
+  const Int4HopperView view = format::int4_hopper_view(blob.const_data_ptr(), blob.numel(), op);
+  const Int4View cpu = format::int4_layout(view.n, view.k, view.group, view.scale_type, view.offset_kind);
+  const Tensor codes = empty_cpu({view.n, ceil_div(view.k, 2)}, ScalarType::Byte);
+  const Tensor scales = empty_cpu({view.n, cpu.groups * format::scale_bytes(view.scale_type)}, ScalarType::Byte);
+  const Tensor offsets =
+      empty_cpu({view.n, cpu.groups * format::offset_bytes(view.offset_kind, view.scale_type)}, ScalarType::Byte);
+  torch::stable::parallel_for(0, view.n, 64, [&](int64_t first, int64_t last) {
+    format::int4_from_hopper(view, data<uint8_t>(blob) + format::Int4Hopper::kPayloadOffset,
+                             mutable_data<uint8_t>(codes), mutable_data<uint8_t>(scales),
+                             mutable_data<uint8_t>(offsets), first, last);
+  });
+  return pack_blob(cpu, data<uint8_t>(codes), scales.const_data_ptr(), offsets.const_data_ptr(),
+                   header_of(blob, op).per_tensor_scale);
+}
+
+// A blob in the layout of the Hopper kernels, or in the CPU's; without loss both ways. Always a new tensor.
+Tensor int4_repack(const Tensor& blob, bool hopper) {
+  constexpr const char* kOp = "int4_repack";
+  const bool is_hopper = header_of(blob, kOp).format == format::FormatId::kInt4Hopper;
+  if (is_hopper == hopper) return torch::stable::clone(blob);
+  return hopper ? to_hopper(blob, kOp) : from_hopper(blob, kOp);
+}
+
+// The number that int4_fp8_linear takes as `layout`: 0 for the CPU's.
+int64_t int4_blob_layout(const Tensor& blob) {
+  constexpr const char* kOp = "int4_blob_layout";
+  if (header_of(blob, kOp).format != format::FormatId::kInt4Hopper) {
+    format::int4_view(blob.const_data_ptr(), blob.numel(), kOp);
+    return 0;
+  }
+  return format::int4_hopper_word(format::int4_hopper_view(blob.const_data_ptr(), blob.numel(), kOp));
 }
 
 struct Prepared {
@@ -180,7 +259,9 @@ Tensor int4_int8_linear(const Tensor& x, const Tensor& weight, const std::option
 }
 
 Tensor int4_fp8_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
-                       bool fold) {
+                       bool fold, int64_t layout) {
+  require(layout == 0, "int4_fp8_linear: weight is in the layout of the CUDA kernels, but x is on the CPU; move x to the "
+          "weight's device, or repack the weight with PackedInt4.to('cpu')");
   return linear(x, weight, bias, out_features,
                 {Activation::kFp8, fold ? Mode::kFold : Mode::kExact, 0, false, "int4_fp8_linear"});
 }
@@ -202,11 +283,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tilewright, m) {
   m.def(
       "int4_linear_reference(Tensor x, Tensor weight, Tensor? bias, int out_features, int scale_group, bool fp8, bool "
       "fold) -> Tensor");
-  m.def("int4_fp8_linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features, bool fold) -> Tensor");
+  m.def(
+      "int4_fp8_linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features, bool fold, int layout=0) -> Tensor");
+  m.def("int4_repack(Tensor blob, bool hopper) -> Tensor");
+  m.def("int4_blob_layout(Tensor blob) -> int");
+  m.def("fp8_quantize_tokens(Tensor x, int sub) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "int4_fp8_linear_quantized(Tensor codes, Tensor scales, Tensor sums, Tensor weight, Tensor? bias, SymInt "
+      "in_features, bool fold, int layout, Tensor(a!) y) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tilewright, CPU, m) {
   m.impl("int4_pack", TORCH_BOX(&int4_pack));
+  m.impl("int4_repack", TORCH_BOX(&int4_repack));
+  m.impl("int4_blob_layout", TORCH_BOX(&int4_blob_layout));
   m.impl("int4_int8_linear", TORCH_BOX(&int4_int8_linear));
   m.impl("int4_linear_reference", TORCH_BOX(&int4_linear_reference));
   m.impl("int4_fp8_linear", TORCH_BOX(&int4_fp8_linear));

@@ -1,12 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 // Local linear attention and Parallax as torch operators.
+#include "torch/local_linear_attention.h"
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "ops/local_linear_attention/kernels.h"
 #include "ops/local_linear_attention/reference.h"
-#include "torch/tensors.h"
 
 namespace tilewright::torch_adapter {
 namespace {
@@ -17,49 +18,7 @@ using lla::Plan;
 using lla::Segment;
 using lla::Shape;
 using lla::Solver;
-
-ScalarType compute_type(const Tensor& q) {
-  return q.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
-}
-
-// Calls run(T{}) with the type that the kernels compute in.
-template <class Run>
-auto dispatch(const Tensor& q, const Run& run) {
-  return compute_type(q) == ScalarType::Double ? run(double{}) : run(float{});
-}
-
-Tensor dense(const Tensor& tensor, ScalarType type) {
-  return torch::stable::contiguous(torch::stable::to(tensor, type));
-}
-
-std::vector<int64_t> sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
-
-void require_type(const Tensor& tensor, const Tensor& q, const char* op, const char* argument) {
-  require_cpu(tensor, op, argument);
-  require(tensor.scalar_type() == q.scalar_type(), op, ": ", argument, " has dtype ", dtype_name(tensor.scalar_type()),
-          ", but q has ", dtype_name(q.scalar_type()), "; convert one of them with .to()");
-}
-
-Shape shape_of_problem(const Tensor& q, const Tensor& k, const Tensor& v, const char* op) {
-  require_cpu(q, op, "q");
-  require(is_floating(q.scalar_type()), op, ": q has dtype ", dtype_name(q.scalar_type()),
-          ", needed float32, bfloat16, float16 or float64");
-  require_dim(q, 4, op, "q", "[B, T, HQ, K]");
-  require_type(k, q, op, "k");
-  require_dim(k, 4, op, "k", "[B, S, H, K]");
-  require_type(v, q, op, "v");
-  require_dim(v, 4, op, "v", "[B, S, H, V]");
-  const Shape shape{q.size(2), k.size(2), q.size(3), v.size(3)};
-  require(shape.key_size > 0, op, ": q has shape ", shape_of(q), ", needed K of at least 1");
-  require_size(k, 0, q.size(0), op, "k", "B");
-  require_size(k, 3, shape.key_size, op, "k", "K");
-  require_size(v, 0, q.size(0), op, "v", "B");
-  require_size(v, 1, k.size(1), op, "v", "S");
-  require_size(v, 2, shape.kv_heads, op, "v", "H");
-  require(shape.kv_heads > 0 && shape.heads % shape.kv_heads == 0, op, ": q has HQ = ", shape.heads,
-          " heads, needed a multiple of k's H = ", shape.kv_heads);
-  return shape;
-}
+using namespace lla_checks;
 
 std::vector<int64_t> integers(const Tensor& tensor, const char* op, const char* argument) {
   require_cpu(tensor, op, argument);
@@ -106,36 +65,6 @@ std::vector<Segment> segments_of(const Tensor& q, const Tensor& k, const std::op
   return segments;
 }
 
-Options options_of(double scale, bool causal, std::optional<int64_t> window, const char* op) {
-  require(!window.has_value() || *window >= 1, op, ": window_size = ", window.value_or(0),
-          ", needed at least 1, or None for no window");
-  Options options{};
-  options.scale = scale;
-  options.causal = causal;
-  options.window = window.value_or(lla::kNoWindow);
-  options.solver = Solver::kGiven;
-  return options;
-}
-
-struct SolverArguments {
-  double rtol;
-  int64_t max_iterations;
-  const std::string& name;
-  bool jacobi, absolute, ridge_grad;
-};
-
-void set_solver(Options& options, const SolverArguments& s, const char* op) {
-  require(s.name == "cg" || s.name == "direct", op, ": solver = '", s.name, "', needed cg or direct");
-  require(s.rtol >= 0.0, op, ": cg_rtol = ", s.rtol, ", needed a number of at least 0");
-  require(s.max_iterations >= 1, op, ": cg_max_iters = ", s.max_iterations, ", needed at least 1");
-  options.solver = s.name == "cg" ? Solver::kConjugateGradient : Solver::kCholesky;
-  options.rtol = s.rtol;
-  options.max_iterations = s.max_iterations;
-  options.jacobi = s.jacobi;
-  options.absolute = s.absolute;
-  options.ridge_grad = s.ridge_grad;
-}
-
 // Smallest number of keys that a row sees.
 int64_t fewest_keys(const std::vector<Segment>& segments, const Options& options) {
   int64_t fewest = lla::kNoWindow;
@@ -170,16 +99,6 @@ Tensor checked_ridge(const Tensor& ridge, const Tensor& q, const std::vector<Seg
   return values;
 }
 
-Tensor checked_like_q(const Tensor& tensor, const Tensor& q, int64_t last, const char* op, const char* argument) {
-  require_cpu(tensor, op, argument);
-  require_dim(tensor, 4, op, argument, "[B, T, HQ, .]");
-  for (int64_t d = 0; d < 3; ++d) require_size(tensor, d, q.size(d), op, argument, "that of q");
-  require_size(tensor, 3, last, op, argument, "the size of a head");
-  require(is_floating(tensor.scalar_type()), op, ": ", argument, " has dtype ", dtype_name(tensor.scalar_type()),
-          ", needed a floating type");
-  return dense(tensor, compute_type(q));
-}
-
 // Zeros behind the last packed sequence, where no kernel writes.
 void clear_rest(const Tensor& tensor, const std::vector<Segment>& segments, bool packed) {
   if (!packed || tensor.numel() == 0) return;
@@ -201,7 +120,7 @@ struct Call {
 
 Call open(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& cu_seqlens,
           const std::optional<Tensor>& lengths, bool causal, const char* op) {
-  const Shape shape = shape_of_problem(q, k, v, op);
+  const Shape shape = shape_of_problem(require_cpu, q, k, v, op);
   const ScalarType type = compute_type(q);
   return {
       dense(q, type),        dense(k, type), dense(v, type), shape, segments_of(q, k, cu_seqlens, lengths, causal, op),
@@ -255,7 +174,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lla_forward(const Tensor& q, const Te
   set_solver(options, {rtol, max_iterations, solver, jacobi, absolute, ridge_grad}, op);
   const Tensor lambda = checked_ridge(ridge, q, call.segments, options, op);
   Tensor begin;
-  if (start.has_value()) begin = checked_like_q(*start, q, call.shape.key_size, op, "rho_init");
+  if (start.has_value()) begin = checked_like_q(require_cpu, *start, q, call.shape.key_size, op, "rho_init");
   const ForwardResult result = dispatch(q, [&](auto zero) {
     return run_forward<decltype(zero)>(call, options, &lambda, start.has_value() ? &begin : nullptr);
   });
@@ -268,7 +187,7 @@ Tensor parallax_forward(const Tensor& q, const Tensor& r, const Tensor& k, const
   constexpr const char* kOp = "parallax";
   const Call call = open(q, k, v, cu_seqlens, std::nullopt, causal, kOp);
   const Options options = options_of(scale, causal, window, kOp);
-  const Tensor x = checked_like_q(r, q, call.shape.key_size, kOp, "r");
+  const Tensor x = checked_like_q(require_cpu, r, q, call.shape.key_size, kOp, "r");
   const ForwardResult result =
       dispatch(q, [&](auto zero) { return run_forward<decltype(zero)>(call, options, nullptr, &x); });
   return torch::stable::to(result.o, q.scalar_type());
@@ -330,8 +249,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lla_backward(const Tensor& grad, cons
   Options options = options_of(scale, causal, window, kOp);
   set_solver(options, {rtol, max_iterations, solver, jacobi, absolute, ridge_grad}, kOp);
   const Tensor lambda = checked_ridge(ridge, q, call.segments, options, kOp);
-  const Tensor of_o = checked_like_q(grad, q, call.shape.value_size, kOp, "grad");
-  const Tensor solution = checked_like_q(x, q, call.shape.key_size, kOp, "tilt");
+  const Tensor of_o = checked_like_q(require_cpu, grad, q, call.shape.value_size, kOp, "grad");
+  const Tensor solution = checked_like_q(require_cpu, x, q, call.shape.key_size, kOp, "tilt");
   const BackwardResult result =
       dispatch(q, [&](auto zero) { return run_backward<decltype(zero)>(call, options, of_o, solution, &lambda); });
   const ScalarType type = q.scalar_type();
@@ -346,8 +265,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> parallax_backward(const Tensor& grad,
   constexpr const char* kOp = "parallax_backward";
   const Call call = open(q, k, v, cu_seqlens, std::nullopt, causal, kOp);
   const Options options = options_of(scale, causal, window, kOp);
-  const Tensor of_o = checked_like_q(grad, q, call.shape.value_size, kOp, "grad");
-  const Tensor x = checked_like_q(r, q, call.shape.key_size, kOp, "r");
+  const Tensor of_o = checked_like_q(require_cpu, grad, q, call.shape.value_size, kOp, "grad");
+  const Tensor x = checked_like_q(require_cpu, r, q, call.shape.key_size, kOp, "r");
   const BackwardResult result =
       dispatch(q, [&](auto zero) { return run_backward<decltype(zero)>(call, options, of_o, x, nullptr); });
   const ScalarType type = q.scalar_type();
@@ -360,7 +279,7 @@ Tensor lla_reference(const Tensor& q, const Tensor& k, const Tensor& v, const Te
                      const std::optional<Tensor>& cu_seqlens, double scale, bool causal, std::optional<int64_t> window,
                      bool absolute) {
   constexpr const char* kOp = "lla_reference";
-  const Shape shape = shape_of_problem(q, k, v, kOp);
+  const Shape shape = shape_of_problem(require_cpu, q, k, v, kOp);
   const std::vector<Segment> segments = segments_of(q, k, cu_seqlens, std::nullopt, causal, kOp);
   Options options = options_of(scale, causal, window, kOp);
   options.absolute = absolute;

@@ -3,25 +3,18 @@
 #include "ops/gated_activation/kernels.h"
 #include "ops/rms_norm/kernels.h"
 #include "ops/rope/kernels.h"
-#include "torch/tensors.h"
+#include "torch/token_checks.h"
 
 namespace tilewright::torch_adapter {
 namespace {
 
 constexpr int64_t kTokensPerThread = 16;
 
-std::vector<int64_t> sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
-
 Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
   constexpr const char* kOp = "rms_norm";
   require_cpu(x, kOp, "x");
   require_cpu(weight, kOp, "weight");
-  require_dim(weight, 1, kOp, "weight", "[K]");
-  const int64_t width = weight.size(0);
-  require(width > 0, kOp, ": weight is empty, needed at least one column");
-  require(x.dim() >= 1, kOp, ": x is a scalar, needed [..., K] with K = ", width);
-  require_size(x, x.dim() - 1, width, kOp, "x", "K");
-  require(eps >= 0.0, kOp, ": eps = ", eps, ", needed a number >= 0");
+  const int64_t width = check_rms_norm(x, weight, eps);
   const Tensor input = as_float(x, kOp, "x"), factors = as_float(weight, kOp, "weight");
   const Tensor y = empty_cpu(sizes_of(x), ScalarType::Float);
   const auto normalize = rms_norm::kernel();
@@ -39,12 +32,9 @@ Tensor rope_angles(const Tensor& positions, const Tensor& frequencies, double ga
   constexpr const char* kOp = "rope_angles";
   require_cpu(positions, kOp, "positions");
   require_cpu(frequencies, kOp, "frequencies");
-  require_dtype(positions, ScalarType::Long, kOp, "positions");
-  require_dim(frequencies, 1, kOp, "frequencies", "[P]");
+  const std::vector<int64_t> sizes = check_rope_angles(positions, frequencies);
   const Tensor where = torch::stable::contiguous(positions), turns = as_float(frequencies, kOp, "frequencies");
   const int64_t pairs = turns.size(0);
-  std::vector<int64_t> sizes = sizes_of(positions);
-  sizes.insert(sizes.end(), {2, pairs});
   const Tensor angles = empty_cpu(sizes, ScalarType::Float);
   torch::stable::parallel_for(0, where.numel(), kTokensPerThread, [&](int64_t first, int64_t last) {
     for (int64_t t = first; t < last; ++t) {
@@ -55,13 +45,31 @@ Tensor rope_angles(const Tensor& positions, const Tensor& frequencies, double ga
   return angles;
 }
 
+void rope_rotate(const Tensor& x, const Tensor& angles, const std::optional<Tensor>& scales) {
+  constexpr const char* kOp = "rope_rotate_";
+  require_cpu(x, kOp, "x");
+  require_cpu(angles, kOp, "angles");
+  if (scales.has_value()) require_cpu(*scales, kOp, "scales");
+  const int64_t heads_per_scale = check_rope_rotate(x, angles, scales);
+  const Tensor turns = torch::stable::contiguous(angles);
+  const std::optional<Tensor> factors =
+      scales.has_value() ? std::optional<Tensor>(as_float(*scales, kOp, "scales")) : std::nullopt;
+  const auto rotate = rope::kernel();
+  const int64_t row = x.size(1) * x.size(2), pairs = x.size(2) / 2;
+  torch::stable::parallel_for(0, x.size(0), kTokensPerThread, [&](int64_t first, int64_t last) {
+    for (int64_t t = first; t < last; ++t) {
+      const float* angle = data<float>(turns) + t * 2 * pairs;
+      rotate({mutable_data<float>(x) + t * row, x.size(1), x.size(2), angle, angle + pairs,
+              factors.has_value() ? data<float>(*factors) : nullptr, heads_per_scale});
+    }
+  });
+}
+
 Tensor gated_activation(const Tensor& gate, const Tensor& up) {
   constexpr const char* kOp = "gated_activation";
   require_cpu(gate, kOp, "gate");
   require_cpu(up, kOp, "up");
-  require(sizes_of(gate) == sizes_of(up), kOp, ": gate has shape ", shape_of(gate), ", up ", shape_of(up),
-          "; they must be the same");
-  require(gate.dim() >= 1, kOp, ": gate is a scalar, needed [..., K]");
+  check_gated_activation(gate, up);
   const Tensor g = as_float(gate, kOp, "gate"), u = as_float(up, kOp, "up");
   const Tensor y = empty_cpu(sizes_of(gate), ScalarType::Float);
   const int64_t width = std::max<int64_t>(gate.size(gate.dim() - 1), 1);
@@ -79,12 +87,14 @@ Tensor gated_activation(const Tensor& gate, const Tensor& up) {
 STABLE_TORCH_LIBRARY_FRAGMENT(tilewright, m) {
   m.def("rms_norm(Tensor x, Tensor weight, float eps) -> Tensor");
   m.def("rope_angles(Tensor positions, Tensor frequencies, float gain) -> Tensor");
+  m.def("rope_rotate_(Tensor(a!) x, Tensor angles, Tensor? scales) -> ()");
   m.def("gated_activation(Tensor gate, Tensor up) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tilewright, CPU, m) {
   m.impl("rms_norm", TORCH_BOX(&rms_norm));
   m.impl("rope_angles", TORCH_BOX(&rope_angles));
+  m.impl("rope_rotate_", TORCH_BOX(&rope_rotate));
   m.impl("gated_activation", TORCH_BOX(&gated_activation));
 }
 

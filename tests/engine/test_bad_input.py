@@ -61,6 +61,15 @@ def test_a_changed_program_is_an_error_or_a_program(image: ModelImage, data: st.
     survives(lambda: forward(damaged))
 
 
+def test_a_slot_far_beyond_the_others_is_an_error_before_memory_is_taken_for_it(image: ModelImage) -> None:
+    first_slot = 8
+    for slot in (0, 2):
+        program = image.program.clone()
+        program[first_slot + 2 * slot] = 1_263_825_643
+        with pytest.raises(RuntimeError, match=r"slots reach to float \d+ of a token, but need \d+ side by side"):
+            forward(dataclasses.replace(image, program=seal(program)))
+
+
 def _flipped(word: int, bit: int) -> int:
     return int(torch.tensor(word) ^ (torch.tensor(1) << bit))
 

@@ -89,3 +89,40 @@ def test_opcheck() -> None:
     torch.library.opcheck(library.rms_norm.default, (x, torch.ones(8), 1e-5))
     torch.library.opcheck(library.gated_activation.default, (x, x))
     torch.library.opcheck(library.rope_angles.default, (torch.arange(3), torch.ones(4), 1.0))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "rows", "size"), [(0, 2, 1, 8), (1, 1, 1, 2), (3, 6, 3, 40), (40, 4, 4, 64)]
+)
+def test_rotation_matches_float64(tokens: int, heads: int, rows: int, size: int, level: str) -> None:
+    del level
+    x, scales = torch.randn(tokens, heads, size), torch.rand(rows, size) + 0.5
+    angles = ops.rope_angles(torch.arange(tokens) * 7, 10000.0 ** -(torch.arange(size // 2) / (size // 2)))
+    low, high = x.double().chunk(2, -1)
+    cosine, sine = angles.double()[:, None].unbind(-2)
+    factors = scales.double().repeat_interleave(heads // rows, 0)
+    exact = torch.cat([low * cosine - high * sine, high * cosine + low * sine], -1)
+    # two products and a sum of magnitudes no larger than |low| + |high|, then the factor
+    bound = 3 * UNIT_ROUNDOFF * (low.abs() + high.abs()).repeat(1, 1, 2)
+    plain, scaled = x.clone(), x.clone()
+    ops.rope_rotate_(plain, angles)
+    ops.rope_rotate_(scaled, angles, scales)
+    assert ((plain.double() - exact).abs() <= bound).all()
+    assert ((scaled.double() - exact * factors).abs() <= 2 * bound * factors).all()
+
+
+@pytest.mark.parametrize(
+    ("x", "angles", "scales", "words"),
+    [
+        (torch.zeros(2, 3, 4).double(), torch.zeros(2, 2, 2), None, "x has dtype"),
+        (torch.zeros(2, 3, 5), torch.zeros(2, 2, 2), None, "D = 5, needed an even number"),
+        (torch.zeros(2, 4, 3).mT, torch.zeros(2, 2, 2), None, "must be contiguous"),
+        (torch.zeros(2, 3, 4), torch.zeros(3, 2, 2), None, "must be T = 2"),
+        (torch.zeros(2, 3, 4), torch.zeros(2, 2, 2), torch.ones(2, 4), "2 rows, which do not divide the H = 3"),
+    ],
+)
+def test_rotation_refuses_what_does_not_fit(
+    x: torch.Tensor, angles: torch.Tensor, scales: torch.Tensor | None, words: str
+) -> None:
+    with pytest.raises(RuntimeError, match=words):
+        ops.rope_rotate_(x, angles, scales)

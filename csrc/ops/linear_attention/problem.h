@@ -27,7 +27,7 @@ struct Rows {
   T* data = nullptr;
   int64_t batch = 0, token = 0, head = 0;
 
-  T* row(int64_t b, int64_t t, int64_t h) const { return data + b * batch + t * token + h * head; }
+  constexpr T* row(int64_t b, int64_t t, int64_t h) const { return data + b * batch + t * token + h * head; }
 };
 
 // Sequence n is tokens [first, last) of batch row b. offsets null: every batch row is one sequence.

@@ -29,6 +29,8 @@ from tilewright.ops.gated_linear_attention import (  # noqa: E402
 from tilewright.ops.hgrn import chunk_hgrn, fused_recurrent_hgrn  # noqa: E402
 from tilewright.ops.int4_fp8_attention import int4_fp8_attention  # noqa: E402
 from tilewright.ops.int4_linear import (  # noqa: E402
+    Fp8Tokens,
+    fp8_tokens,
     int4_fp8_linear,
     int4_int8_linear,
     quantize_fp8_per_token,
@@ -44,8 +46,15 @@ from tilewright.ops.lightning_attention import (  # noqa: E402
 )
 from tilewright.ops.linear_attention import linear_attention, linear_attention_step_, state_transition  # noqa: E402
 from tilewright.ops.local_linear_attention import lla_attention, lla_decode, parallax, relmm  # noqa: E402
+from tilewright.ops.ternary_linear import (  # noqa: E402
+    pack_ternary,
+    quantize_ternary_activation,
+    ternary_linear,
+    ternary_matmul,
+)
 
 __all__ = [
+    "Fp8Tokens",
     "KVCache",
     "build_slope_tensor",
     "chunk_delta_rule",
@@ -57,6 +66,7 @@ __all__ = [
     "chunk_linear_attn",
     "chunk_retention",
     "chunk_simple_gla",
+    "fp8_tokens",
     "fused_recurrent_delta_rule",
     "fused_recurrent_gated_delta_rule",
     "fused_recurrent_gla",
@@ -77,9 +87,13 @@ __all__ = [
     "linear_attention_step_",
     "lla_attention",
     "lla_decode",
+    "pack_ternary",
     "parallax",
     "quantize_fp8_per_token",
     "quantize_int8_per_token",
+    "quantize_ternary_activation",
     "relmm",
     "state_transition",
+    "ternary_linear",
+    "ternary_matmul",
 ]

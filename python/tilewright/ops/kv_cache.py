@@ -116,6 +116,12 @@ class KVCache:
         tensors = (self.k, self.v, self.k_scales, self.v_scales, self.lengths)
         return sum(t.nbytes for t in tensors if t is not None)
 
+    def to(self, device: torch.device | str) -> KVCache:
+        """The same cache on another device."""
+        k, v, lengths = (tensor.to(device) for tensor in (self.k, self.v, self.lengths))
+        k_scales, v_scales = (None if t is None else t.to(device) for t in (self.k_scales, self.v_scales))
+        return KVCache(k, v, k_scales, v_scales, lengths, self.head_dim)
+
     def reset(self) -> None:
         """Forget all tokens; the memory stays."""
         self.lengths.zero_()

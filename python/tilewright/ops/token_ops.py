@@ -48,6 +48,21 @@ def rope_angles(positions: Tensor, frequencies: Tensor, gain: float = 1.0) -> Te
     return angles
 
 
+def rope_rotate_(x: Tensor, angles: Tensor, scales: Tensor | None = None) -> None:
+    """Turn every head of x in place by its token's angles: channel c with channel c + D/2.
+
+    Args:
+        x: float32 `[T, H, D]`, contiguous, D even.
+        angles: float32 `[T, 2, D/2]`, from :func:`rope_angles`.
+        scales: `[H_s, D]` with H a multiple of H_s, or None: a factor on each channel behind the rotation (FireQ's
+            post-RoPE scale), row h // (H / H_s) for head h.
+
+    Raises:
+        RuntimeError: a shape, dtype or device does not fit, or x is not contiguous.
+    """
+    _ops.rope_rotate_(x, angles, scales)
+
+
 def gated_activation(gate: Tensor, up: Tensor) -> Tensor:
     """`silu(gate) * up`, the middle of a gated MLP (Shazeer 2020, SwiGLU), in float32.
 
@@ -74,6 +89,12 @@ def _(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 def _(positions: Tensor, frequencies: Tensor, gain: float) -> Tensor:
     del gain
     return positions.new_empty((*positions.shape, 2, frequencies.shape[0]), dtype=torch.float32)
+
+
+@torch.library.register_fake("tilewright::rope_rotate_")
+def _(x: Tensor, angles: Tensor, scales: Tensor | None) -> None:
+    del scales
+    torch._check(x.dim() == 3 and angles.dim() == 3, lambda: "x must be [T, H, D] and angles [T, 2, D/2]")
 
 
 @torch.library.register_fake("tilewright::gated_activation")

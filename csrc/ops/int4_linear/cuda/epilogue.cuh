@@ -1,0 +1,235 @@
+// SPDX-License-Identifier: Apache-2.0
+// From a consumer's totals to y: joining the pieces of a split tile, scales of tokens, bias, and rows of features.
+#pragma once
+
+#include "ops/int4_linear/cuda/matrix.cuh"
+
+namespace tilewright::int4_linear {
+
+// Barrier 0 is the block's; each consumer has its own.
+TILEWRIGHT_DEVICE void consumer_sync(int consumer) { hopper::named_sync(1 + consumer, 128); }
+
+// --- Pieces of a split tile.
+
+// Where a consumer's piece of a block lies: 4 registers of each thread side by side, the next 4 kQuad floats on.
+inline constexpr int kQuad = 4 * 128;
+
+template <class C>
+TILEWRIGHT_DEVICE float* piece_at(const MatrixParams& p, int block, int tile, int consumer, int b) {
+  const int64_t slot = p.work.piece_slot(block, tile);
+  const int64_t first = static_cast<int64_t>(consumer * C::kBlocks + b) * (C::kRegisters * 128);
+  return p.pieces + slot * p.piece_floats + first + threadIdx.x % 128 * 4;
+}
+
+template <class C>
+TILEWRIGHT_DEVICE void store_piece(float* piece, const float (&total)[C::kRegisters]) {
+#pragma unroll
+  for (int i = 0; i < C::kRegisters; i += 4) {
+    hopper::store_16(piece + i / 4 * kQuad, {hopper::float_bits(total[i]), hopper::float_bits(total[i + 1]),
+                                             hopper::float_bits(total[i + 2]), hopper::float_bits(total[i + 3])});
+  }
+}
+
+// Registers [first, first + Count) of the sum of all pieces, in the order of K, whoever adds them.
+template <class C, int Count>
+TILEWRIGHT_DEVICE void sum_pieces(const MatrixParams& p, int tile, int consumer, int b, int first, float (&sum)[Count]) {
+#pragma unroll
+  for (int i = 0; i < Count; ++i) sum[i] = 0.0f;
+  const int last_block = p.work.last_block(tile);
+#pragma unroll 1
+  for (int block = p.work.first_block(tile); block <= last_block; ++block) {
+    const float* piece = piece_at<C>(p, block, tile, consumer, b) + first / 4 * kQuad;
+#pragma unroll
+    for (int i = 0; i < Count; i += 4) {
+      const hopper::U128 quad = hopper::load_16(piece + i / 4 * kQuad);
+      sum[i] += hopper::bits_float(quad.x);
+      sum[i + 1] += hopper::bits_float(quad.y);
+      sum[i + 2] += hopper::bits_float(quad.z);
+      sum[i + 3] += hopper::bits_float(quad.w);
+    }
+  }
+}
+
+// Leaves this block's piece for the others; true for the block that comes last, which then has all of them to add. Each
+// consumer counts on its own. The fences order a piece before its count, and the count before the reads of the others'.
+template <class C>
+TILEWRIGHT_DEVICE bool join(const MatrixParams& p, const Shared<C>& shared, int tile, int consumer, int here,
+                            const float (&totals)[C::kBlocks][C::kRegisters]) {
+#pragma unroll
+  for (int b = 0; b < C::kBlocks; ++b) {
+    if (b < here) store_piece<C>(piece_at<C>(p, static_cast<int>(blockIdx.x), tile, consumer, b), totals[b]);
+  }
+  __threadfence();
+  consumer_sync(consumer);
+  if (threadIdx.x % 128 == 0) shared.joined[consumer] = atomicAdd(p.counters + tile * kConsumers + consumer, 1);
+  consumer_sync(consumer);
+  if (shared.joined[consumer] != p.work.last_block(tile) - p.work.first_block(tile)) return false;
+  __threadfence();
+  return true;
+}
+
+// --- y.
+
+TILEWRIGHT_DEVICE float load_number(const void* base, int64_t index, Number type) {
+  if (type == Number::kFloat32) return static_cast<const float*>(base)[index];
+  const uint16_t bits = static_cast<const uint16_t*>(base)[index];
+  return type == Number::kBFloat16 ? hopper::to_float(hopper::bf16{bits}) : hopper::to_float(hopper::f16{bits});
+}
+
+TILEWRIGHT_DEVICE void store_number(void* base, int64_t index, Number type, float value) {
+  if (type == Number::kFloat32) {
+    static_cast<float*>(base)[index] = value;
+  } else if (type == Number::kBFloat16) {
+    static_cast<hopper::bf16*>(base)[index] = hopper::from_float<hopper::bf16>(value);
+  } else {
+    static_cast<hopper::f16*>(base)[index] = hopper::from_float<hopper::f16>(value);
+  }
+}
+
+// Four features of a token. Whole and aligned quads go out in one store.
+TILEWRIGHT_DEVICE void store_quad(const MatrixParams& p, int64_t token, int64_t feature, const float (&v)[4]) {
+  const int64_t at = token * p.n + feature;
+  if (p.n % 4 != 0 || feature + 4 > p.n) {
+    for (int i = 0; i < 4 && feature + i < p.n; ++i) store_number(p.y, at + i, p.y_type, v[i]);
+  } else if (p.y_type == Number::kFloat32) {
+    hopper::store_16(static_cast<float*>(p.y) + at, {hopper::float_bits(v[0]), hopper::float_bits(v[1]),
+                                                     hopper::float_bits(v[2]), hopper::float_bits(v[3])});
+  } else {
+    const bool bf16 = p.y_type == Number::kBFloat16;
+    const uint2 words = {bf16 ? hopper::pack_bf16x2(v[0], v[1]) : hopper::pack_f16x2(v[0], v[1]),
+                         bf16 ? hopper::pack_bf16x2(v[2], v[3]) : hopper::pack_f16x2(v[2], v[3])};
+    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.y) + at) = words;
+  }
+}
+
+// The tokens [first, first + kStagingTokens) of a tile, from the staging [token][64 features] to y.
+template <class C>
+TILEWRIGHT_DEVICE void write_rows(const MatrixParams& p, const float* staging, int64_t first_token, int64_t first_feature,
+                                  float factor, const float (&bias)[4]) {
+  const int thread = static_cast<int>(threadIdx.x) % 128;
+  const int64_t feature = first_feature + thread % 16 * 4;
+  if (feature >= p.n) return;
+  for (int t = thread / 16; t < C::kStagingTokens; t += 8) {
+    const int64_t token = first_token + t;
+    if (token >= p.m) return;
+    const float* sums = staging + t * kStagingPitch + thread % 16 * 4;
+    const float scale = p.x_scales[token];
+    float v[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] = sums[i] * scale * factor + bias[i];
+    store_quad(p, token, feature, v);
+  }
+}
+
+// Where the rows of a block go.
+struct Target {
+  int tile, consumer, b;
+  int64_t token, feature;   // the first of each
+  bool joined;              // the sums are those of the pieces, not the totals at hand
+};
+
+// The accumulators hold features by tokens, y is tokens by features: a turn through shared memory, some tokens at a time.
+template <class C>
+TILEWRIGHT_DEVICE void write_block(const MatrixParams& p, float* staging, const Target& to,
+                                   const float (&total)[C::kRegisters]) {
+  const int thread = static_cast<int>(threadIdx.x) % 128;
+  constexpr int kPerTurn = C::kStagingTokens / 2;   // registers
+  const float unit = C::kForm == Form::kFold ? 1.0f : static_cast<float>(1 << Int4Hopper::kExponent);
+  const float factor = unit * (1.0f / *p.per_tensor_scale);
+  float bias[4] = {0.0f, 0.0f, 0.0f, 0.0f};
+  for (int i = 0; i < 4; ++i) {
+    const int64_t feature = to.feature + thread % 16 * 4 + i;
+    if (p.bias != nullptr && feature < p.n) bias[i] = load_number(p.bias, feature, p.bias_type);
+  }
+#pragma unroll
+  for (int turn = 0; turn < C::kTokens / C::kStagingTokens; ++turn) {
+    const int64_t token = to.token + turn * C::kStagingTokens;
+    if (token < p.m) {
+      float values[kPerTurn];
+      if (to.joined) {
+        sum_pieces<C>(p, to.tile, to.consumer, to.b, turn * kPerTurn, values);
+      } else {
+#pragma unroll
+        for (int i = 0; i < kPerTurn; ++i) values[i] = total[turn * kPerTurn + i];
+      }
+      consumer_sync(to.consumer);
+#pragma unroll
+      for (int i = 0; i < kPerTurn; ++i) {
+        const int row = hopper::accumulator_row(thread, i), col = hopper::accumulator_col(thread, i);
+        staging[col * kStagingPitch + row] = values[i];
+      }
+      consumer_sync(to.consumer);
+      write_rows<C>(p, staging, token, to.feature, factor, bias);
+    }
+  }
+}
+
+// The first of a consumer's blocks in a tile.
+template <class C>
+TILEWRIGHT_DEVICE int first_block_of(const MatrixParams& p, int tile, int consumer) {
+  return tile / p.token_tiles * (kConsumers * C::kBlocks) + consumer * C::kBlocks;
+}
+
+template <class C>
+TILEWRIGHT_DEVICE void finish_segment(const MatrixParams& p, const Shared<C>& shared, const Segment& segment, int consumer,
+                                      const float (&totals)[C::kBlocks][C::kRegisters]) {
+  const int first = first_block_of<C>(p, segment.tile, consumer);
+  const int here = min(C::kBlocks, p.row_blocks - first);
+  const bool whole = segment.first == 0 && segment.last == p.work.k_tiles;
+  if (!whole && !join<C>(p, shared, segment.tile, consumer, here, totals)) return;
+  float* staging = shared.staging + consumer * C::kStagingTokens * kStagingPitch;
+  const int64_t token = static_cast<int64_t>(segment.tile % p.token_tiles) * C::kTokens;
+#pragma unroll
+  for (int b = 0; b < C::kBlocks; ++b) {
+    const int64_t feature = static_cast<int64_t>(first + b) * Int4Hopper::kRows;
+    if (b < here) write_block<C>(p, staging, {segment.tile, consumer, b, token, feature, !whole}, totals[b]);
+  }
+}
+
+template <class C>
+TILEWRIGHT_DEVICE void consume(const MatrixParams& p, const Shared<C>& shared, int consumer) {
+  const int block = static_cast<int>(blockIdx.x);
+  Segment segment{};
+  bool waited = !p.overlap;
+  Ring ring;
+  for (uint32_t index[1] = {0}; segment_of(p.work, block, static_cast<int>(index[0]), segment); ++index[0]) {
+    const int here = p.row_blocks - first_block_of<C>(p, segment.tile, consumer);
+    if (here <= 0) {
+      pass_segment(p, shared, segment, ring);
+      continue;
+    }
+    float totals[C::kBlocks][C::kRegisters] = {};
+    multiply_segment<C>(p, shared, segment, ring, totals, consumer, here);
+    if (!waited) hopper::wait_for_previous_kernel();
+    waited = true;
+    // Nothing of the segment stays in registers beside the products: it is worked out again.
+    hopper::keep(index);
+    segment_of(p.work, block, static_cast<int>(index[0]), segment);
+    finish_segment<C>(p, shared, segment, consumer, totals);
+  }
+}
+
+template <class C>
+__global__ void __launch_bounds__(kMatrixThreads, 1) int4_fp8_kernel(const __grid_constant__ MatrixParams p) {
+  const Shared<C> shared(p);
+  if (threadIdx.x == 0) {
+    hopper::prefetch(p.x);
+    for (int stage = 0; stage < p.stages; ++stage) {
+      hopper::init(shared.full[stage], 1);
+      hopper::init(shared.empty[stage], kConsumers * 4);
+    }
+    hopper::fence_barrier_init();
+  }
+  __syncthreads();
+  // The same in all lanes, and the compiler is to know it: products in branches that could diverge are taken one by one.
+  const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
+  if (group == 0) {
+    hopper::lower_registers<24>();
+    if (threadIdx.x == 0) produce<C>(p, shared);
+  } else {
+    hopper::raise_registers<240>();
+    consume<C>(p, shared, group - 1);
+  }
+}
+
+}  // namespace tilewright::int4_linear

@@ -1,0 +1,40 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "ops/int4_linear/cuda/launch.cuh"
+#include "ops/int4_linear/cuda/quantize.cuh"
+
+#include <sstream>
+
+namespace tilewright::int4_linear {
+
+std::string describe(const DevicePlan& plan) {
+  std::ostringstream text;
+  text << "form=" << static_cast<int>(plan.form) << " fine=" << plan.fine
+       << " tile=" << kConsumers * plan.group_blocks * Int4Hopper::kRows << "x" << plan.token_tile
+       << " tiles=" << plan.work.tiles << " split_tiles=" << plan.work.split_tiles << " blocks=" << plan.work.blocks
+       << " stages=" << plan.stages << " shared_bytes=" << plan.shared_bytes;
+  return text.str();
+}
+
+void quantize_tokens(const QuantizeProblem& problem, hopper::Stream stream) {
+  const hopper::Grid grid{.blocks = {problem.m, 1, 1},
+                          .threads = kQuantizeThreads,
+                          .shared_bytes = 2 * kQuantizeThreads / 32 * 4,
+                          .stream = stream};
+  switch (problem.type) {
+    case Number::kFloat32: return hopper::launch(quantize_kernel<float>, grid, problem);
+    case Number::kBFloat16: return hopper::launch(quantize_kernel<hopper::bf16>, grid, problem);
+    case Number::kFloat16: return hopper::launch(quantize_kernel<hopper::f16>, grid, problem);
+  }
+}
+
+void multiply(const MatrixProblem& problem, const DevicePlan& plan, hopper::Stream stream) {
+  switch (plan.form) {
+    case Form::kSigned: return multiply_signed(problem, plan, stream);
+    case Form::kUnsigned: return multiply_unsigned(problem, plan, stream);
+    case Form::kFold: return multiply_fold(problem, plan, stream);
+  }
+}
+
+int multiprocessors() { return hopper::multiprocessors(); }
+
+}  // namespace tilewright::int4_linear

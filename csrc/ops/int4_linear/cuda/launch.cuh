@@ -1,0 +1,57 @@
+// SPDX-License-Identifier: Apache-2.0
+// A kernel's parameters from a problem and its plan; launch*.cu instantiate.
+#pragma once
+
+#include "ops/int4_linear/cuda/epilogue.cuh"
+
+namespace tilewright::int4_linear {
+
+template <class C>
+void launch_matrix(const MatrixProblem& problem, const DevicePlan& plan, hopper::Stream stream) {
+  const auto padded_k = static_cast<uint64_t>(problem.weight.tiles * Int4Hopper::kCols);
+  const uint64_t sizes[2] = {padded_k, static_cast<uint64_t>(problem.m)};
+  const uint64_t strides[1] = {padded_k};
+  const uint32_t box[2] = {Int4Hopper::kCols, static_cast<uint32_t>(C::kTokens)};
+  const MatrixParams params{
+      .x = hopper::make_tensor_map<hopper::e4m3>(problem.codes, 2, sizes, strides, box, hopper::Swizzle::k128),
+      .chunks = reinterpret_cast<const char*>(problem.blob) + Int4Hopper::kPayloadOffset,
+      .per_tensor_scale =
+          reinterpret_cast<const float*>(problem.blob + offsetof(format::PackedHeader, per_tensor_scale)),
+      .x_scales = problem.scales,
+      .x_sums = problem.sums,
+      .bias = problem.bias,
+      .y = problem.y,
+      .pieces = problem.pieces,
+      .counters = problem.counters,
+      .m = problem.m,
+      .n = problem.weight.n,
+      .sums_stride = problem.sums_stride,
+      .piece_floats = plan.piece_floats(),
+      .chunk_bytes = static_cast<int>(problem.weight.chunk_bytes),
+      .row_blocks = static_cast<int>(problem.weight.blocks),
+      .token_tiles = plan.token_tiles,
+      .stages = plan.stages,
+      .sub = problem.weight.sub,
+      .scale_bytes = static_cast<int>(format::scale_bytes(problem.weight.scale_type)),
+      .scale_type = problem.weight.scale_type,
+      .offset_kind = problem.weight.offset_kind,
+      .bias_type = problem.bias_type,
+      .y_type = problem.y_type,
+      .overlap = problem.overlap,
+      .work = plan.work,
+  };
+  hopper::launch(int4_fp8_kernel<C>,
+                 {.blocks = {plan.work.blocks, 1, 1},
+                  .threads = kMatrixThreads,
+                  .shared_bytes = plan.shared_bytes,
+                  .stream = stream,
+                  .overlap = problem.overlap},
+                 params);
+}
+
+// One function a translation unit: the kernels of a form for the token tiles that choose_tile() gives it.
+void multiply_signed(const MatrixProblem& problem, const DevicePlan& plan, hopper::Stream stream);
+void multiply_unsigned(const MatrixProblem& problem, const DevicePlan& plan, hopper::Stream stream);
+void multiply_fold(const MatrixProblem& problem, const DevicePlan& plan, hopper::Stream stream);
+
+}  // namespace tilewright::int4_linear

@@ -1,0 +1,127 @@
+// SPDX-License-Identifier: Apache-2.0
+// Tokens to e4m3, one block a token: find the largest magnitude, then round. A thread takes 16 columns at a time, which it
+// writes as 16 bytes; K is padded with zeros to what the products read.
+#pragma once
+
+#include "hopper/hopper.h"
+#include "ops/int4_linear/activation.h"
+#include "ops/int4_linear/cuda/launch.h"
+
+namespace tilewright::int4_linear {
+
+inline constexpr int kQuantizeThreads = 256;
+inline constexpr int kPiece = 16;   // columns of a thread; every `sub` is a multiple of it
+
+// Columns [k, k + 16) of a row as floats, zero behind K.
+template <class T>
+TILEWRIGHT_DEVICE void load_piece(const T* row, int64_t k, int64_t columns, float (&values)[kPiece]) {
+  constexpr int kPerLoad = 16 / static_cast<int>(sizeof(T));
+  if (k + kPiece <= columns && reinterpret_cast<uintptr_t>(row) % 16 == 0) {
+#pragma unroll
+    for (int i = 0; i < kPiece; i += kPerLoad) {
+      const hopper::U128 raw = hopper::load_16(row + k + i);
+      const uint32_t words[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        if constexpr (sizeof(T) == 4) {
+          values[i + w] = hopper::bits_float(words[w]);
+        } else {
+          hopper::unpack_pair<T>(words[w], values[i + 2 * w], values[i + 2 * w + 1]);
+        }
+      }
+    }
+    return;
+  }
+#pragma unroll
+  for (int i = 0; i < kPiece; ++i) values[i] = k + i < columns ? hopper::to_float(row[k + i]) : 0.0f;
+}
+
+struct Extreme {
+  float largest;
+  bool finite;
+};
+
+// Of the whole token, in every thread. A NaN is not finite, and fmaxf passes it over.
+TILEWRIGHT_DEVICE Extreme block_extreme(Extreme mine) {
+  auto* shared = reinterpret_cast<float*>(hopper::shared_memory());
+  constexpr int kWarps = kQuantizeThreads / 32;
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) {
+    mine.largest = fmaxf(mine.largest, __shfl_xor_sync(0xffffffffu, mine.largest, offset));
+  }
+  const bool finite = __all_sync(0xffffffffu, mine.finite ? 1 : 0) != 0;
+  if (threadIdx.x % 32 == 0) {
+    shared[threadIdx.x / 32] = mine.largest;
+    shared[kWarps + threadIdx.x / 32] = finite ? 1.0f : 0.0f;
+  }
+  __syncthreads();
+  Extreme all{0.0f, true};
+  for (int w = 0; w < kWarps; ++w) {
+    all.largest = fmaxf(all.largest, shared[w]);
+    all.finite = all.finite && shared[kWarps + w] != 0.0f;
+  }
+  return all;
+}
+
+template <class T>
+TILEWRIGHT_DEVICE Extreme token_extreme(const T* row, const QuantizeProblem& p) {
+  Extreme mine{0.0f, true};
+  for (int64_t k = static_cast<int64_t>(threadIdx.x) * kPiece; k < p.k; k += kQuantizeThreads * kPiece) {
+    float values[kPiece];
+    load_piece(row, k, p.k, values);
+#pragma unroll
+    for (int i = 0; i < kPiece; ++i) {
+      mine.largest = fmaxf(mine.largest, fabsf(values[i]));
+      mine.finite = mine.finite && fabsf(values[i]) <= 3.402823466e38f;
+    }
+  }
+  return block_extreme(mine);
+}
+
+// The sums of `sub` neighbouring codes: sub / 16 neighbouring threads, always joined in the same order.
+TILEWRIGHT_DEVICE void store_sums(const QuantizeProblem& p, int64_t token, int64_t k, float sum) {
+  for (int offset = 1; offset < p.sub / kPiece; offset *= 2) sum += __shfl_xor_sync(0xffffffffu, sum, offset);
+  if (k < p.padded_k && k % p.sub == 0) p.sums[k / p.sub * p.sums_stride + token] = sum;
+}
+
+template <class T>
+TILEWRIGHT_DEVICE void write_codes(const T* row, const QuantizeProblem& p, int64_t token, float divisor, bool zero) {
+  for (int64_t first = 0; first < p.padded_k; first += kQuantizeThreads * kPiece) {
+    const int64_t k = first + static_cast<int64_t>(threadIdx.x) * kPiece;
+    float values[kPiece];
+    float sum = 0.0f;
+    uint32_t words[4] = {0, 0, 0, 0};
+    if (k < p.padded_k && !zero) {
+      load_piece(row, k, p.k, values);
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        float* v = values + 4 * w;
+        words[w] = hopper::pack_e4m3x4(v[0] / divisor, v[1] / divisor, v[2] / divisor, v[3] / divisor);
+        float codes[4];
+        hopper::unpack_e4m3x4(words[w], codes);
+        sum += (codes[0] + codes[1]) + (codes[2] + codes[3]);
+      }
+    }
+    if (k < p.padded_k) {
+      hopper::store_16(p.codes + token * p.padded_k + k, {words[0], words[1], words[2], words[3]});
+    }
+    if (p.sums != nullptr) store_sums(p, token, k, sum);
+  }
+}
+
+template <class T>
+__global__ void __launch_bounds__(kQuantizeThreads) quantize_kernel(const __grid_constant__ QuantizeProblem p) {
+  hopper::allow_next_kernel();
+  const int64_t token = blockIdx.x;
+  const T* row = static_cast<const T*>(p.x) + token * p.k;
+  const Extreme all = token_extreme(row, p);
+  const float scale = all.largest / kFp8Limit;
+  const float divisor = scale == 0.0f ? 1.0f : scale;
+  if (threadIdx.x == 0) p.scales[token] = all.finite ? divisor : hopper::bits_float(0x7fc00000u);
+  write_codes(row, p, token, divisor, !all.finite);
+  if (token == 0) {
+    for (int64_t i = threadIdx.x; i < p.counter_count; i += kQuantizeThreads) p.counters[i] = 0;
+  }
+}
+
+}  // namespace tilewright::int4_linear

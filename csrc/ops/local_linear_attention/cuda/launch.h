@@ -1,0 +1,54 @@
+// SPDX-License-Identifier: Apache-2.0
+// Local linear attention on the GPU: plain functions over plain data, device pointers inside. Nothing here reads what lies
+// on the device: sequences are looked up by the blocks themselves.
+#pragma once
+
+#include "hopper/stream.h"
+#include "ops/local_linear_attention/problem.h"
+
+namespace tilewright::local_linear_attention::cuda {
+
+// Where sequences begin, still on the device. Rows of q: `rows` in all, `queries` a sequence unless packed.
+struct Sequences {
+  const int64_t* offsets;  // [count + 1] of a packed row of rows; null for sequences of equal size
+  const int64_t* lengths;  // [count] keys that each sequence holds of its `keys`; null for all
+  int64_t count, rows, queries, keys;
+};
+
+// The plain kernels: a block of threads for each query row, any size, in T's own arithmetic.
+struct PlainPlan {
+  int64_t blocks;  // of threads; each takes every blocks-th row
+  int shared_bytes;
+  bool matrix_in_workspace;  // K (K + 1) / 2 doubles a block, where shared memory does not hold them
+  int64_t workspace_doubles;
+};
+template <class T>
+PlainPlan plan_plain(const Shape& shape, Solver solver, int64_t row_heads);
+
+// Backward::centres is [N, HQ, K] here: what each row's mean of the keys is, less its last visible key.
+template <class T>
+void forward(const Forward<T>& problem, const Sequences& sequences, double* workspace, hopper::Stream stream);
+template <class T>
+void backward(const Backward<T>& problem, const Sequences& sequences, int64_t key_rows, double* workspace,
+              hopper::Stream stream);
+
+// The tensor-core form: q, k, v and o in bf16 or f16, the rest in float32. All arrays dense.
+struct FlashForward {
+  Shape shape;
+  Options options;
+  bool half;  // f16, not bf16
+  int64_t key_rows;  // of k and v in all
+  const void *q, *k, *v;
+  const float* ridge;  // null for kGiven
+  const float* given;  // x of kGiven, else null
+  void* o;
+  float *x, *rows;  // null for kGiven
+  int32_t* iterations;
+};
+
+// Conjugate gradients or a given x, without preconditioner; K and V multiples of 8 up to 128.
+bool flash_takes(const Shape& shape, const Options& options, int64_t query_rows, int64_t key_rows);
+// Rows that belong to no sequence are not written.
+void flash_forward(const FlashForward& problem, const Sequences& sequences, hopper::Stream stream);
+
+}  // namespace tilewright::local_linear_attention::cuda
