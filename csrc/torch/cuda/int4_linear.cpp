@@ -33,7 +33,8 @@ Tensor as_read(const Tensor& tensor) {
 Int4HopperView view_of(const Tensor& weight, const Tensor& beside, int64_t n, int64_t k, int64_t layout,
                        const char* op) {
   require_same_device(weight, beside, op, "weight");
-  require(layout != 0, op, ": weight is in the CPU's layout; PackedInt4.to('cuda') (or W4A8Linear.to('cuda')) makes it "
+  require(layout != 0, op,
+          ": weight is in the CPU's layout; PackedInt4.to('cuda') (or W4A8Linear.to('cuda')) makes it "
           "that of the GPU");
   require_dtype(weight, ScalarType::Byte, op, "weight");
   require_dim(weight, 1, op, "weight", "the one-dimensional blob of a PackedInt4");
@@ -71,7 +72,6 @@ Tokens quantize(const Tensor& x, int64_t m, int64_t k, int sub, const Tensor& co
   return out;
 }
 
-
 // Checks bias, and multiplies. `counters` are zero by the time the product runs.
 void multiply(const Tokens& tokens, const Tensor& weight, const Int4HopperView& view, const std::optional<Tensor>& bias,
               const Tensor& y, const Tensor& counters, const DevicePlan& plan, bool overlap, const char* op) {
@@ -104,8 +104,9 @@ void multiply(const Tokens& tokens, const Tensor& weight, const Int4HopperView& 
 DevicePlan plan_of(int64_t m, const Int4HopperView& view, bool fold, const char* op) {
   require(!fold || view.offset_kind == format::OffsetKind::kSymmetric, op,
           ": mode='fold' needs a symmetric weight; use mode='exact' for weights with minima or zero points");
-  require(!fold || view.signed_codes, op,
-          ": mode='fold' on a GPU needs codes in -7..7, and this weight has a -8; use mode='exact', or quantize it again");
+  require(
+      !fold || view.signed_codes, op,
+      ": mode='fold' on a GPU needs codes in -7..7, and this weight has a -8; use mode='exact', or quantize it again");
   return int4_linear::choose_device_plan(m, view, fold, int4_linear::multiprocessors());
 }
 
