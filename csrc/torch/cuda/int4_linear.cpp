@@ -56,7 +56,7 @@ Tokens quantize(const Tensor& x, int64_t m, int64_t k, int sub, const Tensor& co
   const int64_t padded_k = round_up(k, Int4Hopper::kCols), stride = round_up(m, 128);
   Tokens out{empty_on(x, {m, padded_k}, ScalarType::Byte), empty_on(x, {m}, ScalarType::Float),
              empty_on(x, {sub == 0 ? 0 : padded_k / sub, sub == 0 ? 0 : stride}, ScalarType::Float)};
-  int4_linear::quantize_tokens({.x = x.const_data_ptr(),
+  int4_linear::quantize_tokens({.x = data<char>(x),
                                 .type = number_of(x, op, "x"),
                                 .m = m,
                                 .k = k,
@@ -91,9 +91,9 @@ void multiply(const Tokens& tokens, const Tensor& weight, const Int4HopperView& 
                          .scales = data<float>(tokens.scales),
                          .sums = data<float>(tokens.sums),
                          .sums_stride = round_up(m, 128),
-                         .bias = b.has_value() ? b->const_data_ptr() : nullptr,
+                         .bias = b.has_value() ? data<char>(*b) : nullptr,
                          .bias_type = b.has_value() ? number_of(*b, op, "bias") : Number::kFloat32,
-                         .y = y.mutable_data_ptr(),
+                         .y = mutable_data<char>(y),
                          .y_type = number_of(y, op, "y"),
                          .pieces = mutable_data<float>(pieces),
                          .counters = mutable_data<int32_t>(counters),
