@@ -4,108 +4,22 @@
 
 #include "ops/int4_fp8_attention/kernels.h"
 #include "ops/int4_fp8_attention/reference.h"
-#include "torch/tensors.h"
+#include "torch/kv_cache.h"
 
 namespace tilewright::torch_adapter {
 namespace {
 
-using format::ScaleType;
-using int4_fp8_attention::Cache;
-using int4_fp8_attention::CacheFormat;
 using int4_fp8_attention::Problem;
 using int4_fp8_attention::Query;
-using int4_fp8_attention::Strides;
+
+struct OnCpu {
+  static void require(const Tensor& tensor, const char* op, const char* argument) { require_cpu(tensor, op, argument); }
+};
 
 constexpr const char* kAppend = "int4_kv_append";
 
 // Enough tokens that waking a thread is worth it.
 constexpr int64_t kTokensPerThread = 16;
-
-// The cache is written in place and never copied, hence strides of any kind but adjacent elements within a row.
-Strides strides_of(const Tensor& tensor, const char* op, const char* argument) {
-  const int64_t size = static_cast<int64_t>(tensor.element_size());
-  require(tensor.size(3) <= 1 || tensor.stride(3) == 1, op, ": ", argument, " has a last dimension of stride ",
-          tensor.stride(3), ", needed 1; allocate it with KVCache.allocate()");
-  return {tensor.stride(0) * size, tensor.stride(1) * size, tensor.stride(2) * size};
-}
-
-void require_same_layout(const Tensor& tensor, const Tensor& like, const char* op, const char* argument,
-                         const char* like_argument) {
-  require_cpu(tensor, op, argument);
-  require_dtype(tensor, like.scalar_type(), op, argument);
-  bool same = tensor.dim() == like.dim();
-  for (int64_t d = 0; same && d < like.dim(); ++d) {
-    same = tensor.size(d) == like.size(d) && (like.size(d) <= 1 || tensor.stride(d) == like.stride(d));
-  }
-  require(same, op, ": ", argument, " has shape ", shape_of(tensor), ", needed shape ", shape_of(like),
-          " and strides of ", like_argument, "; allocate both with KVCache.allocate()");
-}
-
-struct CacheTensors {
-  const Tensor& k;
-  const Tensor& v;
-  const std::optional<Tensor>& k_scales;
-  const std::optional<Tensor>& v_scales;
-};
-
-void view_scales(Cache& cache, const CacheTensors& tensors, const char* op) {
-  const Tensor& k = tensors.k;
-  require(tensors.k_scales.has_value() && tensors.v_scales.has_value(), op,
-          ": an INT4 cache (dtype uint8) needs k_scales and v_scales");
-  const Tensor& scales = *tensors.k_scales;
-  require_cpu(scales, op, "k_scales");
-  const ScalarType type = scales.scalar_type();
-  require(type == ScalarType::Float || type == ScalarType::BFloat16, op, ": k_scales has dtype ", dtype_name(type),
-          ", needed float32 or bfloat16");
-  require_dim(scales, 4, op, "k_scales", "[S, H_kv, L, ceil(D/128)]");
-  require_size(scales, 0, k.size(0), op, "k_scales", "S");
-  require_size(scales, 1, k.size(1), op, "k_scales", "H_kv");
-  require_size(scales, 2, k.size(2), op, "k_scales", "L");
-  require_size(scales, 3, format::Int4Kv::groups(cache.head_dim), op, "k_scales", "ceil(D/128)");
-  require_same_layout(*tensors.v_scales, scales, op, "v_scales", "k_scales");
-  cache.scale_type = type == ScalarType::Float ? ScaleType::kFloat32 : ScaleType::kBFloat16;
-  cache.k_scales = mutable_data<uint8_t>(scales);
-  cache.v_scales = mutable_data<uint8_t>(*tensors.v_scales);
-  cache.scales = strides_of(scales, op, "k_scales");
-}
-
-Cache cache_of(const CacheTensors& tensors, int64_t head_dim, const char* op) {
-  const Tensor& k = tensors.k;
-  require_cpu(k, op, "k_cache");
-  const ScalarType type = k.scalar_type();
-  require(type == ScalarType::Byte || type == ScalarType::BFloat16, op, ": k_cache has dtype ", dtype_name(type),
-          ", needed uint8 (INT4 codes) or bfloat16");
-  Cache cache{};
-  cache.format = type == ScalarType::Byte ? CacheFormat::kInt4 : CacheFormat::kBFloat16;
-  const bool int4 = cache.format == CacheFormat::kInt4;
-  require_dim(k, 4, op, "k_cache", int4 ? "[S, H_kv, L, ceil(D/2)]" : "[S, H_kv, L, D]");
-  require(head_dim >= 1 && head_dim <= int4_fp8_attention::kMaxHeadDim, op, ": head size D = ", head_dim,
-          ", needed 1 to ", int4_fp8_attention::kMaxHeadDim);
-  require(k.size(1) >= 1, op, ": k_cache has shape ", shape_of(k), ", needed at least one KV head");
-  require_size(k, 3, int4 ? format::Int4Kv::row_bytes(head_dim) : head_dim, op, "k_cache", int4 ? "ceil(D/2)" : "D");
-  require_same_layout(tensors.v, k, op, "v_cache", "k_cache");
-  cache.heads = k.size(1);
-  cache.head_dim = head_dim;
-  cache.capacity = k.size(2);
-  cache.k = mutable_data<uint8_t>(k);
-  cache.v = mutable_data<uint8_t>(tensors.v);
-  cache.data = strides_of(k, op, "k_cache");
-  if (int4) {
-    view_scales(cache, tensors, op);
-  } else {
-    require(!tensors.k_scales.has_value() && !tensors.v_scales.has_value(), op,
-            ": a bfloat16 cache has no scales; pass None for k_scales and v_scales");
-  }
-  return cache;
-}
-
-void require_lengths(const Tensor& lengths, int64_t sequences, const char* op) {
-  require_cpu(lengths, op, "lengths");
-  require_dtype(lengths, ScalarType::Long, op, "lengths");
-  require_dim(lengths, 1, op, "lengths", "[S]");
-  require_size(lengths, 0, sequences, op, "lengths", "S");
-  require(lengths.is_contiguous(), op, ": lengths must be contiguous");
-}
 
 void int4_kv_append(const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, const Tensor& k_cache,
                     const Tensor& v_cache, const std::optional<Tensor>& k_scales, const std::optional<Tensor>& v_scales,
@@ -115,12 +29,12 @@ void int4_kv_append(const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, 
   require_dim(k, 3, kAppend, "k", "[T, H_kv, D]");
   require_dim(v, 3, kAppend, "v", "[T, H_kv, D]");
   for (int64_t d = 0; d < 3; ++d) require_size(v, d, k.size(d), kAppend, "v", "that of k");
-  const Cache cache = cache_of({k_cache, v_cache, k_scales, v_scales}, k.size(2), kAppend);
+  const Cache cache = cache_of<OnCpu>({k_cache, v_cache, k_scales, v_scales}, k.size(2), kAppend);
   require_size(k, 1, cache.heads, kAppend, "k", "H_kv");
   const int64_t sequences = k_cache.size(0);
   const Tensor offsets = offsets_of(cu_seqlens, sequences, k.size(0), kAppend);
   const auto* at = data<int64_t>(offsets);
-  require_lengths(lengths, sequences, kAppend);
+  require_lengths<OnCpu>(lengths, sequences, kAppend);
   auto* held = mutable_data<int64_t>(lengths);
   for (int64_t s = 0; s < sequences; ++s) {
     const int64_t fresh = at[s + 1] - at[s];
@@ -162,14 +76,14 @@ Call check(const Tensor& q, const CacheTensors& tensors, const Tensor& lengths, 
   require_cpu(q, op, "q");
   require_dim(q, 3, op, "q", "[T, H, D]");
   const int64_t heads = q.size(1), head_dim = q.size(2), sequences = tensors.k.size(0);
-  const Cache cache = cache_of(tensors, head_dim, op);
+  const Cache cache = cache_of<OnCpu>(tensors, head_dim, op);
   require(heads % cache.heads == 0, op, ": q has H = ", heads,
           " heads, needed a multiple of the cache's H_kv = ", cache.heads);
   require(!options.window.has_value() || *options.window >= 1, op, ": window = ", options.window.value_or(0),
           ", needed at least 1, or None for no window");
   Call call{as_float(q, op, "q"), offsets_of(cu_seqlens, sequences, q.size(0), op), {}, 0};
   const auto* at = data<int64_t>(call.offsets);
-  require_lengths(lengths, sequences, op);
+  require_lengths<OnCpu>(lengths, sequences, op);
   const auto* held = data<int64_t>(lengths);
   for (int64_t s = 0; s < sequences; ++s) {
     require(held[s] >= at[s + 1] - at[s] && held[s] <= cache.capacity, op, ": sequence ", s, " has ", at[s + 1] - at[s],

@@ -36,7 +36,7 @@ struct Cache {
   Strides scales;  // of k_scales and v_scales
 };
 
-inline int64_t row_bytes(CacheFormat format, int64_t head_dim) {
+constexpr int64_t row_bytes(CacheFormat format, int64_t head_dim) {
   return format == CacheFormat::kInt4 ? format::Int4Kv::row_bytes(head_dim) : 2 * head_dim;
 }
 inline int64_t scale_row_bytes(CacheFormat format, format::ScaleType type, int64_t head_dim) {

@@ -1,0 +1,200 @@
+// SPDX-License-Identifier: Apache-2.0
+// Rows of the cache as operands of mma.sync, straight from global memory into registers: 16 keys at a time, each lane
+// loading whole vectors of the rows whose elements it holds in the products.
+//
+// Lane l = 4 g + t. Scores: the lane holds key g of two blocks of 8 and a quarter of its row (any order of the depth will
+// do, as long as the query comes in the same one). Values: the lane holds the keys 2t, 2t+1 of each block and an eighth
+// of their rows, elements D/8 g to D/8 (g+1) - 1; two keys must meet in one word, so rows are interleaved while their
+// codes are still 4 bits wide: one byte permutation for each 4 pairs.
+#pragma once
+
+#include "ops/int4_fp8_attention/cuda/codes.cuh"
+#include "ops/int4_fp8_attention/cuda/rows.cuh"
+
+namespace tilewright::int4_fp8_attention::cuda {
+
+inline constexpr int kStepKeys = 16;
+inline constexpr int kLaneKeys = 4;  // keys whose values (and scores) a lane holds
+
+// Key i of those, within the step.
+TILEWRIGHT_DEVICE int lane_key(int lane, int i) { return 8 * (i / 2) + 2 * (lane % 4) + i % 2; }
+
+template <int kWords>
+struct alignas(4 * kWords) Vector {
+  uint32_t word[kWords];
+};
+
+template <int kWords>
+TILEWRIGHT_DEVICE void load_words(const uint8_t* from, uint32_t* to) {
+  const auto vector = *reinterpret_cast<const Vector<kWords>*>(from);
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) to[i] = vector.word[i];
+}
+
+inline constexpr unsigned kLowHalves = 0x5410, kHighHalves = 0x7632;  // of two words, by __byte_perm
+
+// Where the rows of one sequence's head lie, from the first key of a chunk on.
+struct Source {
+  const uint8_t *k, *v, *k_scales, *v_scales;
+  int64_t stride, scale_stride;  // bytes from token to token
+  int row_bytes;
+  bool wide_scales;  // float32, not bfloat16
+  int begin, end;  // keys that may be read
+};
+
+// Scales of the lane's keys, as they are stored; float() when they are needed, so that nothing waits for the load.
+struct Scales {
+  uint32_t k[kLaneKeys], v[kLaneKeys];
+
+  TILEWRIGHT_DEVICE void load(const Source& from, int key, int lane) {
+#pragma unroll
+    for (int i = 0; i < kLaneKeys; ++i) {
+      const int at = key + lane_key(lane, i);
+      const bool present = at >= from.begin && at < from.end;
+      const int64_t offset = at * from.scale_stride;
+      if (!present) {
+        k[i] = v[i] = 0;
+      } else if (from.wide_scales) {
+        k[i] = *reinterpret_cast<const uint32_t*>(from.k_scales + offset);
+        v[i] = *reinterpret_cast<const uint32_t*>(from.v_scales + offset);
+      } else {
+        k[i] = *reinterpret_cast<const uint16_t*>(from.k_scales + offset);
+        v[i] = *reinterpret_cast<const uint16_t*>(from.v_scales + offset);
+      }
+    }
+  }
+  TILEWRIGHT_DEVICE static float value(const Source& from, uint32_t stored) {
+    return hopper::bits_float(from.wide_scales ? stored : stored << 16);
+  }
+};
+
+// 16 keys of an INT4 cache, heads padded to D (64 or 128) with the code of -8 against zeros of the query.
+template <int D>
+struct Int4Step {
+  static constexpr bool kScaled = true;
+  static constexpr int kKeyWords = D / 32, kValueWords = D / 64;
+  uint32_t k[2][kKeyWords], v[kLaneKeys][kValueWords];
+  Scales scales;
+
+  TILEWRIGHT_DEVICE void load(const Source& from, int key, int lane) {
+    const int key_at = 4 * kKeyWords * (lane % 4), value_at = 4 * kValueWords * (lane / 4);
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      const int at = key + 8 * b + lane / 4;
+      const bool present = at >= from.begin && at < from.end && key_at < from.row_bytes;
+#pragma unroll
+      for (uint32_t& word : k[b]) word = 0;
+      if (present) load_words<kKeyWords>(from.k + at * from.stride + key_at, k[b]);
+    }
+#pragma unroll
+    for (int i = 0; i < kLaneKeys; ++i) {
+      const int at = key + lane_key(lane, i);
+      const bool present = at >= from.begin && at < from.end && value_at < from.row_bytes;
+#pragma unroll
+      for (uint32_t& word : v[i]) word = 0;
+      if (present) load_words<kValueWords>(from.v + at * from.stride + value_at, v[i]);
+    }
+    scales.load(from, key, lane);
+  }
+
+  // Element e (0, 1) of word `half` of the operand at a step of the depth.
+  TILEWRIGHT_DEVICE static int depth(int step, int t, int half, int e) {
+    return D / 4 * t + 8 * (step / 2) + 2 * (step % 2) + half + 4 * e;
+  }
+  TILEWRIGHT_DEVICE void key_operand(int block, int step, uint32_t (&b)[2]) const {
+    const uint32_t word = k[block][step / 2] >> (8 * (step % 2));
+    b[0] = decode_pair(word);
+    b[1] = decode_pair(word >> 4);
+  }
+  // Elements 2i and 2i+1 of the lane's eighth: keys 0, 1 in words 0 and 1, keys 2, 3 in words 2 and 3.
+  TILEWRIGHT_DEVICE void value_operand(int i, uint32_t (&a)[4]) const {
+    const int word = i / 4, shift = 8 * (i % 2);
+    const unsigned halves = i % 4 < 2 ? kLowHalves : kHighHalves;
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      const uint32_t codes = __byte_perm(v[2 * pair][word], v[2 * pair + 1][word], halves) >> shift;
+      a[2 * pair] = decode_pair(codes);
+      a[2 * pair + 1] = decode_pair(codes >> 4);
+    }
+  }
+  TILEWRIGHT_DEVICE float key_scale(const Source& from, int i) const { return Scales::value(from, scales.k[i]); }
+  TILEWRIGHT_DEVICE float value_scale(const Source& from, int i) const { return Scales::value(from, scales.v[i]); }
+  TILEWRIGHT_DEVICE void settle() {}
+};
+
+// 16 keys of a bfloat16 cache, heads padded with zeros.
+template <int D>
+struct BFloat16Step {
+  static constexpr bool kScaled = false;
+  static constexpr int kKeyWords = D / 8, kValueWords = D / 16;
+  static constexpr int kVectorWords = 4;
+  uint32_t k[2][kKeyWords], v[kLaneKeys][kValueWords];
+  float spoiled[kLaneKeys];  // NaN where a value has an element that is not finite, else 1
+
+  TILEWRIGHT_DEVICE void load(const Source& from, int key, int lane) {
+#pragma unroll
+    for (int b = 0; b < 2; ++b) {
+      const int at = key + 8 * b + lane / 4;
+#pragma unroll
+      for (int c = 0; c < kKeyWords; c += kVectorWords) {
+        const int offset = 16 * c + 16 * (lane % 4);
+        load_present(from, from.k, at, offset, &k[b][c]);
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kLaneKeys; ++i) {
+#pragma unroll
+      for (int c = 0; c < kValueWords; c += kVectorWords) {
+        load_present(from, from.v, key + lane_key(lane, i), 4 * (kValueWords * (lane / 4) + c), &v[i][c]);
+      }
+    }
+  }
+  TILEWRIGHT_DEVICE static void load_present(const Source& from, const uint8_t* data, int at, int offset,
+                                             uint32_t* to) {
+#pragma unroll
+    for (int i = 0; i < kVectorWords; ++i) to[i] = 0;
+    const bool present = at >= from.begin && at < from.end && offset < from.row_bytes;
+    if (present) load_words<kVectorWords>(data + at * from.stride + offset, to);
+  }
+
+  TILEWRIGHT_DEVICE static int depth(int step, int t, int half, int e) {
+    return 32 * (step / 2) + 8 * t + 4 * (step % 2) + 2 * half + e;
+  }
+  TILEWRIGHT_DEVICE void key_operand(int block, int step, uint32_t (&b)[2]) const {
+    b[0] = k[block][2 * step];
+    b[1] = k[block][2 * step + 1];
+  }
+  TILEWRIGHT_DEVICE void value_operand(int i, uint32_t (&a)[4]) const {
+#pragma unroll
+    for (int pair = 0; pair < 2; ++pair) {
+      a[2 * pair] = __byte_perm(v[2 * pair][i], v[2 * pair + 1][i], kLowHalves);
+      a[2 * pair + 1] = __byte_perm(v[2 * pair][i], v[2 * pair + 1][i], kHighHalves);
+    }
+  }
+  TILEWRIGHT_DEVICE float key_scale(const Source& /*from*/, int /*i*/) const { return 1.0f; }
+  TILEWRIGHT_DEVICE float value_scale(const Source& /*from*/, int i) const { return spoiled[i]; }
+
+  // A value row with an element that is not finite becomes zeros with a scale of NaN: a weight of 0 times an infinity
+  // would reach queries that do not see the key.
+  TILEWRIGHT_DEVICE void settle() {
+    constexpr uint32_t kLowExponent = 0x7f80u, kHighExponent = 0x7f800000u;
+    uint32_t bad = 0;
+#pragma unroll
+    for (int i = 0; i < kLaneKeys; ++i) {
+#pragma unroll
+      for (const uint32_t word : v[i]) {
+        if ((word & kLowExponent) == kLowExponent || (word & kHighExponent) == kHighExponent) bad |= 1u << i;
+      }
+    }
+    for (int step = 4; step < kWarp; step *= 2) bad |= __shfl_xor_sync(kAllLanes, bad, step);
+#pragma unroll
+    for (int i = 0; i < kLaneKeys; ++i) {
+      const bool is_bad = (bad >> i & 1u) != 0;
+      spoiled[i] = is_bad ? not_a_number() : 1.0f;
+#pragma unroll
+      for (uint32_t& word : v[i]) word = is_bad ? 0 : word;
+    }
+  }
+};
+
+}  // namespace tilewright::int4_fp8_attention::cuda
