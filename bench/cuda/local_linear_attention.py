@@ -76,13 +76,13 @@ def _forward(size: int, ridge: float) -> Callable[[], Methods]:
     return make
 
 
-def _both(size: int, ridge: float) -> Callable[[], Methods]:
+def _both(tokens: int, size: int, ridge: float) -> Callable[[], Methods]:
     def make() -> Methods:
         from tilewright.ops import lla_attention
 
-        q, k, v = (x.requires_grad_() for x in _inputs(4096, 4096, 16, size)[0])
+        q, k, v = (x.requires_grad_() for x in _inputs(tokens, tokens, 16, size)[0])
         first = tuple(x.detach().requires_grad_() for x in _heads_first(q, k, v))
-        weight = torch.randn(1, 4096, 16, size, device="cuda", dtype=torch.bfloat16)
+        weight = torch.randn(1, tokens, 16, size, device="cuda", dtype=torch.bfloat16)
         attention = torch.nn.functional.scaled_dot_product_attention
 
         def ours() -> Any:
@@ -139,12 +139,14 @@ def cases() -> list[GpuCase]:
                     note=f"counted with {count} iterations",
                 )
             )
+        tokens_both = 1024
+        pairs_both = heads * tokens_both * (tokens_both + 1) / 2
         found.append(
             GpuCase(
-                name=f"lla_attention forward and backward H={heads} T={tokens} D={size} lambda=1.0",
-                make=_both(size, 1.0),
-                bytes=3 * traffic,
-                operations=2 * pairs * size * (2 + 3 * 2 + 3 + 2 + 2 + 3 * 2 + 5 + 8),
+                name=f"lla_attention forward and backward H={heads} T={tokens_both} D={size} lambda=1.0",
+                make=_both(tokens_both, size, 1.0),
+                bytes=3 * 8 * heads * tokens_both * size,
+                operations=2 * pairs_both * size * (2 + 3 * 2 + 3 + 2 + 2 + 3 * 2 + 5 + 8),
                 calls=2,
                 note="counted with 2 iterations each way",
             )
