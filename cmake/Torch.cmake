@@ -3,8 +3,8 @@
 #
 # Gives two targets:
 #   tilewright::torch_stable        headers, libtorch and libtorch_cpu: for operators on the CPU
-#   tilewright::torch_stable_cuda   the same with the stream shim left undefined, so that a library for CUDA links even
-#                                   where only the CPU build of torch is installed; load it where CUDA is available
+#   tilewright::torch_stable_cuda   the same and libtorch_cuda, by name only: a library for CUDA links even where only the
+#                                   CPU build of torch is installed; load it where CUDA is available
 #
 # Why not find_package(Torch): it drags in the CUDA toolkit that torch itself was built with, overwrites
 # CMAKE_CUDA_ARCHITECTURES, and links the Python part into libraries that use none of it. The interpreter that runs the
@@ -45,7 +45,11 @@ add_library(tilewright::torch_stable ALIAS tilewright_torch_stable)
 add_library(tilewright_torch_stable_cuda INTERFACE)
 target_link_libraries(tilewright_torch_stable_cuda INTERFACE tilewright_torch_stable)
 target_compile_definitions(tilewright_torch_stable_cuda INTERFACE USE_CUDA)
-target_link_options(tilewright_torch_stable_cuda INTERFACE "LINKER:--unresolved-symbols=ignore-all")
+enable_language(C)
+add_library(tilewright_torch_cuda_stub SHARED csrc/torch/cuda/torch_cuda_stub.c)
+set_target_properties(tilewright_torch_cuda_stub PROPERTIES
+  OUTPUT_NAME torch_cuda C_VISIBILITY_PRESET default LIBRARY_OUTPUT_DIRECTORY "${PROJECT_BINARY_DIR}/stub")
+target_link_libraries(tilewright_torch_stable_cuda INTERFACE tilewright_torch_cuda_stub)
 add_library(tilewright::torch_stable_cuda ALIAS tilewright_torch_stable_cuda)
 
 # torch is imported before our libraries are loaded, so its libraries are already there: no path is recorded.

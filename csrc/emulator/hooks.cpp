@@ -4,8 +4,6 @@
 #include <dlfcn.h>
 #include <link.h>
 
-#include <cstdio>
-
 #include "emulator/memory.h"
 
 namespace tilewright::emulator {
@@ -41,21 +39,15 @@ const Image& this_image() {
   return image;
 }
 
-// For addr2line: "... at 0x1234" is an address within the library.
-const char* location(const char* kind, const void* caller) {
-  static char text[96];
-  std::snprintf(text, sizeof(text), "%s at 0x%zx", kind,
-                static_cast<size_t>(reinterpret_cast<uintptr_t>(caller) - this_image().base));
-  return text;
-}
-
 [[gnu::noinline]] void elsewhere(const void* pointer, size_t bytes, bool writes, const void* caller) {
-  check_access(pointer, bytes, writes, location(writes ? "a store" : "a load", caller));
+  instruction = caller;
+  check_access(pointer, bytes, writes, writes ? "a store" : "a load");
+  instruction = nullptr;
 }
 
 [[gnu::noinline]] void misaligned(const void* pointer, size_t bytes, bool writes, const void* caller) {
-  kernel_error("%s of %zu bytes at the misaligned address %p", location(writes ? "a store" : "a load", caller), bytes,
-               pointer);
+  instruction = caller;
+  kernel_error("a %s of %zu bytes at the misaligned address %p", writes ? "store" : "load", bytes, pointer);
 }
 
 inline void access(const void* pointer, size_t bytes, bool writes, bool aligned, const void* caller) {
@@ -75,6 +67,12 @@ inline void access(const void* pointer, size_t bytes, bool writes, bool aligned,
 }
 
 }  // namespace
+
+const void* instruction = nullptr;
+
+size_t image_offset(const void* address) {
+  return static_cast<size_t>(reinterpret_cast<uintptr_t>(address) - this_image().base);
+}
 
 bool is_program_data(const void* pointer) {
   const auto address = reinterpret_cast<uintptr_t>(pointer);

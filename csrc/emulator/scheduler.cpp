@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <stdexcept>
 
+#include "emulator/memory.h"
 #include "emulator/state.h"
 
 tilewright::emulator::Dim3 threadIdx, blockIdx, blockDim, gridDim;
@@ -40,7 +41,12 @@ void kernel_error(const char* format, ...) {
   std::vsnprintf(text, sizeof(text), format, arguments);
   va_end(arguments);
   if (current == nullptr) throw std::runtime_error(std::string("emulator: ") + text);
-  abandon(place(*current) + ": " + text);
+  std::string message = place(*current) + ": " + text;
+  if (instruction != nullptr) {
+    std::snprintf(text, sizeof(text), " [instruction 0x%zx]", image_offset(std::exchange(instruction, nullptr)));
+    message += text;
+  }
+  abandon(std::move(message));
 }
 
 void park(const char* doing, const void* waits_for, uint64_t detail) {

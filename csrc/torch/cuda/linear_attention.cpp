@@ -57,25 +57,20 @@ FourTensors forward_as(const Inputs& in, const std::optional<Tensor>& initial_st
   p.out = device_attention::mutable_rows_of<In>(out);
   p.state = mutable_data<T>(state);
   p.slot_count = p.sequences.count;
-  auto kept = call.checkpoint_sizes();
-  if (!save) kept[0] = 0;
-  const Tensor checkpoints = empty_on(in.q, kept, Call<In>::kWide);
-  const Tensor errors = save && delta
-                            ? empty_on(in.q, call.value_sizes(), Call<In>::kIn)
-                            : empty_on(in.q, {0, 0, p.value_heads, p.value_size}, Call<In>::kIn);
-  if (save && checkpoints.numel() > 0) p.checkpoints = mutable_data<T>(checkpoints);
-  if (save && delta) p.errors = device_attention::mutable_rows_of<In>(errors);
   run<In>(p, recurrent, in.q);
-  return {torch::stable::to(out, in.v.scalar_type()), state, checkpoints, errors};
+  // The backward pass recomputes what it needs, from the initial states on.
+  Tensor kept = empty_on(in.q, {0, p.value_heads, p.key_size, p.value_size}, Call<In>::kWide);
+  if (save && p.initial != nullptr) kept = torch::stable::clone(before);
+  const Tensor errors = empty_on(in.q, {0, 0, p.value_heads, p.value_size}, Call<In>::kWide);
+  return {torch::stable::to(out, in.v.scalar_type()), state, kept, errors};
 }
 
 FourTensors forward(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& beta,
                     const std::optional<Tensor>& g, const std::optional<Tensor>& initial_state,
                     const std::optional<Tensor>& cu_seqlens, double scale, bool delta, bool recurrent, bool save) {
   const Inputs in{q, k, v, beta, g, cu_seqlens};
-  return device_attention::for_type(in.type(), [&]<class In>() {
-    return forward_as<In>(in, initial_state, scale, delta, recurrent, save);
-  });
+  return device_attention::for_type(
+      in.type(), [&]<class In>() { return forward_as<In>(in, initial_state, scale, delta, recurrent, save); });
 }
 
 template <class In>
@@ -120,9 +115,8 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
   const Inputs in{q, k, v, beta, g, packed};
   // States are float32: as on the CPU, float64 inputs are rounded.
   const ScalarType type = in.type() == ScalarType::Double ? ScalarType::Float : in.type();
-  return device_attention::for_type(type, [&]<class In>() {
-    return step_as<In>(in, state, state_indices, scale, delta);
-  });
+  return device_attention::for_type(type,
+                                    [&]<class In>() { return step_as<In>(in, state, state_indices, scale, delta); });
 }
 
 }  // namespace

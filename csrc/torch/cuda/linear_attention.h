@@ -117,15 +117,9 @@ struct Call {
   Problem<In, T> problem;
 
   int64_t sequences() const { return problem.sequences.count; }
-  int64_t places() const {
-    return linear_attention::cuda::chunk_places(sequences(), shape.tokens, problem.sequences.offsets != nullptr);
-  }
   std::vector<int64_t> value_sizes() const { return {shape.batch, shape.tokens, shape.value_heads, shape.value_size}; }
   std::vector<int64_t> state_sizes() const {
     return {sequences(), shape.value_heads, shape.key_size, shape.value_size};
-  }
-  std::vector<int64_t> checkpoint_sizes() const {
-    return {places(), shape.value_heads, shape.key_size, shape.value_size};
   }
 };
 

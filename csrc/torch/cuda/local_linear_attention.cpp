@@ -71,6 +71,53 @@ struct ForwardResult {
 
 Tensor workspace_for(const Tensor& where, int64_t doubles) { return empty_on(where, {doubles}, ScalarType::Double); }
 
+// As the copy engine reads it: dense, from a multiple of 16 bytes on.
+Tensor for_copies(const Tensor& tensor) {
+  const Tensor rows = torch::stable::contiguous(tensor);
+  return reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0 ? rows : torch::stable::clone(rows);
+}
+
+// The tensor-core form: 16-bit tensors as they are.
+bool takes_flash(const Call& call, const Options& options) {
+  const ScalarType type = call.q.scalar_type();
+  return (type == ScalarType::BFloat16 || type == ScalarType::Half) &&
+         lla::cuda::flash_takes(call.shape, options, call.sequences.rows, call.k.size(0) * call.k.size(1));
+}
+
+ForwardResult run_flash_forward(const Call& call, const Options& options, const Tensor* ridge, const Tensor* given) {
+  const ScalarType type = call.q.scalar_type();
+  const bool packed = call.sequences.offsets != nullptr;
+  const auto output = [&](const std::vector<int64_t>& sizes, ScalarType of) {
+    return packed ? zeros_on(call.q, sizes, of) : empty_on(call.q, sizes, of);
+  };
+  std::vector<int64_t> sizes = sizes_of(call.q);
+  const Tensor q = for_copies(call.q), k = for_copies(call.k), v = for_copies(call.v);
+  ForwardResult result;
+  lla::cuda::FlashForward problem{};
+  if (options.solver != Solver::kGiven) {
+    result.x = output(sizes, ScalarType::Float);
+    result.iterations = output({sizes[0], sizes[1], sizes[2]}, ScalarType::Int);
+    result.rows = output({sizes[0], sizes[1], sizes[2], lla::RowRecord::kSize}, ScalarType::Float);
+    problem.x = mutable_data<float>(result.x);
+    problem.rows = mutable_data<float>(result.rows);
+    problem.iterations = mutable_data<int32_t>(result.iterations);
+    problem.ridge = data<float>(*ridge);
+  }
+  sizes[3] = call.shape.value_size;
+  result.o = output(sizes, type);
+  problem.shape = call.shape;
+  problem.options = options;
+  problem.half = type == ScalarType::Half;
+  problem.key_rows = k.size(0) * k.size(1);
+  problem.q = data<uint16_t>(q);
+  problem.k = data<uint16_t>(k);
+  problem.v = data<uint16_t>(v);
+  problem.given = given == nullptr ? nullptr : data<float>(*given);
+  problem.o = mutable_data<uint16_t>(result.o);
+  lla::cuda::flash_forward(problem, call.sequences, call.stream);
+  return result;
+}
+
 template <class T>
 ForwardResult run_forward(const Call& call, const Options& options, const Tensor* ridge, const Tensor* start) {
   const ScalarType type = compute_type(call.q);
@@ -119,6 +166,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lla_forward(const Tensor& q, const Te
   const Tensor lambda = checked_ridge(ridge, q, op);
   Tensor begin;
   if (start.has_value()) begin = checked_like_q(require_device, *start, q, call.shape.key_size, op, "rho_init");
+  if (!start.has_value() && takes_flash(call, options)) {
+    const ForwardResult result = run_flash_forward(call, options, &lambda, nullptr);
+    return {result.o, result.x, result.rows, result.iterations};
+  }
   const ForwardResult result = dispatch(q, [&](auto zero) {
     return run_forward<decltype(zero)>(call, options, &lambda, start.has_value() ? &begin : nullptr);
   });
@@ -134,6 +185,7 @@ Tensor parallax_forward(const Tensor& q, const Tensor& r, const Tensor& k, const
   const Call call = open(q, k, v, cu_seqlens, std::nullopt, causal, kOp);
   const Options options = options_of(scale, causal, window, kOp);
   const Tensor x = checked_like_q(require_device, r, q, call.shape.key_size, kOp, "r");
+  if (takes_flash(call, options)) return run_flash_forward(call, options, nullptr, &x).o;
   const ForwardResult result =
       dispatch(q, [&](auto zero) { return run_forward<decltype(zero)>(call, options, nullptr, &x); });
   return torch::stable::to(result.o, q.scalar_type());

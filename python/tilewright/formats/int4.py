@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -22,14 +23,38 @@ E4M3_LARGEST = 448.0
 
 @dataclass(frozen=True)
 class PackedInt4:
-    """A weight as the CPU kernels read it: a 64-byte header (magic, format, version, shape, group) and data."""
+    """A weight as the kernels of one kind of device read it: a header (magic, format, version, shape, group) and data.
+
+    Attributes:
+        data: uint8, one-dimensional.
+        shape: (N, K).
+        layout: 0 is the CPU's; another number is that of the CUDA kernels and says of the weight what they must know
+            before they can read it.
+    """
 
     data: Tensor
     shape: tuple[int, int]
+    layout: int = 0
 
     @property
     def nbytes(self) -> int:
         return self.data.numel()
+
+    def repacked(self, kind: Literal["cpu", "cuda"]) -> PackedInt4:
+        """In the layout of that kind of device, where it is now. Nothing is lost either way."""
+        return self._as(kind == "cuda", self.data.device)
+
+    def to(self, device: torch.device | str) -> PackedInt4:
+        """On that device, in the layout of its kernels."""
+        device = torch.device(device)
+        return self._as(device.type == "cuda", device)
+
+    def _as(self, cuda: bool, device: torch.device) -> PackedInt4:
+        if (self.layout != 0) == cuda:
+            return PackedInt4(self.data.to(device), self.shape, self.layout)
+        blob = torch.ops.tilewright.int4_repack(self.data.cpu(), cuda)  # repacking is done on the CPU
+        layout = torch.ops.tilewright.int4_blob_layout(blob)
+        return PackedInt4(blob.to(device), self.shape, layout)
 
 
 @dataclass(frozen=True)
@@ -92,7 +117,10 @@ class Int4Weight:
         return (value / self.per_tensor_scale).to(dtype)
 
     def pack(self) -> PackedInt4:
-        """Interleave for the CPU kernels. An e4m3 scale becomes float16, which holds each of its values."""
+        """Interleave for the kernels of the device that the codes are on: the CPU, or a CUDA device.
+
+        An e4m3 scale becomes float16, which holds each of its values.
+        """
         from tilewright import _native
 
         _native.require()
@@ -102,9 +130,19 @@ class Int4Weight:
         if offsets is not None and offsets.dtype == torch.float8_e4m3fn:
             offsets = offsets.to(torch.float16)
         blob = torch.ops.tilewright.int4_pack(
-            self.codes, scales, offsets, self.shape[1], self.group_size, self.per_tensor_scale
+            self.codes.cpu(),
+            scales.cpu(),
+            None if offsets is None else offsets.cpu(),
+            self.shape[1],
+            self.group_size,
+            self.per_tensor_scale,
         )
-        return PackedInt4(blob, self.shape)
+        return PackedInt4(blob, self.shape).to(self.codes.device)
+
+    def to(self, device: torch.device | str) -> Int4Weight:
+        """The same weight with its tensors on that device."""
+        offsets = None if self.offsets is None else self.offsets.to(device)
+        return dataclasses.replace(self, codes=self.codes.to(device), scales=self.scales.to(device), offsets=offsets)
 
     def to_tensors(self, prefix: str) -> dict[str, Tensor]:
         """Tensors for a safetensors file: `prefix.codes`, `prefix.scales` and, if there are any, `prefix.offsets`."""

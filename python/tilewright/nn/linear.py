@@ -19,8 +19,9 @@ class W4A8Linear(nn.Module):
     """``y = x W^T + b`` with W in INT4 and x rounded to FP8 e4m3 or INT8, with one scale a token.
 
     The weight is held once, in the kernels' packed form (buffer ``packed``, uint8), so moving the module to
-    another float dtype does not touch it. ``state_dict`` holds that blob, whose header the kernels check; the
-    portable canonical form on disk is what :func:`tilewright.models.save` writes.
+    another float dtype does not touch it. Moved to another kind of device, it is packed again for the kernels
+    there. ``state_dict`` holds the CPU's blob, wherever the layer is; the portable canonical form on disk is what
+    :func:`tilewright.models.save` writes.
 
     Args:
         weight: Int4Weight [N, K].
@@ -65,7 +66,9 @@ class W4A8Linear(nn.Module):
         self.act: Activation = act
         self.mode: Mode = mode
         self.group_size, self.scale_group = weight.group_size, scale_group
-        self.register_buffer("packed", weight.pack().data)
+        packed = weight.pack()
+        self.register_buffer("packed", packed.data)
+        self._layout = packed.layout
         self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         self._canonical = weight if input_gradient else None
 
@@ -95,8 +98,33 @@ class W4A8Linear(nn.Module):
             return y
         return self._run(x)
 
+    def _packed(self) -> PackedInt4:
+        return PackedInt4(self.packed, (self.out_features, self.in_features), self._layout)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> W4A8Linear:
+        """Moves follow the module, and the weight takes the layout of the device that it comes to."""
+        super()._apply(fn, recurse)
+        if self.packed.device.type in ("cpu", "cuda"):
+            packed = self._packed().to(self.packed.device)
+            self.packed, self._layout = packed.data, packed.layout
+        return self
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        destination[f"{prefix}packed"] = self._packed().repacked("cpu").data
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *rest: Any) -> None:
+        name, here = f"{prefix}packed", self.packed.device
+        if self._layout != 0 and name in state_dict:
+            blob = PackedInt4(state_dict[name], (self.out_features, self.in_features)).repacked("cuda")
+            state_dict = {**state_dict, name: blob.data}
+            self._layout = blob.layout
+            if blob.data.shape != self.packed.shape:  # another group or scale, or a -8: another number of bytes
+                self.packed = self.packed.new_empty(blob.data.shape, device=here)
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def _run(self, x: Tensor) -> Tensor:
-        packed = PackedInt4(self.packed, (self.out_features, self.in_features))
+        packed = self._packed()
         if self.act == "int8":
             return ops.int4_int8_linear(x, packed, self.bias, scale_group=self.scale_group)
         return ops.int4_fp8_linear(x, packed, self.bias, mode=self.mode)

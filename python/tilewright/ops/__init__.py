@@ -29,6 +29,8 @@ from tilewright.ops.gated_linear_attention import (  # noqa: E402
 from tilewright.ops.hgrn import chunk_hgrn, fused_recurrent_hgrn  # noqa: E402
 from tilewright.ops.int4_fp8_attention import int4_fp8_attention  # noqa: E402
 from tilewright.ops.int4_linear import (  # noqa: E402
+    Fp8Tokens,
+    fp8_tokens,
     int4_fp8_linear,
     int4_int8_linear,
     quantize_fp8_per_token,
@@ -52,6 +54,7 @@ from tilewright.ops.ternary_linear import (  # noqa: E402
 )
 
 __all__ = [
+    "Fp8Tokens",
     "KVCache",
     "build_slope_tensor",
     "chunk_delta_rule",
@@ -63,6 +66,7 @@ __all__ = [
     "chunk_linear_attn",
     "chunk_retention",
     "chunk_simple_gla",
+    "fp8_tokens",
     "fused_recurrent_delta_rule",
     "fused_recurrent_gated_delta_rule",
     "fused_recurrent_gla",

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -13,6 +15,7 @@ if TYPE_CHECKING:
 
 _ops = torch.ops.tilewright
 
+_TILE_COLUMNS = 128  # of a chunk of csrc/format/int4_hopper.h
 FP8_MAX = 448.0
 INT8_MAX = 127.0
 
@@ -42,12 +45,17 @@ def int4_int8_linear(
     Raises:
         RuntimeError: a shape, dtype or device does not fit, or the blob is not a packed INT4 weight.
     """
+    if x.is_cuda or weight.layout != 0:
+        raise RuntimeError(
+            "int4_int8_linear: INT8 activations are for the CPU; on a CUDA device use int4_fp8_linear "
+            "(W4A8Linear with act='fp8'), or move x and the weight with .to('cpu')"
+        )
     y = _ops.int4_int8_linear(x, weight.data, bias, weight.shape[0], scale_group or 0)
     return y if out_dtype is None else y.to(out_dtype)
 
 
 def int4_fp8_linear(
-    x: Tensor,
+    x: Tensor | Fp8Tokens,
     weight: PackedInt4,
     bias: Tensor | None = None,
     *,
@@ -57,15 +65,16 @@ def int4_fp8_linear(
     """`x @ weight.T + bias` with each token of x quantized to FP8 e4m3 by its largest magnitude.
 
     Args:
-        x: `[..., K]`, any floating type.
-        weight: packed `[N, K]`, from `Int4Weight.pack()`.
+        x: `[..., K]`, any floating type; on a CUDA device also `Fp8Tokens`, rounded before for several layers.
+        weight: packed `[N, K]`, from `Int4Weight.pack()`, on the device of x (`PackedInt4.to`).
         bias: `[N]` or None.
         mode: "exact" multiplies integers and applies group scales to partial sums; "fold" first rounds each weight to
             e4m3(q * scale), as the paper's FP8 x FP8 kernel does. Fold needs a symmetric weight.
         out_dtype: of the result; that of x when None.
 
     Returns:
-        `[..., N]`, sums in float32.
+        `[..., N]`, sums in float32. On a CUDA device the matrix unit adds the products of up to 128 columns in a
+        shorter sum of its own, about 14 bits, before float32 takes over.
 
     Raises:
         RuntimeError: a shape, dtype or device does not fit, or the blob is not a packed INT4 weight.
@@ -73,8 +82,51 @@ def int4_fp8_linear(
     """
     if mode not in ("exact", "fold"):
         raise ValueError(f"int4_fp8_linear: mode = {mode!r}, needed 'exact' or 'fold'")
-    y = _ops.int4_fp8_linear(x, weight.data, bias, weight.shape[0], mode == "fold")
+    if isinstance(x, Fp8Tokens):
+        y = x.data.new_empty((x.data.shape[0], weight.shape[0]), dtype=out_dtype or x.dtype)
+        _ops.int4_fp8_linear_quantized(
+            x.data, x.scales, x.sums, weight.data, bias, weight.shape[1], mode == "fold", weight.layout, y
+        )
+        return y.view(*x.shape[:-1], weight.shape[0])
+    y = _ops.int4_fp8_linear(x, weight.data, bias, weight.shape[0], mode == "fold", weight.layout)
     return y if out_dtype is None else y.to(out_dtype)
+
+
+@dataclass(frozen=True)
+class Fp8Tokens:
+    """Tokens rounded to e4m3 on a CUDA device, as its products read them: made once, used by several layers.
+
+    Attributes:
+        data: uint8 `[M, K rounded up to 128]`, the bits of e4m3.
+        scales: float32 `[M]`.
+        sums: float32, sums of neighbouring codes, which weights with minima, zero points or codes of -8 need; else empty.
+        shape: of x, `[..., K]`.
+        dtype: of x.
+    """
+
+    data: Tensor
+    scales: Tensor
+    sums: Tensor
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def fp8_tokens(x: Tensor, weight: PackedInt4) -> Fp8Tokens:
+    """Round each token of x `[..., K]`, on a CUDA device, for `int4_fp8_linear` with that weight or others like it.
+
+    Raises:
+        RuntimeError: x is not floating or not on a CUDA device.
+    """
+    data, scales, sums = _ops.fp8_quantize_tokens(x, _columns_of_a_sum(weight))
+    return Fp8Tokens(data, scales, sums, tuple(x.shape), x.dtype)
+
+
+def _columns_of_a_sum(weight: PackedInt4) -> int:
+    """How many columns share a scale in the CUDA layout, or 0 where its kernels need no sums of codes."""
+    signed, group = weight.layout >> 5 & 1, weight.layout >> 8
+    if signed or weight.layout == 0:
+        return 0
+    return _TILE_COLUMNS if group >= weight.shape[1] else math.gcd(group, _TILE_COLUMNS)
 
 
 def _token_scale(x: Tensor, limit: float) -> Tensor:
@@ -126,5 +178,32 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, scale_g
 
 
 @torch.library.register_fake("tilewright::int4_fp8_linear")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, fold: bool) -> Tensor:
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, fold: bool, layout: int = 0) -> Tensor:
     return _fake_linear(x, bias, out_features)
+
+
+@torch.library.register_fake("tilewright::fp8_quantize_tokens")
+def _(x: Tensor, sub: int) -> tuple[Tensor, Tensor, Tensor]:
+    tokens = x.numel() // x.shape[-1]
+    padded = (x.shape[-1] + _TILE_COLUMNS - 1) // _TILE_COLUMNS * _TILE_COLUMNS
+    sums = (padded // sub, (tokens + 127) // 128 * 128) if sub else (0, 0)
+    return (
+        x.new_empty((tokens, padded), dtype=torch.uint8),
+        x.new_empty((tokens,), dtype=torch.float32),
+        x.new_empty(sums, dtype=torch.float32),
+    )
+
+
+@torch.library.register_fake("tilewright::int4_fp8_linear_quantized")
+def _(
+    codes: Tensor,
+    scales: Tensor,
+    sums: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    in_features: int,
+    fold: bool,
+    layout: int,
+    y: Tensor,
+) -> None:
+    torch._check(y.dim() == 2 and y.shape[0] == codes.shape[0], lambda: "y must be [M, N]")

@@ -6,6 +6,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -65,6 +66,8 @@ class Emulator:
 
 def emulated_operators() -> list[str]:
     """Names of the operators that have a kernel in the emulator's library, such as `tilewright::hgrn`."""
+    if _load()[0] is None:
+        return []
     names = [n for n in torch._C._dispatch_get_all_op_names() if n.startswith("tilewright::")]
     return sorted(n for n in names if torch._C._dispatch_has_kernel_for_dispatch_key(n, "PrivateUse1"))
 
@@ -100,8 +103,10 @@ def emulated(seed: int = 0, *, multiprocessors: int = 4, strict: bool = True) ->
     emulator = Emulator(library, seed, multiprocessors, strict)
     overrides = torch.library.Library("tilewright", "IMPL")
     try:
-        for name in emulated_operators():
-            overrides.impl(name, _through_emulator(name, emulator), "CPU", allow_override=True)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*overridden.*", category=UserWarning)  # on purpose, here
+            for name in emulated_operators():
+                overrides.impl(name, _through_emulator(name, emulator), "CPU", allow_override=True)
         yield emulator
     finally:
         overrides._destroy()

@@ -388,7 +388,7 @@ class Collector {
       for (int i = 0; i < Sums<kKey>::kColumns / 2; ++i) sums.dk_write[i] += sums.dk_read[i];
       store_d_keys<T, kKey>(p_, chunk, key_head, group(), thread(), sums.dq, p_.dq);
       store_d_keys<T, kKey>(p_, chunk, key_head, group(), thread(), sums.dk_write, p_.dk);
-      if (thread() % 32 == 0) hopper::arrive(ring_.keys_empty[keys_.stage]);
+      release(ring_.keys_empty[keys_.stage]);
       keys_.advance();
     }
   }
@@ -435,7 +435,7 @@ class Collector {
       hopper::keep(sums.dk_read);
       hopper::keep(sums.dk_write);
       hopper::keep(sums.pairs);
-      if (thread() % 32 == 0) hopper::arrive(ring_.empty[slices_.stage]);
+      release(ring_.empty[slices_.stage]);
     }
     return product;
   }

@@ -98,6 +98,12 @@ TILEWRIGHT_DEVICE void load_rows(char* tile, const TensorMap& map, Barrier& barr
   }
 }
 
+// This warp has read a stage.
+TILEWRIGHT_DEVICE void release(Barrier& empty) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) hopper::arrive(empty);
+}
+
 // What a block of the sequential kernels works on.
 struct Column {
   Sequence sequence;

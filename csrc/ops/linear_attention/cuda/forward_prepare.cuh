@@ -102,8 +102,7 @@ TILEWRIGHT_DEVICE void multiply_and_mask(char* shared, const ChunkGates& gates, 
 }  // namespace prepare
 
 template <class In, int kKeys, bool kDelta>
-__global__ void __launch_bounds__(kPrepareThreads, 3)
-    prepare_kernel(const __grid_constant__ PrepareParams<In> params) {
+__global__ void __launch_bounds__(kPrepareThreads, 3) prepare_kernel(const __grid_constant__ PrepareParams<In> params) {
   using namespace prepare;
   using At = Layout<In, kKeys>;
   const Problem<In, float>& p = params.problem;

@@ -81,10 +81,6 @@ struct Problem {
   const int64_t* slots;  // [N]: the row of initial and state that each sequence owns; null: row n
   int64_t slot_count;  // P; a sequence whose slot is not one of them gets NaN, and no state is touched
 
-  // For the backward pass; null: not kept.
-  T* checkpoints;  // [chunk_places, HV, K, V]: the state before each chunk
-  Rows<In> errors;  // [B, T, HV, V]: of the delta rule, v_t - S^T k_t; beta times it is what was written
-
   constexpr int64_t state_size() const { return key_size * value_size; }
   constexpr int64_t key_head(int64_t head) const { return head / (value_heads / heads); }
 };

@@ -21,7 +21,8 @@ bool wide(const Rows<const In>& rows) {
 // Warps of a block: as many as there are columns for, fewer where that would leave multiprocessors idle.
 int warps_of_block(int64_t warps_of_state, int64_t states) {
   int64_t warps = warps_of_state < kMaxWarps ? warps_of_state : kMaxWarps;
-  while (warps > 1 && states * ceil_div(warps_of_state, warps) < 2 * hopper::multiprocessors()) warps = ceil_div(warps, 2);
+  while (warps > 1 && states * ceil_div(warps_of_state, warps) < 2 * hopper::multiprocessors())
+    warps = ceil_div(warps, 2);
   return static_cast<int>(warps);
 }
 
@@ -30,19 +31,17 @@ int warps_of_block(int64_t warps_of_state, int64_t states) {
 template <class In, class T>
 void launch_recurrent(const Problem<In, T>& problem, hopper::Stream stream) {
   constexpr int64_t kCols = recurrent::Tile<T>::kCols;
-  require(problem.key_size <= kMaxRecurrentKeys, "linear_attention: q has K = ", problem.key_size,
-          ", needed at most ", kMaxRecurrentKeys, " on a CUDA device; split the heads, or run on the CPU");
+  require(problem.key_size <= kMaxRecurrentKeys, "linear_attention: q has K = ", problem.key_size, ", needed at most ",
+          kMaxRecurrentKeys, " on a CUDA device; split the heads, or run on the CPU");
   RecurrentParams<In, T> params{problem, 1, 1, wide(problem.q) && wide(problem.k), false};
   while (params.row_lanes * kRecurrentRows < problem.key_size) params.row_lanes *= 2;
-  params.wide_state = problem.value_size % kCols == 0 && aligned(problem.initial) && aligned(problem.state) &&
-                      aligned(problem.checkpoints);
+  params.wide_state = problem.value_size % kCols == 0 && aligned(problem.initial) && aligned(problem.state);
   const int64_t states = problem.sequences.count * problem.value_heads;
   const int64_t warps_of_state = ceil_div(problem.value_size, 32 / params.row_lanes * kCols);
   const int warps = warps_of_block(warps_of_state, states);
   params.tiles = static_cast<int>(ceil_div(warps_of_state, warps));
-  const bool many = problem.sequences.tokens > 1 || problem.checkpoints != nullptr;
-  hopper::launch(many ? recurrent_kernel<In, T, true> : recurrent_kernel<In, T, false>,
-                 {.blocks = {.x = states * params.tiles}, .threads = 32 * warps, .stream = stream}, params);
+  const auto kernel = problem.sequences.tokens > 1 ? recurrent_kernel<In, T, true> : recurrent_kernel<In, T, false>;
+  hopper::launch(kernel, {.blocks = {.x = states * params.tiles}, .threads = 32 * warps, .stream = stream}, params);
 }
 
 template void launch_recurrent(const Problem<hopper::bf16, float>&, hopper::Stream);

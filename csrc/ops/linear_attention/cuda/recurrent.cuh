@@ -230,7 +230,7 @@ TILEWRIGHT_DEVICE void store_row(In* to, const Place& at, const T (&x)[Tile<T>::
 }
 
 // The state S after decay; both sums over its rows at once, since after the write S^T q = (S before)^T q + (k . q) u.
-template <class In, class T, bool kKeepErrors>
+template <class In, class T>
 TILEWRIGHT_DEVICE void advance(const RecurrentParams<In, T>& params, const Place& at, int64_t batch, int64_t token,
                                const Token<In, T>& in, Tile<T>& tile) {
   constexpr int kCols = Tile<T>::kCols;
@@ -252,11 +252,10 @@ TILEWRIGHT_DEVICE void advance(const RecurrentParams<In, T>& params, const Place
   }
   sum_over_rows(sums, params.row_lanes);
   const T beta = delta ? p.beta.row(batch, token, at.head)[0] : T{1};
-  T error[kCols], out[kCols], write[kCols];
+  T out[kCols], write[kCols];
 #pragma unroll
   for (int c = 0; c < kCols; ++c) {
-    error[c] = delta ? in.v[c] - sums[c] : in.v[c];
-    write[c] = beta * error[c];
+    write[c] = delta ? beta * (in.v[c] - sums[c]) : in.v[c];
     out[c] = p.scale * (sums[kCols + c] + sums[2 * kCols] * write[c]);
   }
 #pragma unroll
@@ -266,9 +265,6 @@ TILEWRIGHT_DEVICE void advance(const RecurrentParams<In, T>& params, const Place
     for (int c = 0; c < kCols; ++c) tile.s[r][c] += k * write[c];
   }
   store_row(p.out.row(batch, token, at.head), at, out);
-  if constexpr (kKeepErrors) {
-    if (delta && p.errors.data != nullptr) store_row(p.errors.row(batch, token, at.head), at, error);
-  }
 }
 
 template <class In, class T>
@@ -282,9 +278,9 @@ TILEWRIGHT_DEVICE void fill_rows(const Problem<In, T>& p, const Place& at, int64
 
 }  // namespace recurrent
 
-// kMany: any number of tokens, the next one's rows on their way while this one is worked on, and what the backward pass
-// needs. Without: at most one token a sequence, so few registers that two blocks of 256 threads fit on a multiprocessor;
-// what takes time then are the loads and stores of states.
+// kMany: any number of tokens, the next one's rows on their way while this one is worked on. Without: at most one token a
+// sequence, in so few registers that two blocks of 256 threads fit on a multiprocessor; what takes time then are the
+// loads and stores of states.
 template <class In, class T, bool kMany>
 __global__ void __launch_bounds__(256, sizeof(T) == 4 && !kMany ? 2 : 1)
     recurrent_kernel(const __grid_constant__ RecurrentParams<In, T> params) {
@@ -298,8 +294,7 @@ __global__ void __launch_bounds__(256, sizeof(T) == 4 && !kMany ? 2 : 1)
     fill_rows(p, at, sequence.batch, sequence.first, last, T(NAN));
     return;
   }
-  const int64_t within = at.row * p.value_size + at.column;
-  const int64_t offset = (slot * p.value_heads + at.head) * p.state_size() + within;
+  const int64_t offset = (slot * p.value_heads + at.head) * p.state_size() + at.row * p.value_size + at.column;
   Tile<T> tile;
   if (p.initial == nullptr) {
     tile.zero();
@@ -310,20 +305,15 @@ __global__ void __launch_bounds__(256, sizeof(T) == 4 && !kMany ? 2 : 1)
   if constexpr (!kMany) {
     if (sequence.tokens > 0) {
       now.load(params, at, sequence.batch, sequence.first);
-      advance<In, T, false>(params, at, sequence.batch, sequence.first, now, tile);
+      advance(params, at, sequence.batch, sequence.first, now, tile);
     }
   } else {
     Token<In, T> next;
     if (sequence.tokens > 0) next.load(params, at, sequence.batch, sequence.first);
     for (int64_t t = sequence.first; t < last; ++t) {
-      if (p.checkpoints != nullptr && (t - sequence.first) % kChunk == 0) {
-        const int64_t place = sequence.place + (t - sequence.first) / kChunk;
-        tile.store(p.checkpoints + (place * p.value_heads + at.head) * p.state_size() + within, p.value_size, at.rows,
-                   at.columns, params.wide_state);
-      }
       now = next;
       if (t + 1 < last) next.load(params, at, sequence.batch, t + 1);
-      advance<In, T, true>(params, at, sequence.batch, t, now, tile);
+      advance(params, at, sequence.batch, t, now, tile);
     }
   }
   tile.store(p.state + offset, p.value_size, at.rows, at.columns, params.wide_state);

@@ -32,4 +32,23 @@ template <class T>
 void backward(const Backward<T>& problem, const Sequences& sequences, int64_t key_rows, double* workspace,
               hopper::Stream stream);
 
+// The tensor-core form: q, k, v and o in bf16 or f16, the rest in float32. All arrays dense.
+struct FlashForward {
+  Shape shape;
+  Options options;
+  bool half;  // f16, not bf16
+  int64_t key_rows;  // of k and v in all
+  const void *q, *k, *v;
+  const float* ridge;  // null for kGiven
+  const float* given;  // x of kGiven, else null
+  void* o;
+  float *x, *rows;  // null for kGiven
+  int32_t* iterations;
+};
+
+// Conjugate gradients or a given x, without preconditioner; K and V multiples of 8 up to 128.
+bool flash_takes(const Shape& shape, const Options& options, int64_t query_rows, int64_t key_rows);
+// Rows that belong to no sequence are not written.
+void flash_forward(const FlashForward& problem, const Sequences& sequences, hopper::Stream stream);
+
 }  // namespace tilewright::local_linear_attention::cuda
