@@ -71,6 +71,12 @@ struct ForwardResult {
 
 Tensor workspace_for(const Tensor& where, int64_t doubles) { return empty_on(where, {doubles}, ScalarType::Double); }
 
+// As the copy engine reads it: dense, from a multiple of 16 bytes on.
+Tensor for_copies(const Tensor& tensor) {
+  const Tensor rows = torch::stable::contiguous(tensor);
+  return reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0 ? rows : torch::stable::clone(rows);
+}
+
 // The tensor-core form: 16-bit tensors as they are.
 bool takes_flash(const Call& call, const Options& options) {
   const ScalarType type = call.q.scalar_type();
@@ -85,7 +91,7 @@ ForwardResult run_flash_forward(const Call& call, const Options& options, const 
     return packed ? zeros_on(call.q, sizes, of) : empty_on(call.q, sizes, of);
   };
   std::vector<int64_t> sizes = sizes_of(call.q);
-  const Tensor q = dense(call.q, type), k = dense(call.k, type), v = dense(call.v, type);
+  const Tensor q = for_copies(call.q), k = for_copies(call.k), v = for_copies(call.v);
   ForwardResult result;
   lla::cuda::FlashForward problem{};
   if (options.solver != Solver::kGiven) {
@@ -103,11 +109,11 @@ ForwardResult run_flash_forward(const Call& call, const Options& options, const 
   problem.options = options;
   problem.half = type == ScalarType::Half;
   problem.key_rows = k.size(0) * k.size(1);
-  problem.q = q.const_data_ptr();
-  problem.k = k.const_data_ptr();
-  problem.v = v.const_data_ptr();
+  problem.q = data<uint16_t>(q);
+  problem.k = data<uint16_t>(k);
+  problem.v = data<uint16_t>(v);
   problem.given = given == nullptr ? nullptr : data<float>(*given);
-  problem.o = result.o.mutable_data_ptr();
+  problem.o = mutable_data<uint16_t>(result.o);
   lla::cuda::flash_forward(problem, call.sequences, call.stream);
   return result;
 }

@@ -164,18 +164,21 @@ class CudaEngine(SequenceEngine):
         spread[[s for s, count in enumerate(counts) if count]] = logits
         return spread
 
-    def _decode(self, tokens: Tensor) -> Tensor:
+    def replay(self) -> None:
+        """One token more for each sequence on the device alone, the same as last time: what a step costs at least."""
         if self._graph is None:
-            self._capture()
-            assert self._graph is not None
-        self._next.copy_(tokens)
+            self._graph = self._captured()
         self._graph.replay()
+
+    def _decode(self, tokens: Tensor) -> Tensor:
+        self._next.copy_(tokens)
+        self.replay()
         return self._logits.clone()
 
     def _step(self) -> Tensor:
         return self._run(self._next, self._layers[0].cache.lengths.clone(), self._each, None)
 
-    def _capture(self) -> None:
+    def _captured(self) -> torch.cuda.CUDAGraph:
         """One step outside a graph, so that libraries set themselves up, then the graph; the lengths are put back."""
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
@@ -187,7 +190,7 @@ class CudaEngine(SequenceEngine):
         with torch.cuda.graph(graph):
             self._logits = self._step()
         self._put_lengths()
-        self._graph = graph
+        return graph
 
     def _put_lengths(self) -> None:
         lengths = torch.tensor(self._lengths, dtype=torch.int64)
@@ -240,7 +243,7 @@ class CudaEngine(SequenceEngine):
         weight: Weight = model.weights[name + ".weight"]
         bias = self._vector(model, name + ".bias") if name + ".bias" in model.weights else None
         if isinstance(weight, Int4Weight):
-            packed = weight.pack()
+            packed = weight.pack().to(self.device)
             return lambda x: int4_fp8_linear(x, packed, bias, mode=self._mode)
         return _dense(model.dense(name + ".weight", torch.bfloat16).to(self.device), bias)
 

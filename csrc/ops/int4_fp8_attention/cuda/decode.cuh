@@ -104,10 +104,10 @@ struct DecodeWarp {
 #pragma unroll
     for (int s = 0; s < kDepthSteps; ++s) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) pack_query(p, scale, value[s][2 * half], value[s][2 * half + 1], s, half);
+      for (int half = 0; half < 2; ++half) pack_query(scale, value[s][2 * half], value[s][2 * half + 1], s, half);
     }
   }
-  TILEWRIGHT_DEVICE void pack_query(const Attention& p, float scale, float a, float b, int s, int half) {
+  TILEWRIGHT_DEVICE void pack_query(float scale, float a, float b, int s, int half) {
     if constexpr (kTerms == 1) {
       const uint16_t pair = hopper::pack_e4m3x2(fp8_query(a, scale), fp8_query(b, scale));
       q[s][half] = hopper::pack_bf16x2(hopper::to_float(hopper::e4m3{static_cast<uint8_t>(pair)}),
@@ -204,6 +204,7 @@ struct DecodeShared {
   static constexpr int kPitch = D + 4;
   float sums[kDecodeWarps][kDecodeRows][kPitch];
   float maximum[kDecodeWarps][kDecodeRows], total[kDecodeWarps][kDecodeRows];
+  DecodeItem item;  // out of the registers while keys are walked
 };
 
 template <int D, class Warp>
@@ -234,7 +235,8 @@ TILEWRIGHT_DEVICE float* partial_numbers(const Attention& p, int64_t index) {
 
 // The warps' sums in their order, to the output or to the partial results of the chunk.
 template <int D>
-TILEWRIGHT_DEVICE void combine_warps(const Attention& p, const DecodeItem& item, const DecodeShared<D>& shared) {
+TILEWRIGHT_DEVICE void combine_warps(const Attention& p, const DecodeShared<D>& shared) {
+  const DecodeItem& item = shared.item;
   for (int i = static_cast<int>(threadIdx.x); i < kDecodeRows * D; i += kDecodeThreads) {
     const int r = i / D, d = i % D;
     if (r >= item.rows || d >= p.cache.head_dim) continue;
@@ -267,6 +269,7 @@ TILEWRIGHT_DEVICE void decode_one(const Attention& p, const DecodeItem& item, De
   constexpr int kStride = kDecodeWarps * kStepKeys;
   using Warp = DecodeWarp<D, Step, kTerms>;
   const Cache& c = p.cache;
+  if (threadIdx.x == 0) shared.item = item;
   Warp warp;
   warp.seen = seen_of_chunk(p, item, Warp::lane() / 4);
   warp.whole_begin = -over_rows_min(-warp.seen.begin);
@@ -306,7 +309,7 @@ TILEWRIGHT_DEVICE void decode_one(const Attention& p, const DecodeItem& item, De
   }
   leave_sums<D>(warp, shared);
   __syncthreads();
-  combine_warps<D>(p, item, shared);
+  combine_warps<D>(p, shared);
   __syncthreads();
 }
 

@@ -239,29 +239,33 @@ struct Consumer {
 
   // ---- the state in memory: [K, V]
 
-  TILEWRIGHT_DEVICE void load_state() {
+  // Calls function(register, offset in the state) for what of it is inside.
+  template <class Function>
+  TILEWRIGHT_DEVICE void for_each_entry(const Function& function) {
     const Problem<In, float>& p = params.problem;
     const int thread = static_cast<int>(threadIdx.x);
-    const float* from =
-        p.initial == nullptr ? nullptr : p.initial + (task.n * p.value_heads + task.head) * p.state_size();
+    // Hidden from the compiler, so that offsets are not kept from the first use to the last.
+    uint32_t size[2] = {static_cast<uint32_t>(p.key_size), static_cast<uint32_t>(p.value_size)};
+    hopper::keep(size);
 #pragma unroll
     for (int i = 0; i < kKeys / 2; ++i) {
-      const int64_t column = first_column() + hopper::accumulator_row(thread, i),
-                    key = hopper::accumulator_col(thread, i);
-      const bool inside = from != nullptr && column < p.value_size && key < p.key_size;
-      state[i] = inside ? from[key * p.value_size + column] : 0.0f;
+      const uint32_t column = static_cast<uint32_t>(first_column() + hopper::accumulator_row(thread, i));
+      const uint32_t key = static_cast<uint32_t>(hopper::accumulator_col(thread, i));
+      if (column < size[1] && key < size[0]) function(state[i], key * size[1] + column);
     }
   }
 
-  TILEWRIGHT_DEVICE void store_state(float* to) const {
+  TILEWRIGHT_DEVICE void load_state() {
     const Problem<In, float>& p = params.problem;
-    const int thread = static_cast<int>(threadIdx.x);
 #pragma unroll
-    for (int i = 0; i < kKeys / 2; ++i) {
-      const int64_t column = first_column() + hopper::accumulator_row(thread, i),
-                    key = hopper::accumulator_col(thread, i);
-      if (column < p.value_size && key < p.key_size) to[key * p.value_size + column] = state[i];
-    }
+    for (int i = 0; i < kKeys / 2; ++i) state[i] = 0.0f;
+    if (p.initial == nullptr) return;
+    const float* from = p.initial + (task.n * p.value_heads + task.head) * p.state_size();
+    for_each_entry([&](float& entry, uint32_t offset) { entry = from[offset]; });
+  }
+
+  TILEWRIGHT_DEVICE void store_state(float* to) {
+    for_each_entry([&](float& entry, uint32_t offset) { to[offset] = entry; });
   }
 
   // ---- rows of results: through the values' tile, 32 bytes of a row a warp

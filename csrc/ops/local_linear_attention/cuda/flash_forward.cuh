@@ -276,8 +276,7 @@ TILEWRIGHT_DEVICE void take_step(Consumer<T, D>& c, RowNumbers& n, float (&y)[D 
 template <class T, int D>
 TILEWRIGHT_DEVICE bool decide(const Consumer<T, D>& c, const RowNumbers& n, int parity, bool& mine) {
   using S = FlashShape<T, D>;
-  int any = n.active[0] || n.active[1] ? 1 : 0;
-  for (int offset = 1; offset < 32; offset *= 2) any |= __shfl_xor_sync(0xffffffffu, any, offset);
+  const int any = __any_sync(0xffffffffu, n.active[0] || n.active[1] ? 1 : 0) != 0 ? 1 : 0;
   int* flags = reinterpret_cast<int*>(c.memory + S::kFlags) + parity * 8;
   if (c.thread % 32 == 0) flags[c.group * 4 + c.thread / 32] = any;
   hopper::fence_async_shared();
@@ -452,7 +451,7 @@ TILEWRIGHT_DEVICE void solve_rows(Consumer<T, D>& c, RowNumbers& n, float* solut
 }
 
 template <class T, int D>
-TILEWRIGHT_DEVICE void forward_consumer(const FlashForwardParams<T>& p, char* memory, int head) {
+TILEWRIGHT_DEVICE void forward_consumer(const FlashForwardParams<T>& p, char* memory) {
   using S = FlashShape<T, D>;
   Consumer<T, D> c = make_consumer<T, D>(memory, p.options);
   c.forget_addresses();
@@ -509,7 +508,6 @@ TILEWRIGHT_DEVICE void forward_producer(const FlashForwardParams<T>& p, char* me
 
 template <class T, int D>
 __global__ void __launch_bounds__(kFlashThreads, 1) flash_forward(const __grid_constant__ FlashForwardParams<T> p) {
-  using S = FlashShape<T, D>;
   char* memory = hopper::shared_memory();
   if (!open_block<T, D>(p.options, p.sequences, memory)) return;
   const int head = static_cast<int>(blockIdx.y);
@@ -518,7 +516,7 @@ __global__ void __launch_bounds__(kFlashThreads, 1) flash_forward(const __grid_c
     if (threadIdx.x < 32) forward_producer<T, D>(p, memory, head);
   } else {
     hopper::raise_registers<kConsumerRegisters>();
-    forward_consumer<T, D>(p, memory, head);
+    forward_consumer<T, D>(p, memory);
   }
 }
 
