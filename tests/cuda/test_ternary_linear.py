@@ -170,7 +170,9 @@ def test_gradients_go_straight_through(device, tokens: int) -> None:
     dense = weight.double() * scale.double()[:, None]
     bound = 14 * 2.0**-24 * (grad.double().abs() @ dense.abs())  # twelve products, one rounding of the weight
     assert ((d_x.cpu().double() - grad.double() @ dense).abs() <= bound).all()
-    assert ((d_bias.cpu().double() - grad.double().sum(0)).abs() <= tokens * 2.0**-24 * grad.double().abs().sum(0)).all()
+    assert (
+        (d_bias.cpu().double() - grad.double().sum(0)).abs() <= tokens * 2.0**-24 * grad.double().abs().sum(0)
+    ).all()
 
 
 @pytest.mark.parametrize("tokens", [4, 64])

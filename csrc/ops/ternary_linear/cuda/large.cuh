@@ -145,7 +145,9 @@ struct Large {
     }
   }
 
+  // This warp has read its weights and waited for the products that read the tokens.
   static TILEWRIGHT_DEVICE void release(int stage) {
+    __syncwarp();
     if (threadIdx.x % 32 == 0) hopper::arrive(shared().empty[stage]);
   }
 
