@@ -51,7 +51,7 @@ const Image& this_image() {
 }
 
 inline void access(const void* pointer, size_t bytes, bool writes, bool aligned, const void* caller) {
-  Fiber* fiber = current;
+  Fiber* fiber = watched;
   if (fiber == nullptr) return;
   const size_t in_stack = static_cast<size_t>(static_cast<const char*>(pointer) - fiber->stack->base());
   if (in_stack < kStackBytes) {
@@ -109,8 +109,8 @@ namespace {
 
 // Such reads are how a thread waits for another without an atomic: each gives the others a turn.
 inline void volatile_read(const void* pointer) {
-  if (current == nullptr) return;
-  const size_t in_stack = static_cast<size_t>(static_cast<const char*>(pointer) - current->stack->base());
+  if (watched == nullptr) return;
+  const size_t in_stack = static_cast<size_t>(static_cast<const char*>(pointer) - watched->stack->base());
   if (in_stack >= kStackBytes) pause_thread();
 }
 

@@ -204,6 +204,7 @@ struct DecodeShared {
   static constexpr int kPitch = D + 4;
   float sums[kDecodeWarps][kDecodeRows][kPitch];
   float maximum[kDecodeWarps][kDecodeRows], total[kDecodeWarps][kDecodeRows];
+  DecodeItem item;  // out of the registers while keys are walked
 };
 
 template <int D, class Warp>
@@ -234,7 +235,8 @@ TILEWRIGHT_DEVICE float* partial_numbers(const Attention& p, int64_t index) {
 
 // The warps' sums in their order, to the output or to the partial results of the chunk.
 template <int D>
-TILEWRIGHT_DEVICE void combine_warps(const Attention& p, const DecodeItem& item, const DecodeShared<D>& shared) {
+TILEWRIGHT_DEVICE void combine_warps(const Attention& p, const DecodeShared<D>& shared) {
+  const DecodeItem& item = shared.item;
   for (int i = static_cast<int>(threadIdx.x); i < kDecodeRows * D; i += kDecodeThreads) {
     const int r = i / D, d = i % D;
     if (r >= item.rows || d >= p.cache.head_dim) continue;
@@ -267,6 +269,7 @@ TILEWRIGHT_DEVICE void decode_one(const Attention& p, const DecodeItem& item, De
   constexpr int kStride = kDecodeWarps * kStepKeys;
   using Warp = DecodeWarp<D, Step, kTerms>;
   const Cache& c = p.cache;
+  if (threadIdx.x == 0) shared.item = item;
   Warp warp;
   warp.seen = seen_of_chunk(p, item, Warp::lane() / 4);
   warp.whole_begin = -over_rows_min(-warp.seen.begin);
@@ -306,7 +309,7 @@ TILEWRIGHT_DEVICE void decode_one(const Attention& p, const DecodeItem& item, De
   }
   leave_sums<D>(warp, shared);
   __syncthreads();
-  combine_warps<D>(p, item, shared);
+  combine_warps<D>(p, shared);
   __syncthreads();
 }
 

@@ -32,7 +32,8 @@ TILEWRIGHT_DEVICE void store_piece(float* piece, const float (&total)[C::kRegist
 
 // Registers [first, first + Count) of the sum of all pieces, in the order of K, whoever adds them.
 template <class C, int Count>
-TILEWRIGHT_DEVICE void sum_pieces(const MatrixParams& p, int tile, int consumer, int b, int first, float (&sum)[Count]) {
+TILEWRIGHT_DEVICE void sum_pieces(const MatrixParams& p, int tile, int consumer, int b, int first,
+                                  float (&sum)[Count]) {
 #pragma unroll
   for (int i = 0; i < Count; ++i) sum[i] = 0.0f;
   const int last_block = p.work.last_block(tile);
@@ -104,8 +105,8 @@ TILEWRIGHT_DEVICE void store_quad(const MatrixParams& p, int64_t token, int64_t 
 
 // The tokens [first, first + kStagingTokens) of a tile, from the staging [token][64 features] to y.
 template <class C>
-TILEWRIGHT_DEVICE void write_rows(const MatrixParams& p, const float* staging, int64_t first_token, int64_t first_feature,
-                                  float factor, const float (&bias)[4]) {
+TILEWRIGHT_DEVICE void write_rows(const MatrixParams& p, const float* staging, int64_t first_token,
+                                  int64_t first_feature, float factor, const float (&bias)[4]) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
   const int64_t feature = first_feature + thread % 16 * 4;
   if (feature >= p.n) return;
@@ -171,8 +172,8 @@ TILEWRIGHT_DEVICE int first_block_of(const MatrixParams& p, int tile, int consum
 }
 
 template <class C>
-TILEWRIGHT_DEVICE void finish_segment(const MatrixParams& p, const Shared<C>& shared, const Segment& segment, int consumer,
-                                      const float (&totals)[C::kBlocks][C::kRegisters]) {
+TILEWRIGHT_DEVICE void finish_segment(const MatrixParams& p, const Shared<C>& shared, const Segment& segment,
+                                      int consumer, const float (&totals)[C::kBlocks][C::kRegisters]) {
   const int first = first_block_of<C>(p, segment.tile, consumer);
   const int here = min(C::kBlocks, p.row_blocks - first);
   const bool whole = segment.first == 0 && segment.last == p.work.k_tiles;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <sstream>
+
 #include "ops/int4_linear/cuda/launch.cuh"
 #include "ops/int4_linear/cuda/quantize.cuh"
-
-#include <sstream>
 
 namespace tilewright::int4_linear {
 

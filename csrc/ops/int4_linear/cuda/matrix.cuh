@@ -22,18 +22,18 @@ struct Config {
   static constexpr int kBlocks = Blocks;
   static constexpr Form kForm = F;
   static constexpr bool kFine = Fine;
-  static constexpr int kRegisters = N / 2;   // of one 64 x N accumulator
+  static constexpr int kRegisters = N / 2;  // of one 64 x N accumulator
   static constexpr int kStagingTokens = N < int4_linear::kStagingTokens ? N : int4_linear::kStagingTokens;
   using Tokens = hopper::Tile<hopper::e4m3, N, Int4Hopper::kCols, hopper::Swizzle::k128>;
   using Product = hopper::Wgmma<hopper::e4m3, hopper::e4m3, N>;
 };
 
 struct MatrixParams {
-  hopper::TensorMap x;          // codes, boxes of 128 columns by kTokens
+  hopper::TensorMap x;  // codes, boxes of 128 columns by kTokens
   const char* chunks;
   const float* per_tensor_scale;
   const float* x_scales;
-  const float* x_sums;          // [k_tiles * subs, sums_stride]
+  const float* x_sums;  // [k_tiles * subs, sums_stride]
   const void* bias;
   void* y;
   float* pieces;
@@ -56,7 +56,7 @@ struct Shared {
   float* staging;
   hopper::Barrier* full;
   hopper::Barrier* empty;
-  int32_t* joined;              // [kConsumers]: pieces of a tile that were there before this block's
+  int32_t* joined;  // [kConsumers]: pieces of a tile that were there before this block's
   int weight_bytes, sum_bytes;  // of a stage
 
   TILEWRIGHT_DEVICE explicit Shared(const MatrixParams& p) {
@@ -189,7 +189,7 @@ TILEWRIGHT_DEVICE Pair load_pair(const MatrixParams& p, const char* numbers, int
 // What turns partial sums of a group into sums of weights times codes, both times 2^-9 as the partial sums are.
 struct Scale {
   Pair scale;
-  Pair offset;   // times the sum of the codes: the minimum, or minus zero times scale
+  Pair offset;  // times the sum of the codes: the minimum, or minus zero times scale
 };
 
 template <class C>
@@ -348,8 +348,9 @@ TILEWRIGHT_DEVICE void release(const Shared<C>& shared, int stage) {
 // A segment: the totals of a consumer's blocks over the columns [128 first, 128 last). Of the blocks, `here` exist, at
 // least one; the last of those stands in for one that does not.
 template <class C>
-TILEWRIGHT_DEVICE void multiply_segment(const MatrixParams& p, const Shared<C>& shared, const Segment& segment, Ring& ring,
-                                        float (&totals)[C::kBlocks][C::kRegisters], int consumer, int here) {
+TILEWRIGHT_DEVICE void multiply_segment(const MatrixParams& p, const Shared<C>& shared, const Segment& segment,
+                                        Ring& ring, float (&totals)[C::kBlocks][C::kRegisters], int consumer,
+                                        int here) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
   const int to_next = here > 1 ? p.chunk_bytes : 0;
   const auto chunk_of = [&](int stage, int b) {
@@ -387,7 +388,8 @@ TILEWRIGHT_DEVICE void multiply_segment(const MatrixParams& p, const Shared<C>& 
 
 // A segment of which this consumer has no rows.
 template <class C>
-TILEWRIGHT_DEVICE void pass_segment(const MatrixParams& p, const Shared<C>& shared, const Segment& segment, Ring& ring) {
+TILEWRIGHT_DEVICE void pass_segment(const MatrixParams& p, const Shared<C>& shared, const Segment& segment,
+                                    Ring& ring) {
   for (int k = segment.first; k < segment.last; ++k) {
     hopper::wait(shared.full[ring.stage], ring.phase);
     release(shared, ring.stage);

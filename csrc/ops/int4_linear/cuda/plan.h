@@ -15,11 +15,11 @@
 
 namespace tilewright::int4_linear {
 
-inline constexpr int kConsumers = 2;             // warpgroups that multiply; one more loads
+inline constexpr int kConsumers = 2;  // warpgroups that multiply; one more loads
 inline constexpr int kMatrixThreads = 128 * (kConsumers + 1);
 inline constexpr int kMaxStages = 24;
-inline constexpr int kStagingTokens = 32;        // tokens that the epilogue turns around at once
-inline constexpr int kStagingPitch = 68;         // floats of 64 rows, padded: a warp's stores touch every bank once
+inline constexpr int kStagingTokens = 32;  // tokens that the epilogue turns around at once
+inline constexpr int kStagingPitch = 68;  // floats of 64 rows, padded: a warp's stores touch every bank once
 
 // Signed: sign-and-magnitude codes. Unsigned: codes 0..15 and a correction by the sums of x. Fold: e4m3(q * scale).
 enum class Form : uint8_t { kSigned = 0, kUnsigned = 1, kFold = 2 };
@@ -31,7 +31,7 @@ struct Segment {
 
 struct Work {
   int tiles, k_tiles, split_tiles, blocks;
-  int run, longer;   // units of a block; the first `longer` blocks have one more
+  int run, longer;  // units of a block; the first `longer` blocks have one more
 
   constexpr int first_unit(int block) const { return block * run + (block < longer ? block : longer); }
   // The block whose run holds a unit, and the blocks that share a split tile.
@@ -63,9 +63,9 @@ constexpr bool segment_of(const Work& work, int block, int index, Segment& segme
 
 struct DevicePlan {
   Form form;
-  bool fine;             // scales change within 128 columns: the partial sum is taken up every 32, or 16
-  int token_tile;        // tokens of a tile: N of the instruction
-  int group_blocks;      // 64-row blocks that a consumer warpgroup multiplies by the same tokens
+  bool fine;  // scales change within 128 columns: the partial sum is taken up every 32, or 16
+  int token_tile;  // tokens of a tile: N of the instruction
+  int group_blocks;  // 64-row blocks that a consumer warpgroup multiplies by the same tokens
   int token_tiles, row_tiles;
   int stages;
   int stage_bytes, shared_bytes;
@@ -90,7 +90,7 @@ inline double join_time(const DevicePlan& plan, int blocks) {
 
 inline void divide_work(DevicePlan& plan, int k_tiles, int multiprocessors) {
   Work& work = plan.work;
-  work.tiles = plan.row_tiles * plan.token_tiles;   // 2^31 of them would be 10^13 outputs
+  work.tiles = plan.row_tiles * plan.token_tiles;  // 2^31 of them would be 10^13 outputs
   work.k_tiles = k_tiles;
   work.split_tiles = 0;
   work.blocks = std::min(work.tiles, multiprocessors);
@@ -99,7 +99,7 @@ inline void divide_work(DevicePlan& plan, int k_tiles, int multiprocessors) {
   if (left == 0) return;
   const int units = left * k_tiles;
   const int blocks = std::min(units, multiprocessors);
-  if (blocks < multiprocessors && work.tiles > left) return;   // every block's run must hold a unit
+  if (blocks < multiprocessors && work.tiles > left) return;  // every block's run must hold a unit
   const double whole = k_tiles * unit_time(plan);
   const double split = static_cast<double>(ceil_div(units, blocks)) * unit_time(plan) + join_time(plan, blocks);
   if (split >= whole) return;

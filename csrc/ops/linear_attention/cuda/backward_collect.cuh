@@ -202,8 +202,9 @@ TILEWRIGHT_DEVICE void store_d_values(const ChunkBackward& p, const Chunk& chunk
   using Shared = CollectShared<T, kKey>;
   using Values = typename Tiles<T, kKey>::Values;
   const Factors f{reinterpret_cast<const float*>(from + Shared::kFactors)};
-  for (int i = static_cast<int>(threadIdx.x); i < chunk.rows * kSlice / 8; i += kCollectGroups * kGroup) {
-    const int row = i / (kSlice / 8), column = i % (kSlice / 8) * 8;
+  constexpr unsigned kPerRow = kSlice / 8;
+  for (unsigned i = threadIdx.x; i < static_cast<unsigned>(chunk.rows) * kPerRow; i += kCollectGroups * kGroup) {
+    const int row = static_cast<int>(i / kPerRow), column = static_cast<int>(i % kPerRow * 8);
     if (slice * kSlice + column >= p.value_size) continue;
     hopper::U128 words = hopper::load_16(from + Shared::kDErrors + Values::offset(row, column));
     if constexpr (kDelta) words = times<T>(f.beta(row), words);
@@ -427,9 +428,9 @@ class Collector {
       hopper::keep(sums.dq);
       hopper::keep(sums.dk_read);
       hopper::keep(sums.dk_write);
-      add_slice<T, kKey, kDelta>(p_.scale, from, group(), in_group(), slice == 0, sums);
       store_d_values<T, kKey, kDelta>(p_, chunk, head, slice, from);
       if (p_.decay != Decay::kNone) product += state_product<T, kKey>(from);
+      add_slice<T, kKey, kDelta>(p_.scale, from, group(), in_group(), slice == 0, sums);
       hopper::wgmma_wait<0>();
       hopper::keep(sums.dq);
       hopper::keep(sums.dk_read);

@@ -11,6 +11,7 @@
 namespace tilewright::linear_attention::cuda {
 
 inline constexpr int kPrepareThreads = 128;
+inline constexpr int kPrepareWarps = kPrepareThreads / 32;
 
 template <class In>
 struct PrepareParams {
@@ -36,7 +37,7 @@ struct Layout {
   static constexpr int kInverse = kScores + kSquareBytes;
   static constexpr int kMatrix = kInverse + kSquareBytes;
   static constexpr int kGates = kMatrix + kMatrixFloats * 4;
-  static constexpr int kBytes = kGates + static_cast<int>(sizeof(ChunkGates));
+  static constexpr int kBytes = kGates + kPrepareWarps * static_cast<int>(sizeof(ChunkGates));
 };
 
 // Rows of one head into a tile, zero behind the chunk's end and behind K.
@@ -110,15 +111,12 @@ __global__ void __launch_bounds__(kPrepareThreads, 3) prepare_kernel(const __gri
   if (chunk.rows == 0) return;
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, key_head = static_cast<int>(blockIdx.y);
   char* shared = hopper::shared_memory();
-  auto& gates = *reinterpret_cast<ChunkGates*>(shared + At::kGates);
+  auto* gates = reinterpret_cast<ChunkGates*>(shared + At::kGates);
   auto* matrix = reinterpret_cast<float*>(shared + At::kMatrix);
 
   load_rows<In, kKeys>(p.k, chunk, key_head, p.key_size, shared + At::kK);
   load_rows<In, kKeys>(p.q, chunk, key_head, p.key_size, shared + At::kQ);
   hopper::copy_async_commit();
-  hopper::copy_async_wait<0>();
-  hopper::fence_async_shared();
-  __syncthreads();
   const int group = static_cast<int>(p.value_heads / p.heads);
   for (int member = 0; member < group; ++member) {
     const int64_t head = static_cast<int64_t>(key_head) * group + member;
@@ -126,11 +124,18 @@ __global__ void __launch_bounds__(kPrepareThreads, 3) prepare_kernel(const __gri
     // The two warps that solve change from head to head and block to block: warps of one number share a scheduler.
     const int solver = (static_cast<int>(blockIdx.x) + member) % 4;
     const int part = warp == solver ? 0 : warp == (solver + 2) % 4 ? 1 : 2;
-    if (warp == 0) load_gates<kDelta>(p, chunk, head, gates, params.to.row(index));
+    // Gates of the next heads, one a warp, while the one before is solved for; at first while rows come.
+    if (member % kPrepareWarps == 0 && member + warp < group) {
+      load_gates<kDelta>(p, chunk, head + warp, gates[warp], params.to.row(index + warp));
+    }
+    if (member == 0) {
+      hopper::copy_async_wait<0>();
+      hopper::fence_async_shared();
+    }
     // The tiles of the head before are on their way out; whoever sent them waits until they are read.
     if (thread % 32 == 0) hopper::store_wait<0>();
     __syncthreads();
-    multiply_and_mask<In, kKeys, kDelta>(shared, gates, p.scale);
+    multiply_and_mask<In, kKeys, kDelta>(shared, gates[member % kPrepareWarps], p.scale);
     hopper::fence_async_shared();
     __syncthreads();
     if (part == 2 && warp == (solver + 1) % 4 && thread % 32 == 0) {
