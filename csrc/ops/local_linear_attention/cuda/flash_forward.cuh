@@ -243,13 +243,7 @@ TILEWRIGHT_DEVICE void forward_producer(const FlashForwardParams<T>& p, char* me
   if (first_thread) {
     hopper::Barrier& full = ring.full[2 * S::kStages];
     hopper::arrive_expect(full, kGroups * S::RowTile::kBytes);
-    for (int group = 0; group < kGroups; ++group) {
-      for (int panel = 0; panel < S::RowTile::kPanels; ++panel) {
-        hopper::load_tile(memory + S::kQuery + group * S::RowTile::kBytes + panel * S::RowTile::kBytesPerPanel, p.q,
-                          full, panel * S::kPanelCols, head,
-                          static_cast<int>(block.segment.first_query + block.first) + group * kGroupRows);
-      }
-    }
+    load_rows<T, D>(p.q, memory + S::kQuery, full, block, head);
   }
   const auto send = [&](bool values) {
     if (!first_thread) return;
