@@ -277,16 +277,13 @@ TILEWRIGHT_DEVICE void decode_one(const Attention& p, const DecodeItem& item, De
   const int begin = seen_of_chunk(p, item, 0).begin, end = seen_of_chunk(p, item, item.rows - 1).end;
   const int64_t data = data_at(c, item.index, item.kv_head) + item.key_begin * c.data.token;
   const int64_t scales = scales_at(c, item.index, item.kv_head) + item.key_begin * c.scales.token;
-  const Source from{c.k + data,
-                    c.v + data,
-                    c.k_scales + scales,
-                    c.v_scales + scales,
-                    c.data.token,
-                    c.scales.token,
-                    static_cast<int>(row_bytes(c.format, c.head_dim)),
-                    c.scale_type == format::ScaleType::kFloat32,
-                    begin,
-                    end};
+  const bool wide = c.scale_type == format::ScaleType::kFloat32;
+  const uint8_t *k_scales = c.k_scales + scales, *v_scales = c.v_scales + scales;
+  const bool paired = !wide && c.scales.token == static_cast<int64_t>(sizeof(bf16)) &&
+                      (reinterpret_cast<uintptr_t>(k_scales) | reinterpret_cast<uintptr_t>(v_scales)) % 4 == 0;
+  const int bytes = static_cast<int>(row_bytes(c.format, c.head_dim));
+  const Source from{c.k + data, c.v + data, k_scales, v_scales, c.data.token, c.scales.token,
+                    bytes,      wide,       paired,   begin,    end};
   int key = begin / kStride * kStride + static_cast<int>(threadIdx.x) / kWarp * kStepKeys;
   Step even;
   even.load(from, key, Warp::lane());
@@ -313,8 +310,13 @@ TILEWRIGHT_DEVICE void decode_one(const Attention& p, const DecodeItem& item, De
   __syncthreads();
 }
 
+// Blocks of a multiprocessor: 16 keys of 128 bfloat16 take 64 registers of each lane.
+template <int D, class Step>
+inline constexpr int kDecodeBlocks = Step::kScaled || D == 64 ? 3 : 2;
+
 template <int D, class Step, int kTerms>
-__global__ void __launch_bounds__(kDecodeThreads, 3) decode_attention(const __grid_constant__ Attention p) {
+__global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, Step>)
+    decode_attention(const __grid_constant__ Attention p) {
   auto& shared = *reinterpret_cast<DecodeShared<D>*>(hopper::shared_memory());
   clear_tail(p);
   for (int index = static_cast<int>(blockIdx.x);; index += static_cast<int>(gridDim.x)) {

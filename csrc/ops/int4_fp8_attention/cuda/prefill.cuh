@@ -20,7 +20,7 @@ namespace tilewright::int4_fp8_attention::cuda {
 inline constexpr int kGroupRows = 64;  // of a consumer warpgroup
 inline constexpr int kScores = kPrefillKeys / 2;  // registers of one thread
 inline constexpr int kRowsPerThread = 2;
-inline constexpr int kProducerRegisters = 88, kConsumerRegisters = 208;
+inline constexpr int kProducerRegisters = 104, kConsumerRegisters = 200;
 inline constexpr float kRaiseBy = 8.0f;  // in base-2 units
 
 struct PrefillCount {
