@@ -99,15 +99,15 @@ struct DecodeWarp {
         largest = bits > largest ? bits : largest;
       }
     }
-    const float scale = p.query == Query::kFp8 ? fp8_query_scale(warp_max(largest, 4)) : 1.0f;
-    factor = score_factor(p, scale);
+    const QueryScale scale = fp8_query_scale(warp_max(largest, 4));
+    factor = score_factor(p, kTerms == 1 ? scale.scale : 1.0f);
 #pragma unroll
     for (int s = 0; s < kDepthSteps; ++s) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) pack_query(scale, value[s][2 * half], value[s][2 * half + 1], s, half);
     }
   }
-  TILEWRIGHT_DEVICE void pack_query(float scale, float a, float b, int s, int half) {
+  TILEWRIGHT_DEVICE void pack_query(const QueryScale& scale, float a, float b, int s, int half) {
     if constexpr (kTerms == 1) {
       const uint16_t pair = hopper::pack_e4m3x2(fp8_query(a, scale), fp8_query(b, scale));
       q[s][half] = hopper::pack_bf16x2(hopper::to_float(hopper::e4m3{static_cast<uint8_t>(pair)}),
