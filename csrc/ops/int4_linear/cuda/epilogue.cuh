@@ -2,7 +2,7 @@
 // From a consumer's totals to y: joining the pieces of a split tile, scales of tokens, bias, and rows of features.
 #pragma once
 
-#include "ops/int4_linear/cuda/matrix.cuh"
+#include "ops/int4_linear/cuda/resident.cuh"
 
 namespace tilewright::int4_linear {
 
@@ -179,9 +179,11 @@ TILEWRIGHT_DEVICE void finish_segment(const MatrixParams& p, const Shared<C>& sh
   float* staging = shared.staging + (C::kTurns ? 0 : consumer * C::kStagingTokens * kStagingPitch);
   const int64_t token = static_cast<int64_t>(segment.tile % p.token_tiles) * C::kTokens;
   float* scales = shared.scales + consumer * C::kTokens;
-  consumer_sync(consumer);   // those of the tile before are no longer read
-  const int thread = static_cast<int>(threadIdx.x) % 128;
-  if (thread < C::kTokens) scales[thread] = token + thread < p.m ? p.x_scales[token + thread] : 0.0f;
+  if constexpr (!C::kResident) {
+    consumer_sync(consumer);  // those of the tile before are no longer read
+    const int thread = static_cast<int>(threadIdx.x) % 128;
+    if (thread < C::kTokens) scales[thread] = token + thread < p.m ? p.x_scales[token + thread] : 0.0f;
+  }
 #pragma unroll
   for (int b = 0; b < C::kBlocks; ++b) {
     const int64_t feature = static_cast<int64_t>(first + b) * Int4Hopper::kRows;
@@ -209,6 +211,7 @@ TILEWRIGHT_DEVICE void consume(const MatrixParams& p, const Shared<C>& shared, i
   const int block = cluster_index<C>();
   Segment segment{};
   bool waited = !p.overlap;
+  if constexpr (C::kResident) round_tokens(p, shared);
   Ring ring;
   for (uint32_t index[1] = {0}; segment_of(p.work, block, static_cast<int>(index[0]), segment); ++index[0]) {
     const int here = p.row_blocks - first_row_block<C>(p, segment.tile) - (C::kTurns ? 0 : consumer * C::kBlocks);
@@ -218,7 +221,11 @@ TILEWRIGHT_DEVICE void consume(const MatrixParams& p, const Shared<C>& shared, i
       continue;
     }
     float totals[C::kBlocks][C::kRegisters] = {};
-    multiply_segment<C>(p, shared, segment, ring, totals, consumer, here);
+    if constexpr (C::kTurns) {
+      multiply_turns<C>(p, shared, segment, ring, totals[0], consumer);
+    } else {
+      multiply_rows<C>(p, shared, segment, ring, totals, consumer, here);
+    }
     // Nothing of the segment stays in registers beside the products: it is worked out again.
     hopper::keep(index);
     segment_of(p.work, block, static_cast<int>(index[0]), segment);
@@ -246,7 +253,7 @@ template <class C>
 __global__ void __launch_bounds__(kMatrixThreads, 1) int4_fp8_kernel(const __grid_constant__ MatrixParams p) {
   const Shared<C> shared(p);
   if (threadIdx.x == 0) {
-    hopper::prefetch(p.x);
+    if constexpr (!C::kResident) hopper::prefetch(p.x);
     for (int stage = 0; stage < p.stages; ++stage) {
       hopper::init(shared.full[stage], 1);
       hopper::init(shared.empty[stage], C::kReleases);

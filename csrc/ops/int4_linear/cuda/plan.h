@@ -17,7 +17,7 @@ namespace tilewright::int4_linear {
 
 inline constexpr int kConsumers = 2;  // warpgroups that multiply; one more loads
 inline constexpr int kMatrixThreads = 128 * (kConsumers + 1);
-inline constexpr int kMaxStages = 40;
+inline constexpr int kMaxStages = 48;
 inline constexpr int kStagingTokens = 32;  // tokens that the epilogue turns around at once
 inline constexpr int kStagingPitch = 68;  // floats of 64 rows, padded: a warp's stores touch every bank once
 
@@ -36,6 +36,9 @@ constexpr int staging_floats(int token_tile) {
   const int staging = (token_tile < kStagingTokens ? token_tile : kStagingTokens) * kStagingPitch;
   return (takes_turns(token_tile) ? staging + 64 * token_tile : kConsumers * staging) + kConsumers * token_tile;
 }
+
+inline constexpr int kResidentTokens = 4;  // at most: rounding them in every block costs less than a kernel before
+inline constexpr int kFewestStages = 8;  // what two batches of a consumer that takes turns span
 
 // Signed: sign-and-magnitude codes. Unsigned: codes 0..15 and a correction by the sums of x. Fold: e4m3(q * scale).
 enum class Form : uint8_t { kSigned = 0, kUnsigned = 1, kFold = 2 };
@@ -81,6 +84,7 @@ constexpr bool segment_of(const Work& work, int block, int index, Segment& segme
 struct DevicePlan {
   Form form;
   bool fine;  // scales change within 128 columns: the partial sum is taken up every 32, or 16
+  bool resident;  // the kernel rounds the tokens itself
   int token_tile;  // tokens of a tile: N of the instruction
   int group_blocks;  // 64-row blocks that a consumer warpgroup multiplies by the same tokens
   int token_tiles, row_tiles;
@@ -121,7 +125,7 @@ inline void divide_work(DevicePlan& plan, int k_tiles, int multiprocessors) {
   work.blocks = std::min(work.tiles, most);
   work.run = work.longer = 0;
   const int left = work.tiles % most;
-  if (left == 0) return;
+  if (left == 0 || plan.resident) return;
   const int units = left * k_tiles;
   const int blocks = std::min(units, most);
   if (blocks < most && work.tiles > left) return;  // every block's run must hold a unit
@@ -156,20 +160,36 @@ inline void choose_tile(DevicePlan& plan, int64_t m) {
   }
 }
 
-inline DevicePlan choose_device_plan(int64_t m, const format::Int4HopperView& weight, bool fold, int multiprocessors) {
+namespace detail {
+
+// As many stages as fit beside the rest.
+inline void divide_memory(DevicePlan& plan, const format::Int4HopperView& weight) {
+  constexpr int kMaxShared = 232448, kBarriers = 1024;
+  const int sums = plan.form == Form::kUnsigned ? weight.subs() * plan.token_tile * 4 : 0;
+  const int tokens = plan.token_tile * format::Int4Hopper::kCols;
+  plan.stage_bytes = plan.blocks_of_tile() * static_cast<int>(weight.chunk_bytes) + sums + (plan.resident ? 0 : tokens);
+  const int64_t beside = staging_floats(plan.token_tile) * 4 + kBarriers + (plan.resident ? weight.tiles * tokens : 0);
+  plan.stages = static_cast<int>(std::clamp<int64_t>((kMaxShared - beside) / plan.stage_bytes, 0, kMaxStages));
+  plan.shared_bytes = static_cast<int>(plan.stages * plan.stage_bytes + beside);
+}
+
+}  // namespace detail
+
+// `rounds`: x itself is there, so that the kernel may round it.
+inline DevicePlan choose_device_plan(int64_t m, const format::Int4HopperView& weight, bool fold, bool rounds,
+                                     int multiprocessors) {
   DevicePlan plan{};
   plan.form = form_of(weight, fold);
   plan.fine = weight.sub != format::Int4Hopper::kCols;
   choose_tile(plan, m);
   plan.token_tiles = static_cast<int>(ceil_div(m, plan.token_tile));
   plan.row_tiles = static_cast<int>(ceil_div(weight.blocks, plan.blocks_of_tile()));
-  const int sums = plan.form == Form::kUnsigned ? weight.subs() * plan.token_tile * 4 : 0;
-  plan.stage_bytes =
-      plan.blocks_of_tile() * static_cast<int>(weight.chunk_bytes) + plan.token_tile * format::Int4Hopper::kCols + sums;
-  const int staging = staging_floats(plan.token_tile) * 4;
-  constexpr int kMaxShared = 232448, kBarriers = 1024;
-  plan.stages = std::min(kMaxStages, (kMaxShared - staging - kBarriers) / plan.stage_bytes);
-  plan.shared_bytes = plan.stages * plan.stage_bytes + staging + kBarriers;
+  plan.resident = rounds && m <= kResidentTokens && plan.token_tile == 8;
+  detail::divide_memory(plan, weight);
+  if (plan.resident && plan.stages < 2 * kFewestStages) {  // a very long row
+    plan.resident = false;
+    detail::divide_memory(plan, weight);
+  }
   detail::divide_work(plan, static_cast<int>(weight.tiles), multiprocessors);
   return plan;
 }
