@@ -120,34 +120,6 @@ TILEWRIGHT_DEVICE void take_up(float (&total)[C::kRegisters], const float (&part
   }
 }
 
-// One chunk whose 128 columns share a scale: four steps into one partial sum. next() is called while they are under way.
-template <class C, class Next>
-TILEWRIGHT_DEVICE void multiply_coarse(const MatrixParams& p, const char* chunk, const char* tokens, const float* sums,
-                                       float (&total)[C::kRegisters], Words& words, int thread, const Next& next) {
-  float part[C::kRegisters];
-  uint32_t a[4][4];
-  const Scale scale = load_scale<C>(p, chunk, 0, thread);
-  Table tables[2] = {};
-  if constexpr (C::kForm == Form::kFold) {
-    tables[0] = fold_table(scale.scale.low);
-    tables[1] = fold_table(scale.scale.high);
-  }
-#pragma unroll
-  for (int step = 0; step < 4; ++step) decode<C>(a[step], words, step, tables);
-#pragma unroll
-  for (int step = 0; step < 4; ++step) hopper::keep(a[step]);
-  hopper::wgmma_fence();
-#pragma unroll
-  for (int step = 0; step < 4; ++step) {
-    C::Product::run(part, a[step], C::Tokens::k_major(tokens, 0, 32 * step), step != 0);
-  }
-  hopper::wgmma_commit();
-  next();
-  hopper::wgmma_wait<0>();
-  hopper::keep(part);
-  take_up<C>(total, part, scale, sums, thread);
-}
-
 // One product of 32 columns (or of the half of them that the operand leaves) and its scale.
 template <class C>
 TILEWRIGHT_DEVICE void multiply_step(const char* tokens, int step, uint32_t (&a)[4], const Scale& scale,
@@ -203,50 +175,134 @@ TILEWRIGHT_DEVICE void release(const Shared<C>& shared, int stage) {
   }
 }
 
-// A segment: the totals of a consumer's blocks over the columns [128 first, 128 last). Of the blocks, `here` exist, at
-// least one; the last of those stands in for one that does not.
+// --- Many tokens: each consumer has rows of its own.
+//
+// Left to themselves the consumers fall into step: both multiply, each at half the rate, then both add, and the matrix unit
+// waits. So they multiply by turns. One passes the turn on when two of its four products are done: the other's are there
+// when the last one ends, and the first adds up its partial sums and decodes its next words beside them.
+
+// A consumer's turns: it waits for `phase` of its barrier, which the other's four warps end.
+struct Turns {
+  int consumer;
+  uint32_t phase;
+
+  // The first turn is that of the first consumer, whose barrier's phase before the first one counts as over.
+  TILEWRIGHT_DEVICE explicit Turns(int c) : consumer(c), phase(c == 0 ? 1 : 0) {}
+};
+
+// A wait that loops, not a named barrier: the compiler moves no sums past it into the time that the matrix unit is held.
+template <class C>
+TILEWRIGHT_DEVICE void take_turn(const Shared<C>& shared, Turns& turns) {
+  if constexpr (!C::kOrdered) return;
+  hopper::wait(shared.turn[turns.consumer], turns.phase);
+  turns.phase ^= 1;
+}
+template <class C>
+TILEWRIGHT_DEVICE void pass_turn(const Shared<C>& shared, const Turns& turns) {
+  if constexpr (!C::kOrdered) return;
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) hopper::arrive(shared.turn[1 - turns.consumer]);
+}
+
+// What a chunk's products need: register operands of its steps [first, last), from words and (fold) the scale.
+template <class C, int First, int Last>
+TILEWRIGHT_DEVICE void decode_steps(uint32_t (&a)[4][4], const Words& words, const Scale& scale) {
+  Table tables[2] = {};
+  if constexpr (C::kForm == Form::kFold) {
+    tables[0] = fold_table(scale.scale.low);
+    tables[1] = fold_table(scale.scale.high);
+  }
+#pragma unroll
+  for (int step = First; step < Last; ++step) {
+    decode<C>(a[step], words, step, tables);
+    hopper::keep(a[step]);
+  }
+}
+
+// The four products of a chunk, in two groups.
+template <class C>
+TILEWRIGHT_DEVICE void issue_products(float (&part)[C::kRegisters], uint32_t (&a)[4][4], const char* tokens) {
+  const hopper::Descriptor first = C::Tokens::k_major(tokens, 0, 0);
+  hopper::wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    C::Product::run(part, a[step], first.advanced(32 * step), step != 0);
+    if (step % 2 == 1) hopper::wgmma_commit();
+  }
+}
+
+// A segment of weights whose 128 columns share a scale: the totals of a consumer's blocks over the columns
+// [128 first, 128 last). Of the blocks, `here` exist, at least one; the last of those stands in for one that does not.
 template <class C>
 TILEWRIGHT_DEVICE void multiply_rows(const MatrixParams& p, const Shared<C>& shared, const Segment& segment, Ring ring,
-                                     float (&totals)[C::kBlocks][C::kRegisters], int consumer, int here) {
+                                     float (&totals)[C::kBlocks][C::kRegisters], Turns& turns, int here) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
   const int to_next = here > 1 ? p.chunk_bytes : 0;
-  const auto chunk_of = [&](int stage, int b) {
-    return shared.chunk_of(p, stage, consumer * C::kBlocks) + b * to_next;
-  };
   Words words;
+  Scale ahead_scale;
+  uint32_t a[4][4];
+  float part[C::kRegisters];
+  const auto load_chunk = [&](int stage, int b) {
+    const char* chunk = shared.chunk_of(p, stage, turns.consumer * C::kBlocks) + b * to_next;
+    load_words(words, chunk, thread);
+    ahead_scale = load_scale<C>(p, chunk, 0, thread);
+  };
   hopper::wait(shared.full[ring.stage], ring.phase);
-  load_words(words, chunk_of(ring.stage, 0), thread);
+  load_chunk(ring.stage, 0);
+  decode_steps<C, 0, 4>(a, words, ahead_scale);
   for (int k = segment.first; k < segment.last; ++k) {
     Ring ahead = ring;
     ahead.advance(p.stages);
-    const char* tokens = shared.tokens_of(ring.stage, k);
-    const float* sums = shared.sums_of(ring.stage);
 #pragma unroll
     for (int b = 0; b < C::kBlocks; ++b) {
-      const auto load_next = [&] {
-        if (b + 1 < C::kBlocks) {
-          load_words(words, chunk_of(ring.stage, b + 1), thread);
-        } else if (k + 1 < segment.last) {
-          hopper::wait(shared.full[ahead.stage], ahead.phase);
-          load_words(words, chunk_of(ahead.stage, 0), thread);
-        }
-      };
-      if constexpr (C::kFine) {
-        multiply_fine<C>(p, chunk_of(ring.stage, b), tokens, sums, totals[b], words, thread);
-        load_next();
-      } else {
-        multiply_coarse<C>(p, chunk_of(ring.stage, b), tokens, sums, totals[b], words, thread, load_next);
+      const Scale scale = ahead_scale;
+      take_turn(shared, turns);
+      issue_products<C>(part, a, shared.tokens_of(ring.stage, k));
+      if (b + 1 < C::kBlocks) {
+        load_chunk(ring.stage, b + 1);
+      } else if (k + 1 < segment.last) {
+        hopper::wait(shared.full[ahead.stage], ahead.phase);
+        load_chunk(ahead.stage, 0);
       }
+      hopper::wgmma_wait<1>();
+      pass_turn(shared, turns);
+#pragma unroll
+      for (int step = 0; step < 2; ++step) hopper::keep(a[step]);  // read until here
+      decode_steps<C, 0, 2>(a, words, ahead_scale);
+      hopper::wgmma_wait<0>();
+      hopper::keep(part);
+      decode_steps<C, 2, 4>(a, words, ahead_scale);
+      take_up<C>(totals[b], part, scale, shared.sums_of(ring.stage), thread);
     }
     release(shared, ring.stage);
     ring = ahead;
   }
 }
 
+// The same where scales change within 128 columns.
+template <class C>
+TILEWRIGHT_DEVICE void multiply_fine_rows(const MatrixParams& p, const Shared<C>& shared, const Segment& segment,
+                                          Ring ring, float (&total)[C::kRegisters], int consumer) {
+  const int thread = static_cast<int>(threadIdx.x) % 128;
+  for (int k = segment.first; k < segment.last; ++k, ring.advance(p.stages)) {
+    Words words;
+    hopper::wait(shared.full[ring.stage], ring.phase);
+    const char* chunk = shared.chunk_of(p, ring.stage, consumer);
+    load_words(words, chunk, thread);
+    multiply_fine<C>(p, chunk, shared.tokens_of(ring.stage, k), shared.sums_of(ring.stage), total, words, thread);
+    release(shared, ring.stage);
+  }
+}
+
 // A segment of which this consumer has no rows.
 template <class C>
-TILEWRIGHT_DEVICE void pass_segment(const MatrixParams& p, const Shared<C>& shared, const Segment& segment, Ring ring) {
+TILEWRIGHT_DEVICE void pass_segment(const MatrixParams& p, const Shared<C>& shared, const Segment& segment, Ring ring,
+                                    Turns& turns) {
   for (int k = segment.first; k < segment.last; ++k) {
+    for (int b = 0; b < C::kBlocks; ++b) {
+      take_turn(shared, turns);
+      pass_turn(shared, turns);
+    }
     hopper::wait(shared.full[ring.stage], ring.phase);
     release(shared, ring.stage);
     ring.advance(p.stages);
@@ -287,25 +343,15 @@ TILEWRIGHT_DEVICE void multiply_batch(const MatrixParams& p, const Shared<C>& sh
   }
 #pragma unroll
   for (int j = 0; j < Count; ++j) {
-    Table tables[2] = {};
-    if constexpr (C::kForm == Form::kFold) {
-      tables[0] = fold_table(scales[j].scale.low);
-      tables[1] = fold_table(scales[j].scale.high);
-    }
-#pragma unroll
-    for (int step = 0; step < 4; ++step) decode<C>(a[j][step], words[j], step, tables);
-#pragma unroll
-    for (int step = 0; step < 4; ++step) hopper::keep(a[j][step]);
+    decode_steps<C, 0, 4>(a[j], words[j], scales[j]);
   }
   hopper::wgmma_fence();
   at = ring;
 #pragma unroll
   for (int j = 0; j < Count; ++j, at.advance(p.stages)) {
-    const char* tokens = shared.tokens_of(at.stage, k + j);
+    const hopper::Descriptor tokens = C::Tokens::k_major(shared.tokens_of(at.stage, k + j), 0, 0);
 #pragma unroll
-    for (int step = 0; step < 4; ++step) {
-      C::Product::run(parts[j], a[j][step], C::Tokens::k_major(tokens, 0, 32 * step), step != 0);
-    }
+    for (int step = 0; step < 4; ++step) C::Product::run(parts[j], a[j][step], tokens.advanced(32 * step), step != 0);
     hopper::wgmma_commit();
   }
   take_up_batch<C, Count>(total, parts, scales, sums, thread);

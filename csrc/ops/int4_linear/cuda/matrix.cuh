@@ -28,12 +28,18 @@ struct Config {
   static constexpr int kRegisters = N / 2;  // of one 64 x N accumulator
   static constexpr bool kTurns = takes_turns(N);
   static constexpr int kTileBlocks = tile_blocks(N, Blocks);
+  static constexpr bool kOrdered = !kTurns && !Fine;  // consumers multiply one after the other
   static constexpr int kCluster = cluster_blocks(Blocks);
   static constexpr int kReleases = (kTurns ? 4 : 4 * kConsumers) * kCluster;  // warps that use a stage
   static constexpr int kStagingTokens = N < int4_linear::kStagingTokens ? N : int4_linear::kStagingTokens;
   using Tokens = hopper::Tile<hopper::e4m3, N, Int4Hopper::kCols, hopper::Swizzle::k128>;
   using Product = hopper::Wgmma<hopper::e4m3, hopper::e4m3, N>;
 };
+
+// Named barriers; 0 is the block's.
+inline constexpr int kConsumerBarrier = 1;  // each consumer has its own
+inline constexpr int kHandOverBarrier = kConsumerBarrier + kConsumers;  // two
+inline constexpr int kRoundBarrier = kHandOverBarrier + 2;
 
 struct MatrixParams {
   hopper::TensorMap x;  // codes, boxes of 128 columns by kTokens
@@ -65,6 +71,7 @@ struct Shared {
   float* scales;  // [kConsumers][kTokens] of the tokens of the tile that is written
   hopper::Barrier* full;
   hopper::Barrier* empty;
+  hopper::Barrier* turn;  // [kConsumers]: a consumer may multiply
   int32_t* joined;  // [kConsumers]: pieces of a tile that were there before this block's
   int weight_bytes, sum_bytes;  // of a stage
 
@@ -78,7 +85,8 @@ struct Shared {
     scales = staging + staging_floats(C::kTokens) - kConsumers * C::kTokens;
     full = reinterpret_cast<hopper::Barrier*>(scales + kConsumers * C::kTokens);
     empty = full + kMaxStages;
-    joined = reinterpret_cast<int32_t*>(empty + kMaxStages);
+    turn = empty + kMaxStages;
+    joined = reinterpret_cast<int32_t*>(turn + kConsumers);
   }
   // 128 columns of the tokens: those of a stage, or of a place in the row.
   TILEWRIGHT_DEVICE char* tokens_of(int stage, int k) const {

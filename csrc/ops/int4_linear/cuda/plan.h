@@ -101,22 +101,26 @@ struct DevicePlan {
 
 namespace detail {
 
-// Microseconds on an H100, near enough to choose between two ways of cutting. A unit is 128 columns of a tile: bound by
-// the matrix unit, or by what one multiprocessor can take in. All of them together are bound by the memory. Joining pieces
-// costs a round trip to the second-level cache and their bytes.
-inline double unit_time(const DevicePlan& plan) {
+// Microseconds on an H100, near enough to choose between ways of cutting. A unit is 128 columns of a tile. It is bound by
+// the matrix unit, by what one multiprocessor can take in, or by what all the busy ones take from the second-level cache.
+inline double unit_time(const DevicePlan& plan, int busy_blocks) {
   const double rows = plan.blocks_of_tile() * 64.0;
-  return std::max(rows * plan.token_tile * 128 / 4096 / 1500, (rows * 66 + plan.token_tile * 128) / 70e3);
+  const double weights = rows * 66, tokens = plan.token_tile * 128.0;
+  const double cached = (weights + tokens / plan.cluster()) * busy_blocks * plan.cluster() / 5.0e6;
+  return std::max({rows * plan.token_tile * 128 / 4096 / 1500, (weights + tokens) / 70e3, cached});
 }
+// The weights of some tiles come from memory once.
 inline double memory_time(const DevicePlan& plan, int tiles) {
   return static_cast<double>(tiles) / plan.token_tiles * plan.work.k_tiles * plan.cluster() * plan.blocks_of_tile() *
          64 * 66 / 2.8e6;
 }
+// Pieces make a round trip to the second-level cache, with their bytes.
 inline double join_time(const DevicePlan& plan, int blocks) {
   return 2.0 + 2.0 * blocks * plan.cluster() * static_cast<double>(plan.piece_floats()) * 4 / 4.0e6;
 }
 
-inline void divide_work(DevicePlan& plan, int k_tiles, int multiprocessors) {
+// Shares the tiles out among the blocks, and gives the time that it may take.
+inline double divide_work(DevicePlan& plan, int k_tiles, int multiprocessors) {
   Work& work = plan.work;
   const int most = std::max(1, multiprocessors / plan.cluster());
   work.tiles = static_cast<int>(ceil_div(plan.row_tiles, plan.cluster())) * plan.token_tiles;  // far below 2^31
@@ -125,42 +129,22 @@ inline void divide_work(DevicePlan& plan, int k_tiles, int multiprocessors) {
   work.blocks = std::min(work.tiles, most);
   work.run = work.longer = 0;
   const int left = work.tiles % most;
-  if (left == 0 || plan.resident) return;
+  const double full = work.tiles / most * k_tiles * unit_time(plan, most);
+  if (left == 0) return full;
+  const double memory = memory_time(plan, left);
+  const double whole = full + std::max(memory, k_tiles * unit_time(plan, left));
   const int units = left * k_tiles;
   const int blocks = std::min(units, most);
-  if (blocks < most && work.tiles > left) return;  // every block's run must hold a unit
-  const double memory = memory_time(plan, left);
-  const double whole = std::max(memory, k_tiles * unit_time(plan));
-  const double split = std::max(memory, static_cast<double>(ceil_div(units, blocks)) * unit_time(plan));
-  if (split + join_time(plan, blocks) >= whole) return;
+  if (plan.resident || (blocks < most && work.tiles > left)) return whole;  // every block's run must hold a unit
+  const double split = full + join_time(plan, blocks) +
+                       std::max(memory, static_cast<double>(ceil_div(units, blocks)) * unit_time(plan, blocks));
+  if (split >= whole) return whole;
   work.split_tiles = left;
   work.blocks = blocks;
   work.run = units / blocks;
   work.longer = units % blocks;
+  return split;
 }
-
-}  // namespace detail
-
-inline Form form_of(const format::Int4HopperView& weight, bool fold) {
-  if (fold) return Form::kFold;
-  return weight.signed_codes ? Form::kSigned : Form::kUnsigned;
-}
-
-// The tile sizes that kernels exist for.
-inline void choose_tile(DevicePlan& plan, int64_t m) {
-  const bool main_form = plan.form == Form::kSigned && !plan.fine;
-  plan.group_blocks = 1;
-  if (m <= 16) {
-    plan.token_tile = main_form && m <= 8 ? 8 : 16;
-  } else if (main_form && m <= 64) {
-    plan.token_tile = m <= 32 ? 32 : 64;
-  } else {
-    plan.token_tile = 128;
-    if (plan.form != Form::kUnsigned && !plan.fine && m > 128) plan.group_blocks = 2;
-  }
-}
-
-namespace detail {
 
 // As many stages as fit beside the rest.
 inline void divide_memory(DevicePlan& plan, const format::Int4HopperView& weight) {
@@ -173,7 +157,28 @@ inline void divide_memory(DevicePlan& plan, const format::Int4HopperView& weight
   plan.shared_bytes = static_cast<int>(plan.stages * plan.stage_bytes + beside);
 }
 
+// Everything that follows from the tile; gives the time that it may take.
+inline double complete(DevicePlan& plan, int64_t m, const format::Int4HopperView& weight, int multiprocessors) {
+  plan.token_tiles = static_cast<int>(ceil_div(m, plan.token_tile));
+  plan.row_tiles = static_cast<int>(ceil_div(weight.blocks, plan.blocks_of_tile()));
+  divide_memory(plan, weight);
+  return divide_work(plan, static_cast<int>(weight.tiles), multiprocessors);
+}
+
 }  // namespace detail
+
+inline Form form_of(const format::Int4HopperView& weight, bool fold) {
+  if (fold) return Form::kFold;
+  return weight.signed_codes ? Form::kSigned : Form::kUnsigned;
+}
+
+// The number of tokens of a tile, among those that kernels exist for.
+inline int choose_token_tile(const DevicePlan& plan, int64_t m) {
+  const bool main_form = plan.form == Form::kSigned && !plan.fine;
+  if (m <= 16) return main_form && m <= 8 ? 8 : 16;
+  if (main_form && m <= 64) return m <= 32 ? 32 : 64;
+  return 128;
+}
 
 // `rounds`: x itself is there, so that the kernel may round it.
 inline DevicePlan choose_device_plan(int64_t m, const format::Int4HopperView& weight, bool fold, bool rounds,
@@ -181,16 +186,19 @@ inline DevicePlan choose_device_plan(int64_t m, const format::Int4HopperView& we
   DevicePlan plan{};
   plan.form = form_of(weight, fold);
   plan.fine = weight.sub != format::Int4Hopper::kCols;
-  choose_tile(plan, m);
-  plan.token_tiles = static_cast<int>(ceil_div(m, plan.token_tile));
-  plan.row_tiles = static_cast<int>(ceil_div(weight.blocks, plan.blocks_of_tile()));
+  plan.token_tile = choose_token_tile(plan, m);
+  plan.group_blocks = 1;
   plan.resident = rounds && m <= kResidentTokens && plan.token_tile == 8;
-  detail::divide_memory(plan, weight);
+  const double one = detail::complete(plan, m, weight, multiprocessors);
   if (plan.resident && plan.stages < 2 * kFewestStages) {  // a very long row
     plan.resident = false;
-    detail::divide_memory(plan, weight);
+    detail::complete(plan, m, weight, multiprocessors);
   }
-  detail::divide_work(plan, static_cast<int>(weight.tiles), multiprocessors);
+  if (plan.token_tile == 128 && plan.form != Form::kUnsigned && !plan.fine) {
+    DevicePlan wide = plan;
+    wide.group_blocks = 2;
+    if (detail::complete(wide, m, weight, multiprocessors) < one) return wide;
+  }
   return plan;
 }
 

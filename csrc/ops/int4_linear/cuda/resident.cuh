@@ -9,7 +9,6 @@
 namespace tilewright::int4_linear {
 
 inline constexpr int kAllConsumers = 128 * kConsumers;
-inline constexpr int kRoundBarrier = 3 + kConsumers;  // a named barrier of theirs
 
 // The largest magnitude of the thread's columns of each token; infinite where something is not finite.
 template <class T>
