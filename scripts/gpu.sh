@@ -67,7 +67,8 @@ repeat_step() {
 }
 
 bench_step() {
-  "$PYTHON" -m bench.cuda.run --seconds "${BENCH_SECONDS:-30}" --output "$OUT/bench.jsonl" 2>&1 | tee "$OUT/bench.log" || failed=1
+  "$PYTHON" -m bench.cuda.run --seconds "${BENCH_SECONDS:-30}" ${BENCH_OUTPUT:+--output "$BENCH_OUTPUT"} 2>&1 |
+    tee "$OUT/bench.log" || failed=1
 }
 
 native || exit 1

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -37,22 +39,38 @@ def clones(packed: PackedTernary) -> list[PackedTernary]:
     return [PackedTernary(packed.data.clone(), packed.shape, packed.format, packed.scale) for _ in range(count)]
 
 
+@dataclass(frozen=True)
+class Weights:
+    """One matrix in every form that is compared, as often as a cache cannot hold it."""
+
+    packed: list[PackedTernary]
+    bfloat16: list[torch.Tensor]
+    int8: list[torch.Tensor]
+
+
+@functools.lru_cache(maxsize=1)
+def weights(rows: int, columns: int) -> Weights:
+    values = torch.randint(-1, 2, (rows, columns), dtype=torch.int8)
+    packed, narrow = pack_ternary(values, "mma2", scale=0.02).to("cuda"), values.cuda()
+    wide = narrow.to(torch.bfloat16)
+    return Weights(
+        clones(packed),
+        [wide.clone() for _ in range(copies(wide.numel() * 2))],
+        [narrow.clone() for _ in range(copies(narrow.numel()))],
+    )
+
+
 def methods(tokens: int, rows: int, columns: int) -> Methods:
-    weight = torch.randint(-1, 2, (rows, columns), dtype=torch.int8)
-    packed = clones(pack_ternary(weight, "mma2", scale=0.02).to("cuda"))
+    w = weights(rows, columns)
     codes = torch.randint(-127, 128, (tokens, columns), dtype=torch.int8, device="cuda")
     x = torch.randn(tokens, columns, dtype=torch.bfloat16, device="cuda")
-    wide = weight.cuda().to(torch.bfloat16)
-    plain = [wide.clone() for _ in range(copies(wide.numel() * 2))]
     found: Methods = {
-        "tilewright": turns(lambda w: ops.ternary_matmul(codes, w), packed),
-        "tilewright linear": turns(lambda w: ops.ternary_linear(x, w), packed),
-        "torch bf16": turns(lambda w: x @ w.T, plain),
+        "tilewright": turns(lambda packed: ops.ternary_matmul(codes, packed), w.packed),
+        "tilewright linear": turns(lambda packed: ops.ternary_linear(x, packed), w.packed),
+        "torch bf16": turns(lambda wide: x @ wide.T, w.bfloat16),
     }
     if tokens >= LEAST_INT_MM_TOKENS:
-        narrow = weight.cuda()
-        eight_bits = [narrow.clone() for _ in range(copies(narrow.numel()))]
-        found["torch _int_mm"] = turns(lambda w: torch._int_mm(codes, w.T), eight_bits)
+        found["torch _int_mm"] = turns(lambda narrow: torch._int_mm(codes, narrow.T), w.int8)
     return found
 
 

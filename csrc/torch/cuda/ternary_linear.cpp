@@ -61,7 +61,7 @@ struct Exchange {
   void give(kernels::Problem& problem) const {
     if (!partial.has_value()) return;
     problem.partial = mutable_data<int32_t>(*partial);
-    problem.tickets = static_cast<uint32_t*>(tickets->mutable_data_ptr());
+    problem.tickets = mutable_data<uint32_t>(*tickets);
   }
 };
 
@@ -85,7 +85,7 @@ Tensor ternary_matmul(const Tensor& x, const Tensor& data_, int64_t out_features
       .m = m,
       .n = out_features,
       .k = k,
-      .out = {.y = y.mutable_data_ptr(), .element = kernels::Element::kInt32},
+      .out = {.y = mutable_data<char>(y), .element = kernels::Element::kInt32},
   };
   exchange.give(problem);
   kernels::launch_matmul(problem, plan, false, stream_of(x));
@@ -119,14 +119,14 @@ Quantized quantize(const Tensor& x, int64_t m, int64_t k, const Exchange* exchan
   const bool tickets = exchange != nullptr && exchange->tickets.has_value();
   kernels::launch_quantize(
       {
-          .x = x.const_data_ptr(),
+          .x = data<char>(x),
           .element = element_of(x.scalar_type()),
           .m = m,
           .k = k,
           .codes = mutable_data<int8_t>(out.codes),
           .stride = stride,
           .scales = mutable_data<float>(out.scales),
-          .tickets = tickets ? static_cast<uint32_t*>(exchange->tickets->mutable_data_ptr()) : nullptr,
+          .tickets = tickets ? mutable_data<uint32_t>(*exchange->tickets) : nullptr,
           .ticket_count = tickets ? exchange->tickets->numel() : 0,
       },
       stream_of(x));
@@ -159,7 +159,7 @@ Tensor ternary_linear_cuda(const Tensor& x, const Tensor& data_, const Tensor& s
       .m = m,
       .n = out_features,
       .k = k,
-      .out = {.y = y.mutable_data_ptr(),
+      .out = {.y = mutable_data<char>(y),
               .element = element_of(y.scalar_type()),
               .token_scales = data<float>(tokens.scales),
               .weight_scales = data<float>(weight_scales),

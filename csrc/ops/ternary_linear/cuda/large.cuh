@@ -145,7 +145,9 @@ struct Large {
     }
   }
 
+  // This warp has read its weights and waited for the products that read the tokens.
   static TILEWRIGHT_DEVICE void release(int stage) {
+    __syncwarp();
     if (threadIdx.x % 32 == 0) hopper::arrive(shared().empty[stage]);
   }
 
@@ -218,30 +220,30 @@ struct Large {
     return true;
   }
 
-  static TILEWRIGHT_DEVICE void store(const LargeParams& params, const Item& item, const Sums& sums) {
-    const Problem& p = params.problem;
+  template <Element kElement>
+  static TILEWRIGHT_DEVICE void store_as(const Problem& p, const Item& item, const Sums& sums) {
     const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32;
-    const bool scaled = p.out.element != Element::kInt32;
 #pragma unroll
     for (int s = 0; s < kSubtiles; ++s) {
       const int64_t n = (item.row_block + group() * kSubtiles + s) * TernaryMma2::kRowsPerBlock +
                         thread / 32 * TernaryMma2::kRowsPerPanel + lane / 4 * 2;
       if (n >= p.n) continue;
-      const bool has_second = n + 1 < p.n, paired = has_second && p.n % 2 == 0;
-      float weight[2] = {0.0f, 0.0f};
-      if (scaled) {
-        weight[0] = p.out.weight_scales[n * p.out.weight_scale_step];
-        if (has_second) weight[1] = p.out.weight_scales[(n + 1) * p.out.weight_scale_step];
-      }
+      const RowPair pair = row_pair(p, n);
 #pragma unroll
       for (int i = 0; i < Product::kRegisters / 2; ++i) {
         const int64_t token = item.token + i / 2 * 8 + lane % 4 * 2 + i % 2;
-        if (token >= p.m) continue;
-        const float token_scale = scaled ? p.out.token_scales[token] : 0.0f;
-        const float scale[2] = {token_scale * weight[0], token_scale * weight[1]};
         const int at = i / 2 * 4 + i % 2;
-        store_pair(p.out, token * p.n + n, n, sums[s][at], sums[s][at + 2], scale, paired, has_second);
+        if (token < p.m) store_pair<kElement>(p, pair, token, sums[s][at], sums[s][at + 2]);
       }
+    }
+  }
+  static TILEWRIGHT_DEVICE void store(const LargeParams& params, const Item& item, const Sums& sums) {
+    const Problem& p = params.problem;
+    switch (p.out.element) {
+      case Element::kInt32: return store_as<Element::kInt32>(p, item, sums);
+      case Element::kFloat: return store_as<Element::kFloat>(p, item, sums);
+      case Element::kBFloat16: return store_as<Element::kBFloat16>(p, item, sums);
+      case Element::kHalf: return store_as<Element::kHalf>(p, item, sums);
     }
   }
 

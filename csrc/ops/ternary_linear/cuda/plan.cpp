@@ -12,7 +12,7 @@ using format::TernaryMma2;
 // Shared memory of the small kernel: activations, one row of 16 more bytes each so that the rows of a fragment lie in
 // different banks, and the sums of every warp.
 int small_shared_bytes(int64_t m, int64_t k) {
-  const int64_t groups = ceil_div(m, 8);
+  const int64_t groups = ceil_div(std::max<int64_t>(m, 1), 8);
   const int64_t chunks = std::min<int64_t>(TernaryMma2::chunks(k), kSmallPhaseChunks / groups);
   return static_cast<int>(m * (chunks * TernaryMma2::kColsPerChunk + 16) +
                           kSmallWarps * TernaryMma2::kRowsPerPanel * 8 * groups * 4);

@@ -150,14 +150,7 @@ struct Small {
       }
       const int64_t n = (static_cast<int64_t>(blockIdx.x) * params.panels + panel) * TernaryMma2::kRowsPerPanel + row;
       if (n >= p.n) continue;
-      const bool has_second = n + 1 < p.n;
-      float scale[2] = {0.0f, 0.0f};
-      if (p.out.element != Element::kInt32) {
-        const float token_scale = p.out.token_scales[token];
-        scale[0] = token_scale * p.out.weight_scales[n * p.out.weight_scale_step];
-        if (has_second) scale[1] = token_scale * p.out.weight_scales[(n + 1) * p.out.weight_scale_step];
-      }
-      store_pair(p.out, token * p.n + n, n, first, second, scale, has_second && p.n % 2 == 0, has_second);
+      store_pair(p, row_pair(p, n), token, first, second);
     }
   }
 };
