@@ -94,6 +94,7 @@ def make(
 def run(device: Device, inputs: Inputs, mode: Any = "chunk") -> tuple[Tensor, Tensor]:
     """Output and final state, back on the CPU."""
     x = inputs.map(device.tensor)
+    device.seed(inputs.q.shape[1] % len(device.seeds))
     with torch.no_grad():
         o, state = linear_attention(
             x.q,
@@ -236,6 +237,25 @@ def test_a_long_sequence_of_few_heads_is_cut(device: Device) -> None:
     # Two roundings of the same numbers.
     assert relative(o, whole.cpu()) <= 2 * BOUNDS[torch.bfloat16]
     assert relative(final, state.cpu()) <= 2 * BOUNDS[torch.bfloat16]
+
+
+def test_long_sequences_go_in_stretches(device: Device) -> None:
+    if device.is_emulator:
+        pytest.skip("a stretch has a gigabyte of memory")
+    inputs = make("delta", "channel", 20000, heads=64, key=128, value=64, strength=0.01)
+    x = inputs.map(device.tensor)
+    # A packed sequence has all the memory that it needs.
+    packed = replace(x, cu_seqlens=torch.tensor([0, 20000], device="cuda"))
+    results = []
+    for call in (x, packed):
+        o, state = linear_attention(
+            call.q, call.k, call.v, beta=call.beta, g=call.g, rule="delta", output_final_state=True,
+            initial_state=call.initial_state, cu_seqlens=call.cu_seqlens,
+        )  # fmt: skip
+        assert state is not None
+        results.append((o, state))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
 
 
 @pytest.mark.parametrize("decay", ["head", "token", "channel"])
