@@ -87,8 +87,11 @@ void launch_matmul(const Problem& problem, const DevicePlan& plan, bool follows,
 }
 
 void launch_quantize(const Quantize& problem, hopper::Stream stream) {
-  const hopper::Grid grid{
-      .blocks = {problem.m}, .threads = kQuantizeThreads, .shared_bytes = kQuantizeThreads / 32 * 4, .stream = stream};
+  const hopper::Grid grid{.blocks = {problem.m},
+                          .threads = kQuantizeThreads,
+                          .shared_bytes = kQuantizeThreads / 32 * 4,
+                          .stream = stream,
+                          .overlap = true};
   switch (problem.element) {
     case Element::kBFloat16: return hopper::launch(quantize_kernel<hopper::bf16>, grid, problem);
     case Element::kHalf: return hopper::launch(quantize_kernel<hopper::f16>, grid, problem);

@@ -37,7 +37,7 @@ struct Small {
 
   struct Warp {
     const uint8_t* weights;  // this thread's 16 bytes of chunk 0
-    int64_t chunks;  // of all columns
+    int chunks;  // of all columns
     int slot, slots;  // this warp takes chunks slot, slot + slots, ...
     hopper::U128 ahead[kAhead];
     int32_t acc[kSums][kGroups][4];
@@ -52,8 +52,8 @@ struct Small {
     return hopper::shared_memory() + kSmallHeaderBytes + chunk * TokenTile::kBytes;
   }
 
-  static TILEWRIGHT_DEVICE hopper::U128 load(const Warp& warp, int64_t chunk) {
-    return hopper::load_16_streaming(warp.weights + chunk * TernaryMma2::kBytesPerChunk);
+  static TILEWRIGHT_DEVICE hopper::U128 load(const Warp& warp, int chunk) {
+    return hopper::load_16_streaming(warp.weights + int64_t{chunk} * TernaryMma2::kBytesPerChunk);
   }
 
   // Panels past the last, of blocks that only fill a cluster, repeat it.
@@ -63,7 +63,7 @@ struct Small {
     const int64_t wanted = static_cast<int64_t>(blockIdx.x) * params.panels + index % params.panels;
     const int64_t last = (p.n - 1) / TernaryMma2::kRowsPerPanel;
     const int64_t panel = wanted < last ? wanted : last;
-    warp.chunks = TernaryMma2::chunks(p.k);
+    warp.chunks = static_cast<int>(TernaryMma2::chunks(p.k));
     warp.weights = p.payload + panel / TernaryMma2::kPanels * TernaryMma2::block_bytes(p.k) +
                    panel % TernaryMma2::kPanels * TernaryMma2::kBytesPerPanel + lane * 16;
     warp.slot = index / params.panels;
@@ -84,7 +84,7 @@ struct Small {
   static TILEWRIGHT_DEVICE void load_ahead(Warp& warp) {
 #pragma unroll
     for (int u = 0; u < kAhead; ++u) {
-      const int64_t chunk = warp.slot + u * warp.slots;
+      const int chunk = warp.slot + u * warp.slots;
       warp.ahead[u] = chunk < warp.chunks ? load(warp, chunk) : hopper::U128{};
     }
   }
@@ -100,12 +100,12 @@ struct Small {
   }
 
   // `count` chunks of the tokens' columns from chunk `first` on to shared memory, phase after phase.
-  static TILEWRIGHT_DEVICE void stage(const SmallParams& params, int64_t first, int count, uint32_t phase) {
+  static TILEWRIGHT_DEVICE void stage(const SmallParams& params, int first, int count, uint32_t phase) {
     if (threadIdx.x == 0) {
       hopper::arrive_expect(full(), static_cast<uint32_t>(count) * TokenTile::kBytes);
       const int rank = params.cluster > 1 ? hopper::cluster_rank() : 0;
       for (int c = rank; c < count; c += params.cluster) {
-        const int column = static_cast<int>(first + c) * TernaryMma2::kColsPerChunk;
+        const int column = (first + c) * TernaryMma2::kColsPerChunk;
         if (params.cluster > 1) {
           const auto blocks = static_cast<uint16_t>((1u << params.cluster) - 1u);
           hopper::load_tile_multicast(tokens_of(c), params.tokens, full(), blocks, column, 0);
@@ -141,16 +141,16 @@ struct Small {
   }
 
   // Chunks [first, last) of the columns, in shared memory. At most 64: sums stay within 64 * 128 * 8192 = 2^26.
-  static TILEWRIGHT_DEVICE void walk(Warp& warp, int64_t first, int64_t last) {
-    for (int64_t base = first + warp.slot; base < last; base += kAhead * warp.slots) {
+  static TILEWRIGHT_DEVICE void walk(Warp& warp, int first, int last) {
+    for (int base = first + warp.slot; base < last; base += kAhead * warp.slots) {
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
-        const int64_t chunk = base + u * warp.slots;
+        const int chunk = base + u * warp.slots;
         if (chunk >= last) break;
         const hopper::U128 words = warp.ahead[u];
-        const int64_t next = chunk + kAhead * warp.slots;
+        const int next = chunk + kAhead * warp.slots;
         if (next < warp.chunks) warp.ahead[u] = load(warp, next);
-        multiply(warp, words, tokens_of(static_cast<int>(chunk - first)));
+        multiply(warp, words, tokens_of(chunk - first));
       }
     }
 #pragma unroll
@@ -203,18 +203,18 @@ __global__ void __launch_bounds__(kSmallWarps * 32, 2) small_kernel(const __grid
   using Kernel = Small<kGroups>;
   typename Kernel::Warp warp;
   Kernel::begin(params, warp);
+  Kernel::begin_barrier(params);  // before any load: the cluster's barrier would wait for it
   if (params.weights_first) Kernel::load_ahead(warp);
-  Kernel::begin_barrier(params);
   hopper::wait_for_previous_kernel();
   hopper::allow_next_kernel();
   if (!params.weights_first) Kernel::load_ahead(warp);
 
   uint32_t phase = 0;
-  for (int64_t first = 0; first < warp.chunks; first += params.phase_chunks) {
-    const int64_t last = first + params.phase_chunks < warp.chunks ? first + params.phase_chunks : warp.chunks;
+  for (int first = 0; first < warp.chunks; first += params.phase_chunks) {
+    const int last = first + params.phase_chunks < warp.chunks ? first + params.phase_chunks : warp.chunks;
     // All blocks have read the last phase's tokens before any block's copy replaces them.
     if (first > 0) params.cluster > 1 ? hopper::cluster_sync() : __syncthreads();
-    Kernel::stage(params, first, static_cast<int>(last - first), phase);
+    Kernel::stage(params, first, last - first, phase);
     Kernel::walk(warp, first, last);
     phase ^= 1;
   }
