@@ -48,7 +48,7 @@ void launch_small(const Problem& problem, const DevicePlan& plan, bool follows, 
 }
 
 template <int kTokens, int kSubtiles>
-void launch_large(const Problem& problem, const DevicePlan& plan, hopper::Stream stream) {
+void launch_large(const Problem& problem, const DevicePlan& plan, bool follows, hopper::Stream stream) {
   const LargeParams params{
       .problem = problem,
       .tokens = tokens_map(problem, kTokens),
@@ -56,6 +56,7 @@ void launch_large(const Problem& problem, const DevicePlan& plan, hopper::Stream
       .token_tiles = plan.token_tiles,
       .splits = plan.splits,
       .chunks = TernaryMma2::chunks(problem.k),
+      .weights_first = follows,
   };
   const hopper::Grid grid{.blocks = {plan.blocks},
                           .threads = Large<kTokens, kSubtiles>::kThreads,
@@ -80,10 +81,10 @@ void launch_matmul(const Problem& problem, const DevicePlan& plan, bool follows,
     }
     return;
   }
-  if (plan.tile_tokens == 32) return launch_large<32, 1>(problem, plan, stream);
-  if (plan.tile_tokens == 64) return launch_large<64, 1>(problem, plan, stream);
-  if (plan.subtiles == 1) return launch_large<128, 1>(problem, plan, stream);
-  launch_large<128, 2>(problem, plan, stream);
+  if (plan.tile_tokens == 32) return launch_large<32, 1>(problem, plan, follows, stream);
+  if (plan.tile_tokens == 64) return launch_large<64, 1>(problem, plan, follows, stream);
+  if (plan.subtiles == 1) return launch_large<128, 1>(problem, plan, follows, stream);
+  launch_large<128, 2>(problem, plan, follows, stream);
 }
 
 void launch_quantize(const Quantize& problem, hopper::Stream stream) {
