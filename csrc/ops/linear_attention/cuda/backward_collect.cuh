@@ -405,12 +405,7 @@ class Collector {
  private:
   static TILEWRIGHT_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
   static TILEWRIGHT_DEVICE int group() { return static_cast<int>(threadIdx.x) / kGroup; }
-  // Read anew: addresses made of it are made where they are used, not kept in registers from one loop to the next.
-  static TILEWRIGHT_DEVICE int in_group() {
-    uint32_t thread[1] = {threadIdx.x};
-    hopper::keep(thread);
-    return static_cast<int>(thread[0] % kGroup);
-  }
+  static TILEWRIGHT_DEVICE int in_group() { return fresh_thread() % kGroup; }
 
   // before and written: this thread's sums of dg's terms and of k o dK_write over the heads up to here.
   TILEWRIGHT_DEVICE void add_head(const Chunk& chunk, int head, char* keys, Sums<kKey>& sums, float (&before)[2],
