@@ -244,10 +244,11 @@ def test_long_sequences_go_in_stretches(device: Device) -> None:
         pytest.skip("a stretch has a gigabyte of memory")
     tokens, heads = 18000, 64
     rng = torch.Generator("cuda").manual_seed(0)
-    q, k, v = (
-        torch.randn(1, tokens, heads, size, generator=rng, device="cuda", dtype=torch.bfloat16)
-        for size in (128, 128, 64)
-    )
+
+    def normal(size: int) -> Tensor:
+        return torch.randn(1, tokens, heads, size, generator=rng, device="cuda", dtype=torch.bfloat16)
+
+    q, k, v = normal(128), normal(128), normal(64)
     k = torch.nn.functional.normalize(k, dim=-1)
     g = -0.01 * torch.rand(1, tokens, heads, 128, generator=rng, device="cuda")
     results = []
