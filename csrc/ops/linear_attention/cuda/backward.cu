@@ -35,14 +35,8 @@ void launch_as(const ChunkBackward& p, hopper::Stream stream) {
                               .stream = stream},
                  params);
   const int64_t columns = p.sequences.count * p.value_heads * p.slices();
-  hopper::launch(states_kernel<T, kKey, kDelta>,
-                 hopper::Grid{.blocks = {columns, 1, 1},
-                              .threads = kSweepThreads,
-                              .shared_bytes = StatesShared<T, kKey>::kBytes,
-                              .stream = stream},
-                 params);
-  hopper::launch(reverse_kernel<T, kKey, kDelta>,
-                 hopper::Grid{.blocks = {columns, 1, 1},
+  hopper::launch(sweeps_kernel<T, kKey, kDelta>,
+                 hopper::Grid{.blocks = {2 * columns, 1, 1},
                               .threads = kSweepThreads,
                               .shared_bytes = ReverseShared<T, kKey>::kBytes,
                               .stream = stream},

@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 // The gradient on tensor cores: 16-bit inputs, keys of up to 128 channels, a decay a token or none.
 //
-// Four kernels over chunks of 64 tokens (A, P, E as in the room's README, D = diag(beta)):
+// Three kernels over chunks of 64 tokens (A, P, E as in the room's README, D = diag(beta)):
 //   prepare   every chunk: running sums of g, P, and X = A (I + D A)^-1, from which W = R - X D R and dY = dU - X^T D dU
-//   states    first chunk to last: W, and the state before each chunk
-//   reverse   last chunk to first: dY, and the gradient of the state behind each chunk
+//   sweeps    first chunk to last: W, and the state before each chunk; at the same time, in other blocks, last chunk to
+//             first: dY, and the gradient of the state behind each chunk
 //   collect   every chunk: E, N and from them dq, dk, dv, dbeta, dg
-// Only `states` and `reverse` are sequential. Columns of the state are independent, so a warpgroup holds 64 of them for all
+// Only `sweeps` is sequential. Columns of the state are independent, so a warpgroup holds 64 of them for all
 // keys and needs no other: the state's transpose is the accumulator of one product and the register operand of the next.
 #pragma once
 

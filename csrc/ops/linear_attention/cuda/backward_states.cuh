@@ -111,26 +111,21 @@ TILEWRIGHT_DEVICE void fragments(const float (&d)[N], uint32_t (&a)[N / 8][4]) {
   for (int step = 0; step < N / 8; ++step) fragment<T>(d, step, a[step]);
 }
 
-// R^T, then W^T, in d.
+// d = R^T becomes W^T = R^T - (R^T D) X^T; read = S^T K^T.
 template <class T, int kKey>
-TILEWRIGHT_DEVICE void correct(const uint32_t (&state)[kKey / 16][4], char* stage, int rows, int thread,
+TILEWRIGHT_DEVICE void correct(const Factors& f, const float (&read)[kChunk / 2], char* inverse, int thread,
                                float (&d)[kChunk / 2]) {
-  using Shared = StatesShared<T, kKey>;
   using Pairs = typename Tiles<T, kKey>::Pairs;
-  const Factors f{reinterpret_cast<const float*>(stage + Shared::kFactors)};
-  float read[kChunk / 2];
-  hopper::wgmma_fence();
-  read_state<T, kKey>(state, stage + Shared::kKeys, read);
-  hopper::wgmma_commit();
-  load_values<T, kKey>(stage + Shared::kValues, rows, thread, d);
-  hopper::wgmma_wait<0>();
-  hopper::keep(read);
   float scaled[kChunk / 2];
 #pragma unroll
-  for (int i = 0; i < kChunk / 2; ++i) {
+  for (int i = 0; i < kChunk / 2; i += 4) {
     const int token = hopper::accumulator_col(thread, i);
-    d[i] -= f.into(token) * read[i];
-    scaled[i] = -f.beta(token) * d[i];
+    const float2 into = f.intos(token), beta = f.betas(token);
+#pragma unroll
+    for (int x = 0; x < 4; ++x) {
+      d[i + x] -= (x % 2 == 0 ? into.x : into.y) * read[i + x];
+      scaled[i + x] = -(x % 2 == 0 ? beta.x : beta.y) * d[i + x];
+    }
   }
   uint32_t a[kChunk / 16][4];
   fragments<T>(scaled, a);
@@ -138,7 +133,7 @@ TILEWRIGHT_DEVICE void correct(const uint32_t (&state)[kKey / 16][4], char* stag
   hopper::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kChunk / 16; ++step) {
-    hopper::Wgmma<T, T, kChunk>::run(d, a[step], Pairs::k_major(stage + Shared::kInverse, 0, 16 * step), true);
+    hopper::Wgmma<T, T, kChunk>::run(d, a[step], Pairs::k_major(inverse, 0, 16 * step), true);
   }
   hopper::wgmma_commit();
   hopper::wgmma_wait<0>();
@@ -175,6 +170,12 @@ TILEWRIGHT_DEVICE void send(void* to, const char* tile, int bytes, int thread) {
   }
 }
 
+// The same without a tile to send.
+TILEWRIGHT_DEVICE void await_sent(int thread) {
+  if (thread == 0) hopper::store_wait<0>();
+  hopper::named_sync(1, kGroup);
+}
+
 // In a packed batch the rows behind a sequence are the next one's: nothing of them may reach a product.
 template <class Tile>
 TILEWRIGHT_DEVICE void clear_tail(char* tile, int rows, int thread) {
@@ -184,6 +185,28 @@ TILEWRIGHT_DEVICE void clear_tail(char* tile, int rows, int thread) {
   hopper::named_sync(1, kGroup);
 }
 
+// Starts S^T = whole S^T + (d diag(onto beta)) K.
+template <class T, int kKey>
+TILEWRIGHT_DEVICE void start_update(const Factors& f, char* keys, int thread, float (&d)[kChunk / 2],
+                                    uint32_t (&a)[kChunk / 16][4], float (&state)[kKey / 2]) {
+#pragma unroll
+  for (int i = 0; i < kChunk / 2; i += 4) {
+    const int token = hopper::accumulator_col(thread, i);
+    const float2 onto = f.ontos(token), beta = f.betas(token);
+#pragma unroll
+    for (int x = 0; x < 4; ++x) d[i + x] *= x % 2 == 0 ? onto.x * beta.x : onto.y * beta.y;
+  }
+  fragments<T>(d, a);
+  const float whole = f.whole();
+#pragma unroll
+  for (int i = 0; i < kKey / 2; ++i) state[i] *= whole;
+  hopper::keep(state);
+  hopper::wgmma_fence();
+  write_state<T, kKey>(a, keys, state);
+  hopper::wgmma_commit();
+}
+
+// Tiles are sent off while a product runs: the barrier that this takes then costs nothing.
 template <class T, int kKey, bool kDelta>
 TILEWRIGHT_DEVICE void sweep_states(const ChunkBackward& p, const Column& at, char* shared, Ring& ring) {
   using Shared = StatesShared<T, kKey>;
@@ -197,57 +220,36 @@ TILEWRIGHT_DEVICE void sweep_states(const ChunkBackward& p, const Column& at, ch
     const Factors f{reinterpret_cast<const float*>(stage + Shared::kFactors)};
     const int64_t pair = pair_of(p, at.sequence.place + c, at.head);
     const int rows = at.rows(c);
-    uint32_t before[kKey / 16][4];
+    uint32_t before[kKey / 16][4], writing[kChunk / 16][4];
+    float writes[kChunk / 2], read[kChunk / 2];
     fragments<T>(state, before);
     stage_state<T, kKey>(before, shared + Shared::kState, thread);
-    send(slice_of(p, p.states, pair, at.slice, kKey), shared + Shared::kState, All::State::kBytes, thread);
     hopper::wait(ring.full[turn.stage], turn.phase);
     clear_tail<typename All::Keys>(stage + Shared::kKeys, rows, thread);
-    float writes[kChunk / 2];
     if constexpr (kDelta) {
-      correct<T, kKey>(before, stage, rows, thread, writes);
+      hopper::wgmma_fence();
+      read_state<T, kKey>(before, stage + Shared::kKeys, read);
+      hopper::wgmma_commit();
+    }
+    load_values<T, kKey>(stage + Shared::kValues, rows, thread, writes);
+    send(slice_of(p, p.states, pair, at.slice, kKey), shared + Shared::kState, All::State::kBytes, thread);
+    if constexpr (kDelta) {
+      hopper::wgmma_wait<0>();
+      hopper::keep(read);
+      correct<T, kKey>(f, read, stage + Shared::kInverse, thread, writes);
       stage_rows<T, kKey>(writes, shared + Shared::kErrors, thread);
+    }
+    start_update<T, kKey>(f, stage + Shared::kKeys, thread, writes, writing, state);
+    if constexpr (kDelta) {
       send(slice_of(p, p.errors, pair, at.slice, kSlice), shared + Shared::kErrors, All::Values::kBytes, thread);
     } else {
-      load_values<T, kKey>(stage + Shared::kValues, rows, thread, writes);
-      // The tile of the state is free only behind a barrier, which the delta rule has in the middle.
-      if (thread == 0) hopper::store_wait<0>();
-      hopper::named_sync(1, kGroup);
+      await_sent(thread);
     }
-#pragma unroll
-    for (int i = 0; i < kChunk / 2; ++i) {
-      const int token = hopper::accumulator_col(thread, i);
-      writes[i] *= f.onto(token) * f.beta(token);
-    }
-    uint32_t a[kChunk / 16][4];
-    fragments<T>(writes, a);
-    const float whole = f.whole();
-#pragma unroll
-    for (int i = 0; i < kKey / 2; ++i) state[i] *= whole;
-    hopper::keep(state);
-    hopper::wgmma_fence();
-    write_state<T, kKey>(a, stage + Shared::kKeys, state);
-    hopper::wgmma_commit();
     hopper::wgmma_wait<0>();
     hopper::keep(state);
     release(ring.empty[turn.stage]);
   }
   if (thread == 0) hopper::store_wait<0>();
-}
-
-template <class T, int kKey, bool kDelta>
-__global__ void __launch_bounds__(kSweepThreads, 1) states_kernel(const __grid_constant__ Params params) {
-  using Shared = StatesShared<T, kKey>;
-  char* shared = hopper::shared_memory();
-  auto& ring = *reinterpret_cast<Ring*>(shared + Shared::kRing);
-  const Column at = column_of(params.p);
-  if (threadIdx.x == 0) ring.start();
-  __syncthreads();
-  if (threadIdx.x >= kGroup) {
-    if (threadIdx.x == kGroup) load_states_stages<T, kKey, kDelta>(params, at, shared, ring);
-  } else {
-    sweep_states<T, kKey, kDelta>(params.p, at, shared, ring);
-  }
 }
 
 }  // namespace tilewright::linear_attention::cuda::backward

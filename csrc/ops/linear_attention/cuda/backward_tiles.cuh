@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the four kernels of the gradient share: tiles, fragments, where scratch lies.
+// What the kernels of the gradient share: tiles, fragments, where scratch lies.
 #pragma once
 
 #include "hopper/hopper.h"
@@ -38,6 +38,10 @@ struct Factors {
   TILEWRIGHT_DEVICE float into(int i) const { return at[kChunk + i]; }
   TILEWRIGHT_DEVICE float onto(int i) const { return at[2 * kChunk + i]; }
   TILEWRIGHT_DEVICE float beta(int i) const { return at[3 * kChunk + i]; }
+  // Of tokens i and i + 1, i even.
+  TILEWRIGHT_DEVICE float2 intos(int i) const { return *reinterpret_cast<const float2*>(at + kChunk + i); }
+  TILEWRIGHT_DEVICE float2 ontos(int i) const { return *reinterpret_cast<const float2*>(at + 2 * kChunk + i); }
+  TILEWRIGHT_DEVICE float2 betas(int i) const { return *reinterpret_cast<const float2*>(at + 3 * kChunk + i); }
   TILEWRIGHT_DEVICE float whole() const { return into(kChunk - 1); }  // rows without a token decay nothing
 };
 
@@ -126,9 +130,8 @@ struct Column {
   TILEWRIGHT_DEVICE int64_t token(int chunk) const { return sequence.first + static_cast<int64_t>(chunk) * kChunk; }
 };
 
-TILEWRIGHT_DEVICE Column column_of(const ChunkBackward& p) {
+TILEWRIGHT_DEVICE Column column_of(const ChunkBackward& p, int64_t block) {
   Column at;
-  int64_t block = blockIdx.x;
   at.slice = static_cast<int>(block % p.slices());
   block /= p.slices();
   at.head = static_cast<int>(block % p.value_heads);
