@@ -5,12 +5,17 @@
 //   R^T = V^T - S^T K^T diag(into)         W^T = R^T - (R^T D) X^T        S^T = whole S^T + (W^T diag(onto beta)) K
 #pragma once
 
+#include <type_traits>
+
 #include "ops/linear_attention/cuda/backward_tiles.cuh"
 
 namespace tilewright::linear_attention::cuda::backward {
 
 inline constexpr int kSweepThreads = kGroup + 32;
 inline constexpr int kStages = 2;
+
+template <bool kChannel>
+using SweepFactors = std::conditional_t<kChannel, ChannelFactors, Factors>;
 
 // A ring of stages between the warp that loads and the warpgroup that computes.
 struct Ring {
@@ -25,12 +30,13 @@ struct Ring {
   }
 };
 
-template <class T, int kKey>
+template <class T, int kKey, bool kChannel>
 struct StatesShared {
   using All = Tiles<T, kKey>;
-  // Of a stage.
+  // Of a stage. Keys that read the state, and keys that write to it: with a decay a token the same.
   static constexpr int kKeys = 0;
-  static constexpr int kInverse = kKeys + All::Keys::kBytes;
+  static constexpr int kWriters = kChannel ? kKeys + All::Keys::kBytes : kKeys;
+  static constexpr int kInverse = kWriters + All::Keys::kBytes;
   static constexpr int kValues = kInverse + All::Pairs::kBytes;
   static constexpr int kFactors = kValues + All::Values::kBytes;
   static constexpr int kStageBytes = kFactors + kFactorBytes;
@@ -42,9 +48,9 @@ struct StatesShared {
   static constexpr int kBytes = kRing + static_cast<int>(sizeof(Ring));
 };
 
-template <class T, int kKey, bool kDelta>
+template <class T, int kKey, bool kDelta, bool kChannel>
 TILEWRIGHT_DEVICE void load_states_stages(const Params& params, const Column& at, char* shared, Ring& ring) {
-  using Shared = StatesShared<T, kKey>;
+  using Shared = StatesShared<T, kKey, kChannel>;
   using All = Tiles<T, kKey>;
   const ChunkBackward& p = params.p;
   hopper::PipelineState<kStages> state;
@@ -52,11 +58,16 @@ TILEWRIGHT_DEVICE void load_states_stages(const Params& params, const Column& at
     char* stage = shared + state.stage * Shared::kStageBytes;
     Barrier& full = ring.full[state.stage];
     hopper::wait(ring.empty[state.stage], state.phase ^ 1);
-    hopper::arrive_expect(full,
-                          All::Keys::kBytes + All::Values::kBytes + kFactorBytes + (kDelta ? All::Pairs::kBytes : 0));
+    hopper::arrive_expect(full, (kChannel ? 2 : 1) * All::Keys::kBytes + All::Values::kBytes + kFactorBytes +
+                                    (kDelta ? All::Pairs::kBytes : 0));
     const int64_t pair = pair_of(p, at.sequence.place + c, at.head);
-    load_rows<typename All::Keys>(stage + Shared::kKeys, params.k, full, 0, at.head / (p.value_heads / p.heads),
-                                  at.token(c), at.sequence.batch);
+    if constexpr (kChannel) {
+      hopper::load_bulk(stage + Shared::kKeys, keys_of(p.keys_into, pair), All::Keys::kBytes, full);
+      hopper::load_bulk(stage + Shared::kWriters, keys_of(p.keys_onto, pair), All::Keys::kBytes, full);
+    } else {
+      load_rows<typename All::Keys>(stage + Shared::kKeys, params.k, full, 0, at.head / (p.value_heads / p.heads),
+                                    at.token(c), at.sequence.batch);
+    }
     load_rows<typename All::Values>(stage + Shared::kValues, params.v, full, at.slice * kSlice, at.head, at.token(c),
                                     at.sequence.batch);
     if constexpr (kDelta) {
@@ -112,8 +123,8 @@ TILEWRIGHT_DEVICE void fragments(const float (&d)[N], uint32_t (&a)[N / 8][4]) {
 }
 
 // d = R^T becomes W^T = R^T - (R^T D) X^T; read = S^T K^T.
-template <class T, int kKey>
-TILEWRIGHT_DEVICE void correct(const Factors& f, const float (&read)[kChunk / 2], char* inverse, int thread,
+template <class T, int kKey, class F>
+TILEWRIGHT_DEVICE void correct(const F& f, const float (&read)[kChunk / 2], char* inverse, int thread,
                                float (&d)[kChunk / 2]) {
   using Pairs = typename Tiles<T, kKey>::Pairs;
   float scaled[kChunk / 2];
@@ -186,8 +197,8 @@ TILEWRIGHT_DEVICE void clear_tail(char* tile, int rows, int thread) {
 }
 
 // Starts S^T = whole S^T + (d diag(onto beta)) K.
-template <class T, int kKey>
-TILEWRIGHT_DEVICE void start_update(const Factors& f, char* keys, int thread, float (&d)[kChunk / 2],
+template <class T, int kKey, class F>
+TILEWRIGHT_DEVICE void start_update(const F& f, char* keys, int thread, float (&d)[kChunk / 2],
                                     uint32_t (&a)[kChunk / 16][4], float (&state)[kKey / 2]) {
 #pragma unroll
   for (int i = 0; i < kChunk / 2; i += 4) {
@@ -197,9 +208,7 @@ TILEWRIGHT_DEVICE void start_update(const Factors& f, char* keys, int thread, fl
     for (int x = 0; x < 4; ++x) d[i + x] *= x % 2 == 0 ? onto.x * beta.x : onto.y * beta.y;
   }
   fragments<T>(d, a);
-  const float whole = f.whole();
-#pragma unroll
-  for (int i = 0; i < kKey / 2; ++i) state[i] *= whole;
+  decay_state(f, thread, state);
   hopper::keep(state);
   hopper::wgmma_fence();
   write_state<T, kKey>(a, keys, state);
@@ -207,9 +216,9 @@ TILEWRIGHT_DEVICE void start_update(const Factors& f, char* keys, int thread, fl
 }
 
 // Tiles are sent off while a product runs: the barrier that this takes then costs nothing.
-template <class T, int kKey, bool kDelta>
+template <class T, int kKey, bool kDelta, bool kChannel>
 TILEWRIGHT_DEVICE void sweep_states(const ChunkBackward& p, const Column& at, char* shared, Ring& ring) {
-  using Shared = StatesShared<T, kKey>;
+  using Shared = StatesShared<T, kKey, kChannel>;
   using All = Tiles<T, kKey>;
   const int thread = static_cast<int>(threadIdx.x);
   float state[kKey / 2];
@@ -217,7 +226,7 @@ TILEWRIGHT_DEVICE void sweep_states(const ChunkBackward& p, const Column& at, ch
   hopper::PipelineState<kStages> turn;
   for (int c = 0; c < at.chunks; ++c, turn.advance()) {
     char* stage = shared + turn.stage * Shared::kStageBytes;
-    const Factors f{reinterpret_cast<const float*>(stage + Shared::kFactors)};
+    const SweepFactors<kChannel> f{reinterpret_cast<const float*>(stage + Shared::kFactors)};
     const int64_t pair = pair_of(p, at.sequence.place + c, at.head);
     const int rows = at.rows(c);
     uint32_t before[kKey / 16][4], writing[kChunk / 16][4];
@@ -225,7 +234,7 @@ TILEWRIGHT_DEVICE void sweep_states(const ChunkBackward& p, const Column& at, ch
     fragments<T>(state, before);
     stage_state<T, kKey>(before, shared + Shared::kState, thread);
     hopper::wait(ring.full[turn.stage], turn.phase);
-    clear_tail<typename All::Keys>(stage + Shared::kKeys, rows, thread);
+    if constexpr (!kChannel) clear_tail<typename All::Keys>(stage + Shared::kKeys, rows, thread);
     if constexpr (kDelta) {
       hopper::wgmma_fence();
       read_state<T, kKey>(before, stage + Shared::kKeys, read);
@@ -239,7 +248,7 @@ TILEWRIGHT_DEVICE void sweep_states(const ChunkBackward& p, const Column& at, ch
       correct<T, kKey>(f, read, stage + Shared::kInverse, thread, writes);
       stage_rows<T, kKey>(writes, shared + Shared::kErrors, thread);
     }
-    start_update<T, kKey>(f, stage + Shared::kKeys, thread, writes, writing, state);
+    start_update<T, kKey>(f, stage + Shared::kWriters, thread, writes, writing, state);
     if constexpr (kDelta) {
       send(slice_of(p, p.errors, pair, at.slice, kSlice), shared + Shared::kErrors, All::Values::kBytes, thread);
     } else {
