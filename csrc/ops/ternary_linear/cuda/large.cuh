@@ -19,6 +19,7 @@ struct LargeParams {
   int64_t row_tiles, token_tiles;
   int splits;
   int64_t chunks;  // of 128 columns
+  bool weights_first;  // load weights before the previous kernel has ended
 };
 
 template <int kTokens, int kSubtiles>
@@ -81,26 +82,41 @@ struct Large {
     __syncthreads();
   }
 
-  // One thread keeps the ring full. Row blocks past N repeat the last one.
-  static TILEWRIGHT_DEVICE void produce(const LargeParams& params) {
+  // A stage is announced whole; its weights and its tokens then come one after the other. Row blocks past N repeat the last.
+  static TILEWRIGHT_DEVICE void load_weights(const LargeParams& params, const Item& item, int64_t chunk, int stage) {
     const Problem& p = params.problem;
     const int64_t block_bytes = params.chunks * TernaryMma2::kBytesPerChunk;
     const int64_t last_block = (p.n - 1) / TernaryMma2::kRowsPerBlock;
-    State state;
+    hopper::Barrier& full = shared().full[stage];
+    hopper::arrive_expect(full, kStageBytes);
+    for (int b = 0; b < kRowBlocks; ++b) {
+      const int64_t block = item.row_block + b < last_block ? item.row_block + b : last_block;
+      hopper::load_bulk(weights_of(stage) + b * TernaryMma2::kBytesPerChunk,
+                        p.payload + block * block_bytes + chunk * TernaryMma2::kBytesPerChunk,
+                        TernaryMma2::kBytesPerChunk, full);
+    }
+  }
+
+  // One thread keeps the ring full. The first round's weights need not wait for the kernel that makes the tokens.
+  static TILEWRIGHT_DEVICE void produce(const LargeParams& params) {
+    hopper::prefetch(params.tokens);
+    int64_t ahead = 0;
+    if (params.weights_first) {
+      const Item item = item_of(params, blockIdx.x);
+      for (; ahead < kStages && item.first_chunk + ahead < item.last_chunk; ++ahead) {
+        load_weights(params, item, item.first_chunk + ahead, static_cast<int>(ahead));
+      }
+    }
     hopper::wait_for_previous_kernel();
+    State state;
     for (int64_t index = blockIdx.x; index < items(params); index += gridDim.x) {
       const Item item = item_of(params, index);
-      for (int64_t chunk = item.first_chunk; chunk < item.last_chunk; ++chunk) {
-        hopper::Barrier& full = shared().full[state.stage];
-        hopper::wait(shared().empty[state.stage], state.phase ^ 1);
-        hopper::arrive_expect(full, kStageBytes);
-        for (int b = 0; b < kRowBlocks; ++b) {
-          const int64_t block = item.row_block + b < last_block ? item.row_block + b : last_block;
-          hopper::load_bulk(weights_of(state.stage) + b * TernaryMma2::kBytesPerChunk,
-                            p.payload + block * block_bytes + chunk * TernaryMma2::kBytesPerChunk,
-                            TernaryMma2::kBytesPerChunk, full);
+      for (int64_t chunk = item.first_chunk; chunk < item.last_chunk; ++chunk, --ahead) {
+        if (ahead <= 0) {
+          hopper::wait(shared().empty[state.stage], state.phase ^ 1);
+          load_weights(params, item, chunk, state.stage);
         }
-        hopper::load_tile(tokens_of(state.stage), params.tokens, full,
+        hopper::load_tile(tokens_of(state.stage), params.tokens, shared().full[state.stage],
                           static_cast<int>(chunk * TernaryMma2::kColsPerChunk), static_cast<int>(item.token));
         state.advance();
       }
