@@ -147,7 +147,10 @@ class Memory {
   const Tensor& boxes(const Tensor& tensor, ScalarType type) {
     const Tensor converted = torch::stable::to(tensor, type);
     bool fits = converted.stride(3) == 1 && reinterpret_cast<uintptr_t>(converted.const_data_ptr()) % 16 == 0;
-    for (int64_t d = 0; d < 3; ++d) fits = fits && (converted.size(d) == 1 || converted.stride(d) % 8 == 0);
+    for (int64_t d = 0; d < 3; ++d) {
+      const int64_t step = converted.stride(d);
+      fits = fits && (converted.size(d) == 1 || (step > 0 && step % 8 == 0));
+    }
     tensors_.push_back(fits ? converted : torch::stable::contiguous(converted));
     return tensors_.back();
   }
