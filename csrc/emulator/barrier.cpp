@@ -55,7 +55,13 @@ MBarrier& barrier_at(Block& block, const void* pointer, const char* what) {
   const uint32_t offset = shared_offset(block, pointer, 8, what);
   const auto at = block.barriers.find(offset);
   if (at == block.barriers.end()) {
-    kernel_error("%s: there is no barrier at shared byte %u; init() was not called for it", what, offset);
+    kernel_error("%s: there is no barrier at shared byte %u; init() was not called for it, or not yet", what, offset);
+  }
+  if (!knows(*current, at->second.made_by, at->second.made_at)) {
+    kernel_error(
+        "%s of the barrier at shared byte %u, but nothing orders its init() before this (no __syncthreads() "
+        "or cluster_sync() between)",
+        what, offset);
   }
   return at->second;
 }
@@ -77,6 +83,8 @@ void barrier_init(void* barrier, int arrivals) {
   MBarrier& state = block.barriers[offset];
   state.offset = offset;
   state.component = new_component(*block.cluster);
+  state.made_by = component_of(*current);
+  state.made_at = current->count;
   state.count = state.pending = arrivals;
 }
 
@@ -104,6 +112,12 @@ void barrier_arrive_cluster(void* barrier, int rank) {
     kernel_error(
         "arrive_cluster: block %d of the cluster has no barrier at shared byte %u (yet: a cluster_sync() after "
         "init is needed)",
+        rank, offset);
+  }
+  if (!knows(*current, at->second.made_by, at->second.made_at)) {
+    kernel_error(
+        "arrive_cluster: nothing orders the init() of block %d's barrier at shared byte %u before this (no "
+        "cluster_sync() between)",
         rank, offset);
   }
   arrive_at(target, at->second, current->thread + this_block().rank * kMaxThreads, 0);

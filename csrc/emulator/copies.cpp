@@ -114,6 +114,18 @@ void start_load(Block& block, std::vector<Chunk> chunks, uint32_t barrier, const
   block.cluster->flights.push_back(std::move(flight));
 }
 
+// The copy engine, and other blocks, see a barrier only once its init has been fenced and a barrier passed.
+void check_barrier(const MBarrier& barrier, const char* what) {
+  if (!barrier.fenced) {
+    kernel_error("%s on the barrier at shared byte %u, whose init() was not followed by fence_barrier_init()", what,
+                 barrier.offset);
+  }
+  if (!knows(*current, barrier.made_by, barrier.made_at)) {
+    kernel_error("%s on the barrier at shared byte %u, but nothing orders its init() before this", what,
+                 barrier.offset);
+  }
+}
+
 void check_rank(const Box& box, int rank) {
   if (box.rank != rank) kernel_error("%d coordinates for a tensor map of rank %d", rank, box.rank);
 }
@@ -143,9 +155,11 @@ void load_box(void* to, const Box& box, void* barrier, const int* coordinates, i
   for (size_t rank_to = 0; rank_to < cluster.blocks.size(); ++rank_to) {
     if (((mask >> rank_to) & 1u) == 0) continue;
     Block& target = *cluster.blocks[rank_to];
-    if (!target.barriers.contains(at_barrier)) {
+    const auto counted = target.barriers.find(at_barrier);
+    if (counted == target.barriers.end()) {
       kernel_error("load_tile: block %zu of the cluster has no barrier at shared byte %u", rank_to, at_barrier);
     }
+    check_barrier(counted->second, kWhat);
     start_load(target, chunks, at_barrier, kWhat);
   }
 }
@@ -157,6 +171,7 @@ void load_bulk(void* to, const void* from, uint32_t bytes, void* barrier) {
   check_place(to, bytes, 16, kWhat);
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) kernel_error("load_bulk from the misaligned address %p", from);
   MBarrier& state = barrier_at(this_block(), barrier, kWhat);
+  check_barrier(state, kWhat);
   check_global_range(from, bytes, false, kWhat);
   const uint32_t offset = shared_offset(this_block(), to, bytes, kWhat);
   start_load(this_block(), chunks_of_run(offset, static_cast<char*>(const_cast<void*>(from)), bytes), state.offset,

@@ -140,3 +140,31 @@ TILEWRIGHT_HOOK void __tsan_func_entry(void*) {}
 TILEWRIGHT_HOOK void __tsan_func_exit(void*) {}
 TILEWRIGHT_HOOK void __tsan_vptr_update(void**, void*) {}
 TILEWRIGHT_HOOK void __tsan_vptr_read(void**) {}
+
+// -fsanitize=alignment: the compiler takes vectors apart, so that their alignment shows only where a pointer is used.
+namespace tilewright::emulator {
+namespace {
+
+struct SourceLocation {
+  const char* file;
+  uint32_t line, column;
+};
+struct TypeDescriptor {
+  uint16_t kind, info;
+  char name[1];
+};
+struct TypeMismatch {
+  SourceLocation at;
+  const TypeDescriptor* type;
+  unsigned char log_alignment, check;
+};
+
+}  // namespace
+}  // namespace tilewright::emulator
+
+TILEWRIGHT_HOOK void __ubsan_handle_type_mismatch_v1(tilewright::emulator::TypeMismatch* data, void* pointer) {
+  using namespace tilewright::emulator;
+  if (watched == nullptr) return;
+  kernel_error("a %s at the misaligned address %p, a multiple of %u is needed (%s:%u)", data->type->name, pointer,
+               1u << data->log_alignment, data->at.file, data->at.line);
+}

@@ -160,6 +160,11 @@ void check_access(const void* pointer, size_t bytes, bool writes, const char* wh
 void check_read(const void* pointer, size_t bytes, const char* what) { check_access(pointer, bytes, false, what); }
 void check_write(void* pointer, size_t bytes, const char* what) { check_access(pointer, bytes, true, what); }
 
+void check_alignment(const void* pointer, size_t bytes, const char* what) {
+  if (reinterpret_cast<uintptr_t>(pointer) % bytes == 0) return;
+  kernel_error("%s at the misaligned address %p; a multiple of %zu is needed", what, pointer, bytes);
+}
+
 void check_global(const void* pointer, const char* what) {
   const Unwatched inside;
   const auto address = reinterpret_cast<uintptr_t>(pointer);
@@ -184,6 +189,7 @@ void check_atomic(void* pointer, size_t bytes) {
     read_shared(this_block(), at, static_cast<uint32_t>(bytes), "an atomic");
     write_shared(this_block(), at, static_cast<uint32_t>(bytes), "an atomic");
   }
+  check_readers(this_block(), at, static_cast<uint32_t>(bytes), "an atomic");
   for (size_t i = 0; i < bytes; ++i) shared.flags[offset + i] |= kAtomic;
   note_write(this_block(), at, static_cast<uint32_t>(bytes), true);
 }

@@ -23,12 +23,12 @@ void acquire(Fiber& fiber, const Clock& clock) {
   if (clock != nullptr) fiber.told = join(fiber.told, clock);
 }
 
-namespace {
-
 bool knows(const Fiber& fiber, size_t component, uint32_t count) {
   if (count == 0 || component == component_of(fiber)) return true;
   return fiber.told != nullptr && component < fiber.told->size() && (*fiber.told)[component] >= count;
 }
+
+namespace {
 
 std::string accessor(const Block& block, size_t component) {
   const auto threads = static_cast<size_t>(machine->shape.threads);
@@ -69,6 +69,16 @@ void check_order(Block& block, uint32_t offset, uint32_t bytes, bool writes, con
     if (writes && byte.reader != self && !knows(*current, byte.reader, byte.read_count)) {
       report_race(block, offset + i, writes, what);
     }
+  }
+}
+
+// Of an atomic, which needs no order with the atomic that wrote last, but does with plain reads.
+void check_readers(Block& block, uint32_t offset, uint32_t bytes, const char* what) {
+  const ByteHistory* history = block.shared.history.data() + offset;
+  for (uint32_t i = 0; i < bytes; ++i) {
+    if (knows(*current, history[i].reader, history[i].read_count)) continue;
+    kernel_error("race: %s writes shared byte %u, which %s reads, and nothing orders the two (no barrier between)",
+                 what, offset + i, accessor(block, history[i].reader).c_str());
   }
 }
 

@@ -160,6 +160,8 @@ struct MBarrier {
   std::vector<Fiber*> unseen;    // released by the last phase's end, not yet run since
   std::vector<int> who;          // threads that arrived in this phase
   size_t component = 0;          // of clocks
+  size_t made_by = 0;            // component of the thread that called init
+  uint32_t made_at = 0;          // and its count then
   Gathering released;            // in this phase
   Clock passed_on;               // by the end of the last one
 };
@@ -250,9 +252,11 @@ void finish_named(NamedBarrier& barrier, const Fiber* running = nullptr);
 // order.cpp
 size_t component_of(const Fiber& fiber);
 size_t new_component(Cluster& cluster);
+bool knows(const Fiber& fiber, size_t component, uint32_t count);
 void release(Fiber& fiber, Gathering& to);      // what it did so far is told to whoever takes from there
 void acquire(Fiber& fiber, const Clock& clock);
 void check_order(Block& block, uint32_t offset, uint32_t bytes, bool writes, const char* what);
+void check_readers(Block& block, uint32_t offset, uint32_t bytes, const char* what);
 void note_read(Block& block, uint32_t offset, uint32_t bytes);
 void note_write(Block& block, uint32_t offset, uint32_t bytes, bool generic);
 void thread_ends();

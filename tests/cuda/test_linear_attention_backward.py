@@ -239,6 +239,7 @@ def test_same_sign_inputs(device: Device, rule: str) -> None:
     assert_agrees(device, replace(inputs, **changed))
 
 
+@pytest.mark.sanitize
 def test_beta_of_zero_and_of_two(device: Device) -> None:
     inputs = make("delta", "token", 70, strength=0.1)
     assert inputs.beta is not None
@@ -302,6 +303,7 @@ def test_no_tokens(device: Device, rule: str) -> None:
         assert got["q"].shape == inputs.q.shape
 
 
+@pytest.mark.sanitize
 def test_strides_do_not_matter(device: Device) -> None:
     inputs = make("delta", "token", CHUNK + 1, heads=2, strength=0.1)
 

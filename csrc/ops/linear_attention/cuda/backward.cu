@@ -29,7 +29,7 @@ void launch_as(const ChunkBackward& p, hopper::Stream stream) {
                       map_of<T>(p.v, p.value_size, p.value_heads, p),
                       map_of<T>(p.d_out, p.value_size, p.value_heads, p)};
   hopper::launch(prepare_kernel<T, kKey, kDelta>,
-                 hopper::Grid{.blocks = {p.places() * p.value_heads, 1, 1},
+                 hopper::Grid{.blocks = {p.places() * p.heads, 1, 1},
                               .threads = kGroup,
                               .shared_bytes = PrepareShared<T, kKey>::kBytes,
                               .stream = stream},

@@ -100,6 +100,13 @@ TILEWRIGHT_DEVICE void load_rows(char* tile, const TensorMap& map, Barrier& barr
   }
 }
 
+// The thread's number, read anew: addresses made of it are made where they are used, not kept in registers between loops.
+TILEWRIGHT_DEVICE int fresh_thread() {
+  uint32_t thread[1] = {threadIdx.x};
+  hopper::keep(thread);
+  return static_cast<int>(thread[0] % 1024u);
+}
+
 // This warp has read a stage.
 TILEWRIGHT_DEVICE void release(Barrier& empty) {
   __syncwarp();

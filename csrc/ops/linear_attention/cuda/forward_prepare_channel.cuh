@@ -59,14 +59,14 @@ struct ChannelBlock {
         }
         sums(t)[channel] = sum;
       }
-      params.to.row(index)[3 * kChunk + channel] = exp2f(sum);
+      params.to.row(index)[kChunk + channel] = exp2f(sum);
     }
     if (threadIdx.x < kChunk) {
       const int t = static_cast<int>(threadIdx.x);
       float value = t < chunk.rows ? 1.0f : 0.0f;
       if (kDelta && t < chunk.rows) value = p.beta.row(chunk.batch, chunk.first + t, head)[0];
       beta()[t] = value;
-      params.to.row(index)[2 * kChunk + t] = value;
+      params.to.row(index)[t] = value;
     }
   }
 

@@ -51,4 +51,22 @@ bool flash_takes(const Shape& shape, const Options& options, int64_t query_rows,
 // Rows that belong to no sequence are not written.
 void flash_forward(const FlashForward& problem, const Sequences& sequences, hopper::Stream stream);
 
+// The same for the gradient, bf16 alone: factors of a gradient leave the range of f16.
+struct FlashBackward {
+  Shape shape;
+  Options options;
+  int64_t key_rows;
+  const void *q, *k, *v, *grad;  // grad: of o
+  const float* ridge;  // null for kGiven
+  const float* x;  // [N, HQ, K]
+  void *dq, *dk, *dv;  // rows that belong to no sequence are not written
+  float* dridge;  // null for kGiven
+  float* dx;  // [N, HQ, K] for kGiven, else null
+  float* u;  // [N, HQ, K], workspace; null for kGiven
+  void *rounded_x, *rounded_u;  // [N, HQ, K] in bf16, workspace
+  void* records;  // [HQ, N] of flash_record_floats() floats, workspace
+};
+int64_t flash_record_floats();
+void flash_backward(const FlashBackward& problem, const Sequences& sequences, hopper::Stream stream);
+
 }  // namespace tilewright::local_linear_attention::cuda
