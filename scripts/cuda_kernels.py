@@ -62,8 +62,8 @@ def run(*command: str, given: str | None = None) -> str:
 
 
 def short(demangled: str) -> str:
-    """The kernel's name with its template arguments, without namespaces and parameters."""
-    text = re.sub(r"\(anonymous namespace\)::|tilewright::(\w+::)?|hopper::", "", demangled)
+    """The kernel's room and name with its template arguments, without parameters and the namespaces all share."""
+    text = re.sub(r"\(anonymous namespace\)::|tilewright::|hopper::|cuda::", "", demangled)
     depth, end = 0, len(text)
     for i, letter in enumerate(text):
         depth += {"<": 1, ">": -1}.get(letter, 0)

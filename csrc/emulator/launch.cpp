@@ -84,6 +84,7 @@ void run_grid(const GridShape& shape, Body body, const void* call, const void* k
   }
   grid.running.clear();
   machine = nullptr;
+  forget_joins();
   spare_fibers = std::move(grid.spare_fibers);
   if (!grid.error.empty()) {
     throw std::runtime_error("emulator: " + kernel_name(kernel) + ": " + grid.error + " (seed " +

@@ -58,6 +58,7 @@ void registers_written(void* registers, size_t bytes);  // by an instruction, wh
 // A read or write that the kernel makes through a wrapper, checked like one that the compiler instruments.
 void check_read(const void* pointer, size_t bytes, const char* what);
 void check_write(void* pointer, size_t bytes, const char* what);
+void check_alignment(const void* pointer, size_t bytes, const char* what);
 void check_global(const void* pointer, const char* what);  // 16 bytes, global only
 
 void check_atomic(void* pointer, size_t bytes);

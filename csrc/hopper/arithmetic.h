@@ -8,6 +8,14 @@ namespace tilewright::hopper {
 
 #if defined(__CUDACC__)
 
+// (word & mask) | bits in one instruction, both constants kept in registers: left to itself the compiler takes two, with a
+// constant in each.
+TILEWRIGHT_DEVICE uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) {
+  uint32_t result;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));
+  return result;
+}
+
 // a - b in each half of a word, rounded to nearest even.
 TILEWRIGHT_DEVICE uint32_t sub_bf16x2(uint32_t a, uint32_t b) {
   uint32_t difference;
@@ -23,6 +31,8 @@ TILEWRIGHT_DEVICE float exp2_flushed(float x) {
 }
 
 #else
+
+TILEWRIGHT_DEVICE uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) { return (word & mask) | bits; }
 
 TILEWRIGHT_DEVICE uint32_t sub_bf16x2(uint32_t a, uint32_t b) {
   float a_low, a_high, b_low, b_high;

@@ -51,8 +51,8 @@ def test_a_broken_rule_is_found(script: ModuleType) -> None:
     ("demangled", "name"),
     [
         (
-            "void tilewright::rooms::(anonymous namespace)::run<(tilewright::hopper::Swizzle)128, 4>(P<int>)",
-            "run<128, 4>",
+            "void tilewright::room::cuda::(anonymous namespace)::run<(tilewright::hopper::Swizzle)128, 4>(P<int>)",
+            "room::run<128, 4>",
         ),
         ("tilewright::plain(tilewright::Params)", "plain"),
     ],

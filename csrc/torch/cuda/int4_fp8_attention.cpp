@@ -34,7 +34,7 @@ kernels::Element element_of(const Tensor& tensor) {
 }
 
 kernels::Tokens tokens_of(const Tensor& tensor) {
-  return {tensor.const_data_ptr(), element_of(tensor), tensor.stride(0), tensor.stride(1)};
+  return {data<void>(tensor), element_of(tensor), tensor.stride(0), tensor.stride(1)};
 }
 
 Tensor offsets_on(const Tensor& cu_seqlens, const Tensor& like, int64_t sequences, const char* op) {
@@ -112,7 +112,7 @@ Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, 
                              .causal = causal,
                              .window = window.value_or(int4_fp8_attention::kNoWindow),
                              .query = fp8_query ? int4_fp8_attention::Query::kFp8 : int4_fp8_attention::Query::kFloat32,
-                             .out = out.mutable_data_ptr(),
+                             .out = mutable_data<void>(out),
                              .partials = nullptr};
   const Tensor partials = empty_on(queries, {kernels::partials_needed(problem)}, ScalarType::Float);
   problem.partials = mutable_data<float>(partials);

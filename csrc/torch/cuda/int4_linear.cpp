@@ -33,7 +33,8 @@ Tensor as_read(const Tensor& tensor) {
 Int4HopperView view_of(const Tensor& weight, const Tensor& beside, int64_t n, int64_t k, int64_t layout,
                        const char* op) {
   require_same_device(weight, beside, op, "weight");
-  require(layout != 0, op, ": weight is in the CPU's layout; PackedInt4.to('cuda') (or W4A8Linear.to('cuda')) makes it "
+  require(layout != 0, op,
+          ": weight is in the CPU's layout; PackedInt4.to('cuda') (or W4A8Linear.to('cuda')) makes it "
           "that of the GPU");
   require_dtype(weight, ScalarType::Byte, op, "weight");
   require_dim(weight, 1, op, "weight", "the one-dimensional blob of a PackedInt4");
@@ -55,7 +56,7 @@ Tokens quantize(const Tensor& x, int64_t m, int64_t k, int sub, const Tensor& co
   const int64_t padded_k = round_up(k, Int4Hopper::kCols), stride = round_up(m, 128);
   Tokens out{empty_on(x, {m, padded_k}, ScalarType::Byte), empty_on(x, {m}, ScalarType::Float),
              empty_on(x, {sub == 0 ? 0 : padded_k / sub, sub == 0 ? 0 : stride}, ScalarType::Float)};
-  int4_linear::quantize_tokens({.x = x.const_data_ptr(),
+  int4_linear::quantize_tokens({.x = data<char>(x),
                                 .type = number_of(x, op, "x"),
                                 .m = m,
                                 .k = k,
@@ -70,7 +71,6 @@ Tokens quantize(const Tensor& x, int64_t m, int64_t k, int sub, const Tensor& co
                                stream_of(x));
   return out;
 }
-
 
 // Checks bias, and multiplies. `counters` are zero by the time the product runs.
 void multiply(const Tokens& tokens, const Tensor& weight, const Int4HopperView& view, const std::optional<Tensor>& bias,
@@ -91,9 +91,9 @@ void multiply(const Tokens& tokens, const Tensor& weight, const Int4HopperView& 
                          .scales = data<float>(tokens.scales),
                          .sums = data<float>(tokens.sums),
                          .sums_stride = round_up(m, 128),
-                         .bias = b.has_value() ? b->const_data_ptr() : nullptr,
+                         .bias = b.has_value() ? data<char>(*b) : nullptr,
                          .bias_type = b.has_value() ? number_of(*b, op, "bias") : Number::kFloat32,
-                         .y = y.mutable_data_ptr(),
+                         .y = mutable_data<char>(y),
                          .y_type = number_of(y, op, "y"),
                          .pieces = mutable_data<float>(pieces),
                          .counters = mutable_data<int32_t>(counters),
@@ -104,8 +104,9 @@ void multiply(const Tokens& tokens, const Tensor& weight, const Int4HopperView& 
 DevicePlan plan_of(int64_t m, const Int4HopperView& view, bool fold, const char* op) {
   require(!fold || view.offset_kind == format::OffsetKind::kSymmetric, op,
           ": mode='fold' needs a symmetric weight; use mode='exact' for weights with minima or zero points");
-  require(!fold || view.signed_codes, op,
-          ": mode='fold' on a GPU needs codes in -7..7, and this weight has a -8; use mode='exact', or quantize it again");
+  require(
+      !fold || view.signed_codes, op,
+      ": mode='fold' on a GPU needs codes in -7..7, and this weight has a -8; use mode='exact', or quantize it again");
   return int4_linear::choose_device_plan(m, view, fold, int4_linear::multiprocessors());
 }
 

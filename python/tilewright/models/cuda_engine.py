@@ -58,7 +58,7 @@ class CudaEngine(SequenceEngine):
         mode: of the INT4 linears, "exact" or "fold".
 
     Raises:
-        ValueError: an option is out of range, or a layer has linear attention.
+        ValueError: an option is out of range, a layer has linear attention, or there is no CUDA device.
     """
 
     def __init__(
@@ -79,6 +79,10 @@ class CudaEngine(SequenceEngine):
         bits = int(model.settings.get("kv_bits", 16)) if kv_bits is None else kv_bits
         if bits not in (4, 16):
             raise ValueError(f"CudaEngine: kv_bits = {bits}, needed 4 or 16")
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                "CudaEngine: no CUDA device can be used here (`tw doctor` says why); use Engine on the CPU"
+            )
         super().__init__(c, length, batch)
         self.device, self._mode = torch.device(device), mode
         self._embedding = model.dense("model.embed_tokens.weight", torch.bfloat16).to(self.device)
@@ -164,18 +168,21 @@ class CudaEngine(SequenceEngine):
         spread[[s for s, count in enumerate(counts) if count]] = logits
         return spread
 
-    def _decode(self, tokens: Tensor) -> Tensor:
+    def replay(self) -> None:
+        """One token more for each sequence on the device alone, the same as last time: what a step costs at least."""
         if self._graph is None:
-            self._capture()
-            assert self._graph is not None
-        self._next.copy_(tokens)
+            self._graph = self._captured()
         self._graph.replay()
+
+    def _decode(self, tokens: Tensor) -> Tensor:
+        self._next.copy_(tokens)
+        self.replay()
         return self._logits.clone()
 
     def _step(self) -> Tensor:
         return self._run(self._next, self._layers[0].cache.lengths.clone(), self._each, None)
 
-    def _capture(self) -> None:
+    def _captured(self) -> torch.cuda.CUDAGraph:
         """One step outside a graph, so that libraries set themselves up, then the graph; the lengths are put back."""
         side = torch.cuda.Stream(self.device)
         side.wait_stream(torch.cuda.current_stream(self.device))
@@ -187,7 +194,7 @@ class CudaEngine(SequenceEngine):
         with torch.cuda.graph(graph):
             self._logits = self._step()
         self._put_lengths()
-        self._graph = graph
+        return graph
 
     def _put_lengths(self) -> None:
         lengths = torch.tensor(self._lengths, dtype=torch.int64)
@@ -240,7 +247,7 @@ class CudaEngine(SequenceEngine):
         weight: Weight = model.weights[name + ".weight"]
         bias = self._vector(model, name + ".bias") if name + ".bias" in model.weights else None
         if isinstance(weight, Int4Weight):
-            packed = weight.pack()
+            packed = weight.pack().to(self.device)
             return lambda x: int4_fp8_linear(x, packed, bias, mode=self._mode)
         return _dense(model.dense(name + ".weight", torch.bfloat16).to(self.device), bias)
 

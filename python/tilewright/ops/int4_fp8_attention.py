@@ -41,10 +41,12 @@ def int4_fp8_attention(
 
     Returns:
         `[T, H, D]` in the dtype of q. The bits of a query's result depend on the query and its keys: not on the number
-        of threads, the packing of sequences, or how many queries come at once.
+        of threads, the packing of sequences, or how many queries come at once. On a CUDA device two kernels share the
+        work, for few and for many queries a sequence, whose results may differ in the last bits.
 
     Raises:
-        RuntimeError: a shape, dtype or device does not fit, or a sequence holds fewer tokens than it has queries.
+        RuntimeError: a shape, dtype or device does not fit, or a sequence holds fewer tokens than it has queries (on a
+            CUDA device, where the host does not read lengths: its rows are NaN).
         ValueError: query is neither word.
     """
     if query not in ("fp8", "float32"):

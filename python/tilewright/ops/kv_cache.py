@@ -26,7 +26,8 @@ class KVCache:
         k, v: uint8 `[S, H_kv, L, ceil(D/2)]` codes, low nibble = even element, stored as q + 8 with q in [-7, 7]; or
             bfloat16 `[S, H_kv, L, D]`.
         k_scales, v_scales: float32 or bfloat16 `[S, H_kv, L, ceil(D/128)]`; None for bfloat16.
-        lengths: int64 `[S]`, tokens held. Rows past a length are never read.
+        lengths: int64 `[S]`, tokens held. Rows past a length are never read. On a CUDA device -1 marks a sequence that
+            would have outgrown the cache; `reset()` clears it.
         head_dim: D.
     """
 
@@ -46,6 +47,7 @@ class KVCache:
         max_length: int,
         format: CacheFormat = "int4",
         scale_dtype: torch.dtype = torch.bfloat16,
+        device: torch.device | str | None = None,
     ) -> KVCache:
         """An empty cache.
 
@@ -56,6 +58,7 @@ class KVCache:
             max_length: L, tokens that each sequence can hold, at least 1.
             format: "int4" or "bf16".
             scale_dtype: of INT4 scales, bfloat16 or float32.
+            device: where it lies; the CPU when None.
 
         Raises:
             ValueError: a size or dtype is out of range.
@@ -65,18 +68,18 @@ class KVCache:
                 raise ValueError(f"KVCache.allocate: {name} = {value}, needed at least 1")
         if not 1 <= head_dim <= MAX_HEAD_DIM:
             raise ValueError(f"KVCache.allocate: head_dim = {head_dim}, needed 1 to {MAX_HEAD_DIM}")
-        lengths = torch.zeros(sequences, dtype=torch.int64)
+        lengths = torch.zeros(sequences, dtype=torch.int64, device=device)
         rows = (sequences, kv_heads, max_length)
         if format == "bf16":
-            k, v = (torch.zeros(*rows, head_dim, dtype=torch.bfloat16) for _ in range(2))
+            k, v = (torch.zeros(*rows, head_dim, dtype=torch.bfloat16, device=device) for _ in range(2))
             return cls(k, v, None, None, lengths, head_dim)
         if format != "int4":
             raise ValueError(f"KVCache.allocate: format = {format!r}, needed 'int4' or 'bf16'")
         if scale_dtype not in (torch.bfloat16, torch.float32):
             raise ValueError(f"KVCache.allocate: scale_dtype = {scale_dtype}, needed torch.bfloat16 or torch.float32")
-        k, v = (torch.zeros(*rows, (head_dim + 1) // 2, dtype=torch.uint8) for _ in range(2))
+        k, v = (torch.zeros(*rows, (head_dim + 1) // 2, dtype=torch.uint8, device=device) for _ in range(2))
         groups = (head_dim + KV_GROUP - 1) // KV_GROUP
-        k_scales, v_scales = (torch.zeros(*rows, groups, dtype=scale_dtype) for _ in range(2))
+        k_scales, v_scales = (torch.zeros(*rows, groups, dtype=scale_dtype, device=device) for _ in range(2))
         return cls(k, v, k_scales, v_scales, lengths, head_dim)
 
     @property
@@ -152,7 +155,8 @@ def kv_append_(cache: KVCache, k: Tensor, v: Tensor, cu_seqlens: Tensor) -> None
 
     Raises:
         RuntimeError: a shape, dtype or device does not fit, or a sequence would outgrow max_length; nothing is written
-            then.
+            then. On a CUDA device lengths are not read by the host: nothing of a sequence that would outgrow the cache
+            is written, its length becomes -1, and attention over it gives NaN.
     """
     _ops.int4_kv_append(k, v, cu_seqlens, cache.k, cache.v, cache.k_scales, cache.v_scales, cache.lengths)
 

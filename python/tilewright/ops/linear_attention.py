@@ -39,12 +39,14 @@ def linear_attention(
         S  <- S + k_t (beta_t (v_t - S^T k_t))^T           rule "delta" (arXiv 2406.06484, eq. 4)
         o_t = scale S^T q_t
 
-    Time is linear in T, memory beside inputs and outputs does not grow with it. A gradient keeps one state every 256
-    tokens (128 with a decay a channel) and, for the delta rule, as many numbers as v has. Differentiable in q, k, v,
-    beta, g and initial_state.
+    Time is linear in T. On the CPU, memory beside inputs and outputs does not grow with it, and a gradient keeps one
+    state every 256 tokens (128 with a decay a channel) and, for the delta rule, as many numbers as v has. On a CUDA
+    device the chunk form works in 270 bytes a token and value head (1 KB with a decay a channel), and nothing is kept.
+    Differentiable in q, k, v, beta, g and initial_state.
 
     Args:
-        q, k: `[B, T, H, K]`, any floating type; float64 is computed in float64, all else in float32.
+        q, k: `[B, T, H, K]`, any floating type; float64 is computed in float64, all else in float32. On a CUDA device
+            the chunk form of bfloat16 and float16 rounds operands of products to that type, and adds up in float32.
         v: `[B, T, HV, V]`, HV a multiple of H; value head j reads query and key head j // (HV / H).
         beta: `[B, T, HV]`, for the rule "delta". With keys of unit length the state stays bounded for beta in [0, 2].
         g: natural logarithm of the decay, at most 0: `[HV]`, `[B, T, HV]` or, by channel of the key, `[B, T, HV, K]`.
@@ -53,9 +55,10 @@ def linear_attention(
         initial_state: `[N, HV, K, V]`; zero when None. N is B, or the number of packed sequences.
         output_final_state: return the states after the last tokens.
         cu_seqlens: int64 or int32 `[N+1]` with B = 1: offsets of packed sequences, which may be empty. Rows of q past
-            the last offset give zeros.
-        mode: "chunk" treats 16 or 32 tokens at once as matrix products; "recurrent" goes token by token, which is the
-            form for decoding. Where a gradient is wanted both run in chunks.
+            the last offset give zeros. On a CUDA device they are not looked at by the host: offsets that fall or pass T
+            are cut off, without an error.
+        mode: "chunk" treats 16, 32 or, on a CUDA device, 64 tokens at once as matrix products; "recurrent" goes token
+            by token, which is the form for decoding. On the CPU both run in chunks where a gradient is wanted.
 
     Returns:
         o `[B, T, HV, V]` in the dtype of v, and the final states, float32 (float64 for float64), or None. The bits
@@ -100,7 +103,8 @@ def linear_attention_step_(
     Args:
         q, k, v, beta, g, rule, scale: as in :func:`linear_attention`; T is usually 1.
         state: float32 `[P, HV, K, V]`, contiguous: a pool of states; sequence b uses row state_indices[b], or row b.
-        state_indices: int64 `[B]`, no row twice.
+        state_indices: int64 `[B]`, no row twice. On a CUDA device they are not looked at by the host: a sequence whose
+            row does not exist gives NaN and touches no state.
 
     Returns:
         o `[B, T, HV, V]` in the dtype of v.
@@ -140,7 +144,7 @@ def state_transition(
     sequences = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
     wide = torch.float64 if k.dtype == torch.float64 else torch.float32
     values = k.new_zeros(batch, tokens, value_heads, key_size)
-    identity = torch.eye(key_size, dtype=wide).expand(sequences, value_heads, key_size, key_size)
+    identity = torch.eye(key_size, dtype=wide, device=k.device).expand(sequences, value_heads, key_size, key_size)
     if v is not None:
         values = torch.cat([v.to(k.dtype), values], dim=-1)
         identity = torch.cat([identity.new_zeros(sequences, value_heads, key_size, v.shape[-1]), identity], dim=-1)
@@ -200,13 +204,16 @@ def _(
     sizes = (v.shape[2], q.shape[3], v.shape[3])
     state = v.new_empty((sequences, *sizes), dtype=wide)
     kept: int | torch.SymInt = 0
-    if save:
+    on_cuda = v.device.type == "cuda"
+    if save and on_cuda:
+        kept = 0 if initial_state is None else sequences
+    elif save:
         step = 128 if g is not None and g.dim() == 4 else 256
         # How packed sequences fall into segments is in the data.
         kept = (
             sequences * (-(-q.shape[1] // step)) if cu_seqlens is None else torch.library.get_ctx().new_dynamic_size()
         )
-    errors = v.new_empty(v.shape if save and delta else (0, 0, *v.shape[2:]), dtype=wide)
+    errors = v.new_empty(v.shape if save and delta and not on_cuda else (0, 0, *v.shape[2:]), dtype=wide)
     return v.new_empty(v.shape), state, v.new_empty((kept, *sizes), dtype=wide), errors
 
 

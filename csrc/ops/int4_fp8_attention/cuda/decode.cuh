@@ -99,15 +99,15 @@ struct DecodeWarp {
         largest = bits > largest ? bits : largest;
       }
     }
-    const float scale = p.query == Query::kFp8 ? fp8_query_scale(warp_max(largest, 4)) : 1.0f;
-    factor = score_factor(p, scale);
+    const QueryScale scale = fp8_query_scale(warp_max(largest, 4));
+    factor = score_factor(p, kTerms == 1 ? scale.scale : 1.0f);
 #pragma unroll
     for (int s = 0; s < kDepthSteps; ++s) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) pack_query(p, scale, value[s][2 * half], value[s][2 * half + 1], s, half);
+      for (int half = 0; half < 2; ++half) pack_query(scale, value[s][2 * half], value[s][2 * half + 1], s, half);
     }
   }
-  TILEWRIGHT_DEVICE void pack_query(const Attention& p, float scale, float a, float b, int s, int half) {
+  TILEWRIGHT_DEVICE void pack_query(const QueryScale& scale, float a, float b, int s, int half) {
     if constexpr (kTerms == 1) {
       const uint16_t pair = hopper::pack_e4m3x2(fp8_query(a, scale), fp8_query(b, scale));
       q[s][half] = hopper::pack_bf16x2(hopper::to_float(hopper::e4m3{static_cast<uint8_t>(pair)}),
@@ -204,6 +204,7 @@ struct DecodeShared {
   static constexpr int kPitch = D + 4;
   float sums[kDecodeWarps][kDecodeRows][kPitch];
   float maximum[kDecodeWarps][kDecodeRows], total[kDecodeWarps][kDecodeRows];
+  DecodeItem item;  // out of the registers while keys are walked
 };
 
 template <int D, class Warp>
@@ -234,7 +235,8 @@ TILEWRIGHT_DEVICE float* partial_numbers(const Attention& p, int64_t index) {
 
 // The warps' sums in their order, to the output or to the partial results of the chunk.
 template <int D>
-TILEWRIGHT_DEVICE void combine_warps(const Attention& p, const DecodeItem& item, const DecodeShared<D>& shared) {
+TILEWRIGHT_DEVICE void combine_warps(const Attention& p, const DecodeShared<D>& shared) {
+  const DecodeItem& item = shared.item;
   for (int i = static_cast<int>(threadIdx.x); i < kDecodeRows * D; i += kDecodeThreads) {
     const int r = i / D, d = i % D;
     if (r >= item.rows || d >= p.cache.head_dim) continue;
@@ -267,6 +269,7 @@ TILEWRIGHT_DEVICE void decode_one(const Attention& p, const DecodeItem& item, De
   constexpr int kStride = kDecodeWarps * kStepKeys;
   using Warp = DecodeWarp<D, Step, kTerms>;
   const Cache& c = p.cache;
+  if (threadIdx.x == 0) shared.item = item;
   Warp warp;
   warp.seen = seen_of_chunk(p, item, Warp::lane() / 4);
   warp.whole_begin = -over_rows_min(-warp.seen.begin);
@@ -274,16 +277,13 @@ TILEWRIGHT_DEVICE void decode_one(const Attention& p, const DecodeItem& item, De
   const int begin = seen_of_chunk(p, item, 0).begin, end = seen_of_chunk(p, item, item.rows - 1).end;
   const int64_t data = data_at(c, item.index, item.kv_head) + item.key_begin * c.data.token;
   const int64_t scales = scales_at(c, item.index, item.kv_head) + item.key_begin * c.scales.token;
-  const Source from{c.k + data,
-                    c.v + data,
-                    c.k_scales + scales,
-                    c.v_scales + scales,
-                    c.data.token,
-                    c.scales.token,
-                    static_cast<int>(row_bytes(c.format, c.head_dim)),
-                    c.scale_type == format::ScaleType::kFloat32,
-                    begin,
-                    end};
+  const bool wide = c.scale_type == format::ScaleType::kFloat32;
+  const uint8_t *k_scales = c.k_scales + scales, *v_scales = c.v_scales + scales;
+  const bool paired = !wide && c.scales.token == static_cast<int64_t>(sizeof(bf16)) &&
+                      (reinterpret_cast<uintptr_t>(k_scales) | reinterpret_cast<uintptr_t>(v_scales)) % 4 == 0;
+  const int bytes = static_cast<int>(row_bytes(c.format, c.head_dim));
+  const Source from{c.k + data, c.v + data, k_scales, v_scales, c.data.token, c.scales.token,
+                    bytes,      wide,       paired,   begin,    end};
   int key = begin / kStride * kStride + static_cast<int>(threadIdx.x) / kWarp * kStepKeys;
   Step even;
   even.load(from, key, Warp::lane());
@@ -306,12 +306,17 @@ TILEWRIGHT_DEVICE void decode_one(const Attention& p, const DecodeItem& item, De
   }
   leave_sums<D>(warp, shared);
   __syncthreads();
-  combine_warps<D>(p, item, shared);
+  combine_warps<D>(p, shared);
   __syncthreads();
 }
 
+// Blocks of a multiprocessor: 16 keys of 128 bfloat16 take 64 registers of each lane.
+template <int D, class Step>
+inline constexpr int kDecodeBlocks = Step::kScaled || D == 64 ? 3 : 2;
+
 template <int D, class Step, int kTerms>
-__global__ void __launch_bounds__(kDecodeThreads, 3) decode_attention(const __grid_constant__ Attention p) {
+__global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, Step>)
+    decode_attention(const __grid_constant__ Attention p) {
   auto& shared = *reinterpret_cast<DecodeShared<D>*>(hopper::shared_memory());
   clear_tail(p);
   for (int index = static_cast<int>(blockIdx.x);; index += static_cast<int>(gridDim.x)) {

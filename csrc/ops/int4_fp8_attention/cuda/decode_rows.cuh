@@ -39,32 +39,41 @@ struct Source {
   int64_t stride, scale_stride;  // bytes from token to token
   int row_bytes;
   bool wide_scales;  // float32, not bfloat16
+  bool paired_scales;  // bfloat16, dense and aligned: those of two keys are one word
   int begin, end;  // keys that may be read
+
+  TILEWRIGHT_DEVICE bool has(int key) const { return key >= begin && key < end; }
+  // Whether all 16 may be read, without looking at each.
+  TILEWRIGHT_DEVICE bool has_step(int key) const { return key >= begin && key + kStepKeys <= end; }
 };
 
-// Scales of the lane's keys, as they are stored; float() when they are needed, so that nothing waits for the load.
+// Scales of the lane's keys, as they are stored; value() when they are needed, so that nothing waits for the load.
 struct Scales {
-  uint32_t k[kLaneKeys], v[kLaneKeys];
+  uint32_t stored[kLaneKeys];
 
-  TILEWRIGHT_DEVICE void load(const Source& from, int key, int lane) {
+  template <bool kAll>
+  TILEWRIGHT_DEVICE void load(const Source& from, const uint8_t* scales, int key, int lane) {
+    const uint8_t* at = scales + (key + 2 * (lane % 4)) * from.scale_stride;
+    if (kAll && from.paired_scales) {
+#pragma unroll
+      for (int block = 0; block < 2; ++block) {
+        const uint32_t pair = *reinterpret_cast<const uint32_t*>(at + 8 * block * static_cast<int>(sizeof(bf16)));
+        stored[2 * block] = pair;
+        stored[2 * block + 1] = pair >> 16;
+      }
+      return;
+    }
 #pragma unroll
     for (int i = 0; i < kLaneKeys; ++i) {
-      const int at = key + lane_key(lane, i);
-      const bool present = at >= from.begin && at < from.end;
-      const int64_t offset = at * from.scale_stride;
-      if (!present) {
-        k[i] = v[i] = 0;
-      } else if (from.wide_scales) {
-        k[i] = *reinterpret_cast<const uint32_t*>(from.k_scales + offset);
-        v[i] = *reinterpret_cast<const uint32_t*>(from.v_scales + offset);
-      } else {
-        k[i] = *reinterpret_cast<const uint16_t*>(from.k_scales + offset);
-        v[i] = *reinterpret_cast<const uint16_t*>(from.v_scales + offset);
-      }
+      stored[i] = 0;
+      if (!kAll && !from.has(key + lane_key(lane, i))) continue;
+      const uint8_t* scale = at + (8 * (i / 2) + i % 2) * from.scale_stride;
+      stored[i] =
+          from.wide_scales ? *reinterpret_cast<const uint32_t*>(scale) : *reinterpret_cast<const uint16_t*>(scale);
     }
   }
-  TILEWRIGHT_DEVICE static float value(const Source& from, uint32_t stored) {
-    return hopper::bits_float(from.wide_scales ? stored : stored << 16);
+  TILEWRIGHT_DEVICE float value(const Source& from, int i) const {
+    return hopper::bits_float(from.wide_scales ? stored[i] : stored[i] << 16);
   }
 };
 
@@ -74,27 +83,36 @@ struct Int4Step {
   static constexpr bool kScaled = true;
   static constexpr int kKeyWords = D / 32, kValueWords = D / 64;
   uint32_t k[2][kKeyWords], v[kLaneKeys][kValueWords];
-  Scales scales;
+  Scales key_scales, value_scales;
 
   TILEWRIGHT_DEVICE void load(const Source& from, int key, int lane) {
+    if (from.has_step(key) && from.row_bytes == D / 2) {
+      load_rows<true>(from, key, lane);
+    } else {
+      load_rows<false>(from, key, lane);
+    }
+  }
+  template <bool kAll>
+  TILEWRIGHT_DEVICE void load_rows(const Source& from, int key, int lane) {
     const int key_at = 4 * kKeyWords * (lane % 4), value_at = 4 * kValueWords * (lane / 4);
+    const uint8_t* rows = from.k + (key + lane / 4) * from.stride + key_at;
 #pragma unroll
     for (int b = 0; b < 2; ++b) {
-      const int at = key + 8 * b + lane / 4;
-      const bool present = at >= from.begin && at < from.end && key_at < from.row_bytes;
 #pragma unroll
       for (uint32_t& word : k[b]) word = 0;
-      if (present) load_words<kKeyWords>(from.k + at * from.stride + key_at, k[b]);
+      const bool present = kAll || (from.has(key + 8 * b + lane / 4) && key_at < from.row_bytes);
+      if (present) load_words<kKeyWords>(rows + 8 * b * from.stride, k[b]);
     }
+    const uint8_t* values = from.v + (key + 2 * (lane % 4)) * from.stride + value_at;
 #pragma unroll
     for (int i = 0; i < kLaneKeys; ++i) {
-      const int at = key + lane_key(lane, i);
-      const bool present = at >= from.begin && at < from.end && value_at < from.row_bytes;
 #pragma unroll
       for (uint32_t& word : v[i]) word = 0;
-      if (present) load_words<kValueWords>(from.v + at * from.stride + value_at, v[i]);
+      const bool present = kAll || (from.has(key + lane_key(lane, i)) && value_at < from.row_bytes);
+      if (present) load_words<kValueWords>(values + (8 * (i / 2) + i % 2) * from.stride, v[i]);
     }
-    scales.load(from, key, lane);
+    key_scales.load<kAll>(from, from.k_scales, key, lane);
+    value_scales.load<kAll>(from, from.v_scales, key, lane);
   }
 
   // Element e (0, 1) of word `half` of the operand at a step of the depth.
@@ -117,8 +135,8 @@ struct Int4Step {
       a[2 * pair + 1] = decode_pair(codes >> 4);
     }
   }
-  TILEWRIGHT_DEVICE float key_scale(const Source& from, int i) const { return Scales::value(from, scales.k[i]); }
-  TILEWRIGHT_DEVICE float value_scale(const Source& from, int i) const { return Scales::value(from, scales.v[i]); }
+  TILEWRIGHT_DEVICE float key_scale(const Source& from, int i) const { return key_scales.value(from, i); }
+  TILEWRIGHT_DEVICE float value_scale(const Source& from, int i) const { return value_scales.value(from, i); }
   TILEWRIGHT_DEVICE void settle() {}
 };
 
@@ -153,7 +171,7 @@ struct BFloat16Step {
                                              uint32_t* to) {
 #pragma unroll
     for (int i = 0; i < kVectorWords; ++i) to[i] = 0;
-    const bool present = at >= from.begin && at < from.end && offset < from.row_bytes;
+    const bool present = from.has(at) && offset < from.row_bytes;
     if (present) load_words<kVectorWords>(data + at * from.stride + offset, to);
   }
 

@@ -28,15 +28,16 @@ TILEWRIGHT_DEVICE float load_query(const Attention& p, int64_t t, int64_t h, flo
     const uint32_t bits = magnitude_bits(q[d]);
     largest = bits > largest ? bits : largest;
   }
-  float scale = 1.0f;
+  float factor = 1.0f;
   if (p.query == Query::kFp8) {
-    scale = fp8_query_scale(warp_max(largest));
+    const QueryScale scale = fp8_query_scale(warp_max(largest));
+    factor = scale.scale;
     for (int d = lane; d < head_dim; d += kWarp) {
       q[d] = hopper::to_float(hopper::from_float<hopper::e4m3>(fp8_query(q[d], scale)));
     }
   }
   __syncwarp();
-  return score_factor(p, scale);
+  return score_factor(p, factor);
 }
 
 // q times one cached key, its scales included.

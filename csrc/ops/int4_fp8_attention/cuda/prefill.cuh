@@ -20,7 +20,7 @@ namespace tilewright::int4_fp8_attention::cuda {
 inline constexpr int kGroupRows = 64;  // of a consumer warpgroup
 inline constexpr int kScores = kPrefillKeys / 2;  // registers of one thread
 inline constexpr int kRowsPerThread = 2;
-inline constexpr int kProducerRegisters = 88, kConsumerRegisters = 208;
+inline constexpr int kProducerRegisters = 72, kConsumerRegisters = 216;
 inline constexpr float kRaiseBy = 8.0f;  // in base-2 units
 
 struct PrefillCount {
@@ -137,8 +137,8 @@ TILEWRIGHT_DEVICE void load_queries(const Attention& p, const PrefillItem& item,
         largest = bits > largest ? bits : largest;
       }
     }
-    const float scale = fp8_query_scale(warp_max(largest, 4));
-    rows.factor[i] = score_factor(p, scale);
+    const QueryScale scale = fp8_query_scale(warp_max(largest, 4));
+    rows.factor[i] = score_factor(p, scale.scale);
 #pragma unroll
     for (int n = 0; n < D / 16; ++n) {
       q[n / 2][2 * (n % 2) + i] = hopper::pack_e4m3x4(fp8_query(value[n][0], scale), fp8_query(value[n][1], scale),

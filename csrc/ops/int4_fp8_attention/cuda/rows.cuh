@@ -157,16 +157,28 @@ TILEWRIGHT_DEVICE uint32_t warp_max(uint32_t x, int width = kWarp) {
 
 TILEWRIGHT_DEVICE uint32_t magnitude_bits(float x) { return hopper::float_bits(x) & kMagnitude; }
 
-// What one row of queries is divided by before it is rounded to e4m3. NaN for a row that is not finite: its scores, and
+// What one row of queries is divided by before it is rounded to e4m3: NaN for a row that is not finite, whose scores, and
 // with them its output, become NaN.
-TILEWRIGHT_DEVICE float fp8_query_scale(uint32_t largest) {
-  if (largest >= kInfinity) return not_a_number();
+struct QueryScale {
+  float scale;
+  float lift, divisor, reciprocal;  // a power of two that keeps the rest normal, lift * scale, 1 / divisor
+};
+
+TILEWRIGHT_DEVICE QueryScale fp8_query_scale(uint32_t largest) {
+  constexpr float kTiny = 8.6736174e-19f, kLift = 1.8446744e19f;  // 2^-60, 2^64
+  if (largest >= kInfinity) return {not_a_number(), 0.0f, 1.0f, 1.0f};
   const float ratio = hopper::bits_float(largest) / kFp8Limit;
-  return ratio > 0.0f ? ratio : 1.0f;
+  const float scale = ratio > 0.0f ? ratio : 1.0f, lift = scale < kTiny ? kLift : 1.0f;
+  return {scale, lift, scale * lift, 1.0f / (scale * lift)};
 }
 
-// q / scale, and 0 in a row that is not finite.
-TILEWRIGHT_DEVICE float fp8_query(float q, float scale) { return scale == scale ? q / scale : 0.0f; }
+// q / scale as one division would round it (the quotient, corrected by its remainder, with a correctly rounded
+// reciprocal), for a fraction of the instructions; 0 in a row that is not finite.
+TILEWRIGHT_DEVICE float fp8_query(float q, const QueryScale& s) {
+  const float numerator = s.lift == 0.0f ? 0.0f : q * s.lift;
+  const float quotient = numerator * s.reciprocal;
+  return fmaf(fmaf(-quotient, s.divisor, numerator), s.reciprocal, quotient);
+}
 
 // What turns a product with the integers of K into a score in base-2 units. Never 0, so that a score of -inf stays that:
 // where the softmax scale is 0, products times the least normal number are as good as 0.

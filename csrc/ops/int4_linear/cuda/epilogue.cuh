@@ -16,7 +16,7 @@ inline constexpr int kQuad = 4 * 128;
 
 template <class C>
 TILEWRIGHT_DEVICE float* piece_at(const MatrixParams& p, int block, int tile, int consumer, int b) {
-  const int64_t slot = p.work.piece_slot(block, tile);
+  const int64_t slot = static_cast<int64_t>(p.work.piece_slot(block, tile)) * C::kCluster + rank_in_cluster<C>();
   const int64_t first = static_cast<int64_t>(consumer * C::kBlocks + b) * (C::kRegisters * 128);
   return p.pieces + slot * p.piece_floats + first + threadIdx.x % 128 * 4;
 }
@@ -32,7 +32,8 @@ TILEWRIGHT_DEVICE void store_piece(float* piece, const float (&total)[C::kRegist
 
 // Registers [first, first + Count) of the sum of all pieces, in the order of K, whoever adds them.
 template <class C, int Count>
-TILEWRIGHT_DEVICE void sum_pieces(const MatrixParams& p, int tile, int consumer, int b, int first, float (&sum)[Count]) {
+TILEWRIGHT_DEVICE void sum_pieces(const MatrixParams& p, int tile, int consumer, int b, int first,
+                                  float (&sum)[Count]) {
 #pragma unroll
   for (int i = 0; i < Count; ++i) sum[i] = 0.0f;
   const int last_block = p.work.last_block(tile);
@@ -57,11 +58,12 @@ TILEWRIGHT_DEVICE bool join(const MatrixParams& p, const Shared<C>& shared, int 
                             const float (&totals)[C::kBlocks][C::kRegisters]) {
 #pragma unroll
   for (int b = 0; b < C::kBlocks; ++b) {
-    if (b < here) store_piece<C>(piece_at<C>(p, static_cast<int>(blockIdx.x), tile, consumer, b), totals[b]);
+    if (b < here) store_piece<C>(piece_at<C>(p, cluster_index<C>(), tile, consumer, b), totals[b]);
   }
   __threadfence();
   consumer_sync(consumer);
-  if (threadIdx.x % 128 == 0) shared.joined[consumer] = atomicAdd(p.counters + tile * kConsumers + consumer, 1);
+  const int counter = (tile * C::kCluster + rank_in_cluster<C>()) * kConsumers + consumer;
+  if (threadIdx.x % 128 == 0) shared.joined[consumer] = atomicAdd(p.counters + counter, 1);
   consumer_sync(consumer);
   if (shared.joined[consumer] != p.work.last_block(tile) - p.work.first_block(tile)) return false;
   __threadfence();
@@ -102,28 +104,29 @@ TILEWRIGHT_DEVICE void store_quad(const MatrixParams& p, int64_t token, int64_t 
   }
 }
 
-// The tokens [first, first + kStagingTokens) of a tile, from the staging [token][64 features] to y.
+// The tokens [first, first + kStagingTokens) of a tile, from the staging [token][64 features] to y. Sixteen threads write
+// the 64 features of a token.
 template <class C>
-TILEWRIGHT_DEVICE void write_rows(const MatrixParams& p, const float* staging, int64_t first_token, int64_t first_feature,
-                                  float factor, const float (&bias)[4]) {
+TILEWRIGHT_DEVICE void write_rows(const MatrixParams& p, const float* staging, const float* scales, int64_t first_token,
+                                  int64_t first_feature, float factor, const float (&bias)[4]) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
   const int64_t feature = first_feature + thread % 16 * 4;
-  if (feature >= p.n) return;
-  for (int t = thread / 16; t < C::kStagingTokens; t += 8) {
-    const int64_t token = first_token + t;
-    if (token >= p.m) return;
-    const float* sums = staging + t * kStagingPitch + thread % 16 * 4;
-    const float scale = p.x_scales[token];
-    float v[4];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = sums[i] * scale * factor + bias[i];
-    store_quad(p, token, feature, v);
+  for (int j = 0; j < C::kStagingTokens / 8; ++j) {
+    const int t = thread / 16 + 8 * j;
+    const hopper::U128 sums = hopper::load_16(staging + t * kStagingPitch + thread % 16 * 4);
+    const float scale = scales[t];
+    const float v[4] = {
+        hopper::bits_float(sums.x) * factor * scale + bias[0], hopper::bits_float(sums.y) * factor * scale + bias[1],
+        hopper::bits_float(sums.z) * factor * scale + bias[2], hopper::bits_float(sums.w) * factor * scale + bias[3]};
+    if (first_token + t < p.m && feature < p.n) store_quad(p, first_token + t, feature, v);
   }
 }
 
 // Where the rows of a block go.
 struct Target {
   int tile, consumer, b;
+  const float* scales;      // of the tokens of the tile
   int64_t token, feature;   // the first of each
   bool joined;              // the sums are those of the pieces, not the totals at hand
 };
@@ -159,53 +162,83 @@ TILEWRIGHT_DEVICE void write_block(const MatrixParams& p, float* staging, const 
         staging[col * kStagingPitch + row] = values[i];
       }
       consumer_sync(to.consumer);
-      write_rows<C>(p, staging, token, to.feature, factor, bias);
+      write_rows<C>(p, staging, to.scales + turn * C::kStagingTokens, token, to.feature, factor, bias);
     }
   }
 }
 
-// The first of a consumer's blocks in a tile.
-template <class C>
-TILEWRIGHT_DEVICE int first_block_of(const MatrixParams& p, int tile, int consumer) {
-  return tile / p.token_tiles * (kConsumers * C::kBlocks) + consumer * C::kBlocks;
-}
+// --- A segment from its first column to y.
 
 template <class C>
-TILEWRIGHT_DEVICE void finish_segment(const MatrixParams& p, const Shared<C>& shared, const Segment& segment, int consumer,
-                                      const float (&totals)[C::kBlocks][C::kRegisters]) {
-  const int first = first_block_of<C>(p, segment.tile, consumer);
+TILEWRIGHT_DEVICE void finish_segment(const MatrixParams& p, const Shared<C>& shared, const Segment& segment,
+                                      int consumer, const float (&totals)[C::kBlocks][C::kRegisters]) {
+  const int first = first_row_block<C>(p, segment.tile) + (C::kTurns ? 0 : consumer * C::kBlocks);
   const int here = min(C::kBlocks, p.row_blocks - first);
   const bool whole = segment.first == 0 && segment.last == p.work.k_tiles;
   if (!whole && !join<C>(p, shared, segment.tile, consumer, here, totals)) return;
-  float* staging = shared.staging + consumer * C::kStagingTokens * kStagingPitch;
+  float* staging = shared.staging + (C::kTurns ? 0 : consumer * C::kStagingTokens * kStagingPitch);
   const int64_t token = static_cast<int64_t>(segment.tile % p.token_tiles) * C::kTokens;
+  float* scales = shared.scales + consumer * C::kTokens;
+  consumer_sync(consumer);   // those of the tile before are no longer read
+  const int thread = static_cast<int>(threadIdx.x) % 128;
+  if (thread < C::kTokens) scales[thread] = token + thread < p.m ? p.x_scales[token + thread] : 0.0f;
 #pragma unroll
   for (int b = 0; b < C::kBlocks; ++b) {
     const int64_t feature = static_cast<int64_t>(first + b) * Int4Hopper::kRows;
-    if (b < here) write_block<C>(p, staging, {segment.tile, consumer, b, token, feature, !whole}, totals[b]);
+    if (b < here) write_block<C>(p, staging, {segment.tile, consumer, b, scales, token, feature, !whole}, totals[b]);
   }
+}
+
+// Consumers that took turns: the second one's totals go to the first, which has the rest of the work. True for the first.
+template <class C>
+TILEWRIGHT_DEVICE bool hand_over(const Shared<C>& shared, int consumer, float (&total)[C::kRegisters]) {
+  constexpr int kWritten = 1 + kConsumers, kTaken = 2 + kConsumers, kBoth = 128 * kConsumers;   // named barriers
+  float* handed = shared.staging + C::kStagingTokens * kStagingPitch + threadIdx.x % 128 * 4;
+  if (consumer == 1) store_piece<C>(handed, total);
+  hopper::named_sync(kWritten, kBoth);
+  if (consumer == 0) {
+#pragma unroll
+    for (int i = 0; i < C::kRegisters; ++i) total[i] += handed[i / 4 * kQuad + i % 4];
+  }
+  hopper::named_sync(kTaken, kBoth);
+  return consumer == 0;
 }
 
 template <class C>
 TILEWRIGHT_DEVICE void consume(const MatrixParams& p, const Shared<C>& shared, int consumer) {
-  const int block = static_cast<int>(blockIdx.x);
+  const int block = cluster_index<C>();
   Segment segment{};
   bool waited = !p.overlap;
   Ring ring;
   for (uint32_t index[1] = {0}; segment_of(p.work, block, static_cast<int>(index[0]), segment); ++index[0]) {
-    const int here = p.row_blocks - first_block_of<C>(p, segment.tile, consumer);
+    const int here = p.row_blocks - first_row_block<C>(p, segment.tile) - (C::kTurns ? 0 : consumer * C::kBlocks);
     if (here <= 0) {
       pass_segment(p, shared, segment, ring);
+      ring.skip(segment.last - segment.first, p.stages);
       continue;
     }
     float totals[C::kBlocks][C::kRegisters] = {};
     multiply_segment<C>(p, shared, segment, ring, totals, consumer, here);
-    if (!waited) hopper::wait_for_previous_kernel();
-    waited = true;
     // Nothing of the segment stays in registers beside the products: it is worked out again.
     hopper::keep(index);
     segment_of(p.work, block, static_cast<int>(index[0]), segment);
+    ring.skip(segment.last - segment.first, p.stages);
+    if constexpr (C::kTurns) {
+      if (!hand_over<C>(shared, consumer, totals[0])) continue;
+    }
+    if (!waited) hopper::wait_for_previous_kernel();
+    waited = true;
     finish_segment<C>(p, shared, segment, consumer, totals);
+  }
+}
+
+// The barriers are there for every block that uses them.
+template <class C>
+TILEWRIGHT_DEVICE void meet() {
+  if constexpr (C::kCluster == 1) {
+    __syncthreads();
+  } else {
+    hopper::cluster_sync();
   }
 }
 
@@ -216,11 +249,11 @@ __global__ void __launch_bounds__(kMatrixThreads, 1) int4_fp8_kernel(const __gri
     hopper::prefetch(p.x);
     for (int stage = 0; stage < p.stages; ++stage) {
       hopper::init(shared.full[stage], 1);
-      hopper::init(shared.empty[stage], kConsumers * 4);
+      hopper::init(shared.empty[stage], C::kReleases);
     }
     hopper::fence_barrier_init();
   }
-  __syncthreads();
+  meet<C>();
   // The same in all lanes, and the compiler is to know it: products in branches that could diverge are taken one by one.
   const int group = __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x) / 128, 0);
   if (group == 0) {
@@ -229,6 +262,10 @@ __global__ void __launch_bounds__(kMatrixThreads, 1) int4_fp8_kernel(const __gri
   } else {
     hopper::raise_registers<240>();
     consume<C>(p, shared, group - 1);
+  }
+  if constexpr (C::kCluster > 1) {
+    __syncwarp();
+    hopper::cluster_sync();   // no block leaves while another may still write to it
   }
 }
 

@@ -11,7 +11,7 @@ void launch_matrix(const MatrixProblem& problem, const DevicePlan& plan, hopper:
   const auto padded_k = static_cast<uint64_t>(problem.weight.tiles * Int4Hopper::kCols);
   const uint64_t sizes[2] = {padded_k, static_cast<uint64_t>(problem.m)};
   const uint64_t strides[1] = {padded_k};
-  const uint32_t box[2] = {Int4Hopper::kCols, static_cast<uint32_t>(C::kTokens)};
+  const uint32_t box[2] = {Int4Hopper::kCols, C::kTokens / C::kCluster};
   const MatrixParams params{
       .x = hopper::make_tensor_map<hopper::e4m3>(problem.codes, 2, sizes, strides, box, hopper::Swizzle::k128),
       .chunks = reinterpret_cast<const char*>(problem.blob) + Int4Hopper::kPayloadOffset,
@@ -41,8 +41,9 @@ void launch_matrix(const MatrixProblem& problem, const DevicePlan& plan, hopper:
       .work = plan.work,
   };
   hopper::launch(int4_fp8_kernel<C>,
-                 {.blocks = {plan.work.blocks, 1, 1},
+                 {.blocks = {plan.work.blocks * C::kCluster, 1, 1},
                   .threads = kMatrixThreads,
+                  .cluster = C::kCluster,
                   .shared_bytes = plan.shared_bytes,
                   .stream = stream,
                   .overlap = problem.overlap},

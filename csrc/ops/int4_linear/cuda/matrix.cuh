@@ -3,7 +3,8 @@
 //
 // One warpgroup loads: chunks of weights by bulk copies, 128 columns of a tile of tokens by TMA. Two warpgroups multiply:
 // each turns the words of its 64 (or 2 x 64) rows into e4m3 bytes in registers, multiplies them by the tokens in shared
-// memory, and adds the partial sums of a group, times the group's scale, to its float32 totals.
+// memory, and adds the partial sums of a group, times the group's scale, to its float32 totals. With few tokens both have
+// the same 64 rows and every other 128 columns.
 #pragma once
 
 #include "hopper/hopper.h"
@@ -22,18 +23,22 @@ struct Config {
   static constexpr int kBlocks = Blocks;
   static constexpr Form kForm = F;
   static constexpr bool kFine = Fine;
-  static constexpr int kRegisters = N / 2;   // of one 64 x N accumulator
+  static constexpr int kRegisters = N / 2;  // of one 64 x N accumulator
+  static constexpr bool kTurns = takes_turns(N);
+  static constexpr int kTileBlocks = tile_blocks(N, Blocks);
+  static constexpr int kCluster = cluster_blocks(Blocks);
+  static constexpr int kReleases = (kTurns ? 4 : 4 * kConsumers) * kCluster;  // warps that use a stage
   static constexpr int kStagingTokens = N < int4_linear::kStagingTokens ? N : int4_linear::kStagingTokens;
   using Tokens = hopper::Tile<hopper::e4m3, N, Int4Hopper::kCols, hopper::Swizzle::k128>;
   using Product = hopper::Wgmma<hopper::e4m3, hopper::e4m3, N>;
 };
 
 struct MatrixParams {
-  hopper::TensorMap x;          // codes, boxes of 128 columns by kTokens
+  hopper::TensorMap x;  // codes, boxes of 128 columns by kTokens
   const char* chunks;
   const float* per_tensor_scale;
   const float* x_scales;
-  const float* x_sums;          // [k_tiles * subs, sums_stride]
+  const float* x_sums;  // [k_tiles * subs, sums_stride]
   const void* bias;
   void* y;
   float* pieces;
@@ -54,19 +59,21 @@ struct Shared {
   char* weights;
   char* sums;
   float* staging;
+  float* scales;  // [kConsumers][kTokens] of the tokens of the tile that is written
   hopper::Barrier* full;
   hopper::Barrier* empty;
-  int32_t* joined;              // [kConsumers]: pieces of a tile that were there before this block's
+  int32_t* joined;  // [kConsumers]: pieces of a tile that were there before this block's
   int weight_bytes, sum_bytes;  // of a stage
 
   TILEWRIGHT_DEVICE explicit Shared(const MatrixParams& p) {
-    weight_bytes = kConsumers * C::kBlocks * p.chunk_bytes;
+    weight_bytes = C::kTileBlocks * p.chunk_bytes;
     sum_bytes = C::kForm == Form::kUnsigned ? Int4Hopper::kCols / p.sub * C::kTokens * 4 : 0;
     tokens = hopper::shared_memory();
     weights = tokens + p.stages * C::Tokens::kBytes;
     sums = weights + p.stages * weight_bytes;
     staging = reinterpret_cast<float*>(sums + p.stages * sum_bytes);
-    full = reinterpret_cast<hopper::Barrier*>(staging + kConsumers * C::kStagingTokens * kStagingPitch);
+    scales = staging + staging_floats(C::kTokens) - kConsumers * C::kTokens;
+    full = reinterpret_cast<hopper::Barrier*>(scales + kConsumers * C::kTokens);
     empty = full + kMaxStages;
     joined = reinterpret_cast<int32_t*>(empty + kMaxStages);
   }
@@ -86,16 +93,36 @@ struct Ring {
       phase ^= 1;
     }
   }
+  TILEWRIGHT_DEVICE void skip(int steps, int stages) {
+    stage += steps;
+    phase ^= static_cast<uint32_t>(stage / stages) & 1u;
+    stage %= stages;
+  }
 };
+
+// Whose work this block shares: its cluster, and its place there.
+template <class C>
+TILEWRIGHT_DEVICE int cluster_index() {
+  return static_cast<int>(blockIdx.x) / C::kCluster;
+}
+template <class C>
+TILEWRIGHT_DEVICE int rank_in_cluster() {
+  return static_cast<int>(blockIdx.x) % C::kCluster;
+}
+// The first of the 64-row blocks of this block's part of a tile.
+template <class C>
+TILEWRIGHT_DEVICE int first_row_block(const MatrixParams& p, int tile) {
+  return (tile / p.token_tiles * C::kCluster + rank_in_cluster<C>()) * C::kTileBlocks;
+}
 
 // A block's 128-column steps one by one.
 struct Steps {
   int index = 0, k = -1;
   Segment segment{0, 0, 0};
 
-  TILEWRIGHT_DEVICE bool next(const Work& work) {
+  TILEWRIGHT_DEVICE bool next(const Work& work, int block) {
     if (++k < segment.last) return true;
-    if (!segment_of(work, static_cast<int>(blockIdx.x), index++, segment)) return false;
+    if (!segment_of(work, block, index++, segment)) return false;
     k = segment.first;
     return true;
   }
@@ -105,8 +132,8 @@ struct Steps {
 
 template <class C>
 TILEWRIGHT_DEVICE void load_weights(const MatrixParams& p, const Shared<C>& shared, const Steps& at, int stage) {
-  const int first = at.segment.tile / p.token_tiles * (kConsumers * C::kBlocks);
-  const int blocks = min(kConsumers * C::kBlocks, p.row_blocks - first);
+  const int first = first_row_block<C>(p, at.segment.tile);
+  const int blocks = max(0, min(C::kTileBlocks, p.row_blocks - first));
   hopper::Barrier& full = shared.full[stage];
   hopper::arrive_expect(full, static_cast<uint32_t>(blocks * p.chunk_bytes + C::Tokens::kBytes + shared.sum_bytes));
   for (int b = 0; b < blocks; ++b) {
@@ -120,7 +147,14 @@ template <class C>
 TILEWRIGHT_DEVICE void load_tokens(const MatrixParams& p, const Shared<C>& shared, const Steps& at, int stage) {
   const int token = at.segment.tile % p.token_tiles * C::kTokens;
   hopper::Barrier& full = shared.full[stage];
-  hopper::load_tile(shared.tokens_of(stage), p.x, full, at.k * Int4Hopper::kCols, token);
+  if constexpr (C::kCluster == 1) {
+    hopper::load_tile(shared.tokens_of(stage), p.x, full, at.k * Int4Hopper::kCols, token);
+  } else {
+    constexpr int kPart = C::kTokens / C::kCluster;
+    const int first = rank_in_cluster<C>() * kPart;
+    hopper::load_tile_multicast(shared.tokens_of(stage) + first * Int4Hopper::kCols, p.x, full, (1 << C::kCluster) - 1,
+                                at.k * Int4Hopper::kCols, token + first);
+  }
   if constexpr (C::kForm == Form::kUnsigned) {
     const int subs = Int4Hopper::kCols / p.sub;
     for (int s = 0; s < subs; ++s) {
@@ -134,17 +168,18 @@ TILEWRIGHT_DEVICE void load_tokens(const MatrixParams& p, const Shared<C>& share
 // The weights depend on no other kernel: the first stages of them are on their way before the tokens exist.
 template <class C>
 TILEWRIGHT_DEVICE void produce(const MatrixParams& p, const Shared<C>& shared) {
+  const int block = cluster_index<C>();
   Steps at;
   int ahead = 0;
-  while (ahead < p.stages && at.next(p.work)) load_weights(p, shared, at, ahead++);
+  while (ahead < p.stages && at.next(p.work, block)) load_weights(p, shared, at, ahead++);
   if (p.overlap) hopper::wait_for_previous_kernel();
   Steps tokens;
   for (int stage = 0; stage < ahead; ++stage) {
-    tokens.next(p.work);
+    tokens.next(p.work, block);
     load_tokens(p, shared, tokens, stage);
   }
   if (ahead < p.stages) return;
-  for (Ring ring; at.next(p.work); ring.advance(p.stages)) {
+  for (Ring ring; at.next(p.work, block); ring.advance(p.stages)) {
     hopper::wait(shared.empty[ring.stage], ring.phase);
     load_weights(p, shared, at, ring.stage);
     load_tokens(p, shared, at, ring.stage);
@@ -189,7 +224,7 @@ TILEWRIGHT_DEVICE Pair load_pair(const MatrixParams& p, const char* numbers, int
 // What turns partial sums of a group into sums of weights times codes, both times 2^-9 as the partial sums are.
 struct Scale {
   Pair scale;
-  Pair offset;   // times the sum of the codes: the minimum, or minus zero times scale
+  Pair offset;  // times the sum of the codes: the minimum, or minus zero times scale
 };
 
 template <class C>
@@ -342,25 +377,38 @@ TILEWRIGHT_DEVICE void multiply_fine(const MatrixParams& p, const char* chunk, c
 template <class C>
 TILEWRIGHT_DEVICE void release(const Shared<C>& shared, int stage) {
   __syncwarp();
-  if (threadIdx.x % 32 == 0) hopper::arrive(shared.empty[stage]);
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if constexpr (C::kCluster == 1) {
+    if (lane == 0) hopper::arrive(shared.empty[stage]);
+  } else {
+    if (lane < C::kCluster) hopper::arrive_cluster(shared.empty[stage], lane);  // whoever writes here waits for all
+  }
 }
 
-// A segment: the totals of a consumer's blocks over the columns [128 first, 128 last). Of the blocks, `here` exist, at
-// least one; the last of those stands in for one that does not.
+// A segment: the totals of a consumer's blocks over the columns [128 first, 128 last), or over every other 128 of them.
+// Of the blocks, `here` exist, at least one; the last of those stands in for one that does not.
 template <class C>
-TILEWRIGHT_DEVICE void multiply_segment(const MatrixParams& p, const Shared<C>& shared, const Segment& segment, Ring& ring,
-                                        float (&totals)[C::kBlocks][C::kRegisters], int consumer, int here) {
+TILEWRIGHT_DEVICE void multiply_segment(const MatrixParams& p, const Shared<C>& shared, const Segment& segment,
+                                        Ring ring, float (&totals)[C::kBlocks][C::kRegisters], int consumer, int here) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
+  constexpr int kStep = C::kTurns ? kConsumers : 1;
   const int to_next = here > 1 ? p.chunk_bytes : 0;
   const auto chunk_of = [&](int stage, int b) {
-    return shared.chunk_of(p, stage, consumer * C::kBlocks) + b * to_next;
+    return shared.chunk_of(p, stage, C::kTurns ? 0 : consumer * C::kBlocks) + b * to_next;
   };
+  int k = segment.first;
+  if constexpr (C::kTurns) {
+    k += consumer;
+    if (k >= segment.last) return;
+    ring.skip(consumer, p.stages);
+  }
   Words words;
   hopper::wait(shared.full[ring.stage], ring.phase);
   load_words(words, chunk_of(ring.stage, 0), thread);
-  for (int k = segment.first; k < segment.last; ++k) {
+  for (; k < segment.last; k += kStep) {
     Ring ahead = ring;
-    ahead.advance(p.stages);
+#pragma unroll
+    for (int i = 0; i < kStep; ++i) ahead.advance(p.stages);
     const char* tokens = shared.tokens_of(ring.stage);
     const float* sums = shared.sums_of(ring.stage);
 #pragma unroll
@@ -368,7 +416,7 @@ TILEWRIGHT_DEVICE void multiply_segment(const MatrixParams& p, const Shared<C>& 
       const auto load_next = [&] {
         if (b + 1 < C::kBlocks) {
           load_words(words, chunk_of(ring.stage, b + 1), thread);
-        } else if (k + 1 < segment.last) {
+        } else if (k + kStep < segment.last) {
           hopper::wait(shared.full[ahead.stage], ahead.phase);
           load_words(words, chunk_of(ahead.stage, 0), thread);
         }
@@ -387,7 +435,7 @@ TILEWRIGHT_DEVICE void multiply_segment(const MatrixParams& p, const Shared<C>& 
 
 // A segment of which this consumer has no rows.
 template <class C>
-TILEWRIGHT_DEVICE void pass_segment(const MatrixParams& p, const Shared<C>& shared, const Segment& segment, Ring& ring) {
+TILEWRIGHT_DEVICE void pass_segment(const MatrixParams& p, const Shared<C>& shared, const Segment& segment, Ring ring) {
   for (int k = segment.first; k < segment.last; ++k) {
     hopper::wait(shared.full[ring.stage], ring.phase);
     release(shared, ring.stage);

@@ -15,11 +15,27 @@
 
 namespace tilewright::int4_linear {
 
-inline constexpr int kConsumers = 2;             // warpgroups that multiply; one more loads
+inline constexpr int kConsumers = 2;  // warpgroups that multiply; one more loads
 inline constexpr int kMatrixThreads = 128 * (kConsumers + 1);
-inline constexpr int kMaxStages = 24;
-inline constexpr int kStagingTokens = 32;        // tokens that the epilogue turns around at once
-inline constexpr int kStagingPitch = 68;         // floats of 64 rows, padded: a warp's stores touch every bank once
+inline constexpr int kMaxStages = 40;
+inline constexpr int kStagingTokens = 32;  // tokens that the epilogue turns around at once
+inline constexpr int kStagingPitch = 68;  // floats of 64 rows, padded: a warp's stores touch every bank once
+
+// Up to this many tokens a tile has 64 rows, and the consumers take turns along K: there are then tiles for most
+// multiprocessors, each with all of its weights on the way at once, and no other block to wait for. Beyond it each consumer
+// has rows of its own, so that tokens are read less often.
+constexpr bool takes_turns(int token_tile) { return token_tile <= 64; }
+// 64-row blocks of a tile.
+constexpr int tile_blocks(int token_tile, int group_blocks) {
+  return takes_turns(token_tile) ? 1 : kConsumers * group_blocks;
+}
+// Blocks of a cluster: neighbours along the rows, which share the tokens that each of them loads a part of.
+constexpr int cluster_blocks(int group_blocks) { return group_blocks == 2 ? 2 : 1; }
+// Floats of shared memory behind the stages: the epilogue's staging, what a consumer hands over, the tokens' scales.
+constexpr int staging_floats(int token_tile) {
+  const int staging = (token_tile < kStagingTokens ? token_tile : kStagingTokens) * kStagingPitch;
+  return (takes_turns(token_tile) ? staging + 64 * token_tile : kConsumers * staging) + kConsumers * token_tile;
+}
 
 // Signed: sign-and-magnitude codes. Unsigned: codes 0..15 and a correction by the sums of x. Fold: e4m3(q * scale).
 enum class Form : uint8_t { kSigned = 0, kUnsigned = 1, kFold = 2 };
@@ -29,9 +45,10 @@ struct Segment {
   int tile, first, last;
 };
 
+// Tiles are those of a cluster (see cluster_blocks), and so are the `blocks` that share them.
 struct Work {
   int tiles, k_tiles, split_tiles, blocks;
-  int run, longer;   // units of a block; the first `longer` blocks have one more
+  int run, longer;  // units of a block; the first `longer` blocks have one more
 
   constexpr int first_unit(int block) const { return block * run + (block < longer ? block : longer); }
   // The block whose run holds a unit, and the blocks that share a split tile.
@@ -63,46 +80,55 @@ constexpr bool segment_of(const Work& work, int block, int index, Segment& segme
 
 struct DevicePlan {
   Form form;
-  bool fine;             // scales change within 128 columns: the partial sum is taken up every 32, or 16
-  int token_tile;        // tokens of a tile: N of the instruction
-  int group_blocks;      // 64-row blocks that a consumer warpgroup multiplies by the same tokens
+  bool fine;  // scales change within 128 columns: the partial sum is taken up every 32, or 16
+  int token_tile;  // tokens of a tile: N of the instruction
+  int group_blocks;  // 64-row blocks that a consumer warpgroup multiplies by the same tokens
   int token_tiles, row_tiles;
   int stages;
   int stage_bytes, shared_bytes;
   Work work;
 
-  int64_t piece_floats() const { return int64_t{kConsumers} * group_blocks * 64 * token_tile; }
-  int64_t piece_slots() const { return work.split_tiles == 0 ? 0 : int64_t{2} * work.blocks; }
-  int64_t counters() const { return int64_t{work.split_tiles} * kConsumers; }
+  int blocks_of_tile() const { return tile_blocks(token_tile, group_blocks); }
+  int cluster() const { return cluster_blocks(group_blocks); }
+  int64_t piece_floats() const { return int64_t{64} * blocks_of_tile() * token_tile; }
+  int64_t piece_slots() const { return work.split_tiles == 0 ? 0 : int64_t{2} * work.blocks * cluster(); }
+  int64_t counters() const { return int64_t{work.split_tiles} * cluster() * kConsumers; }
 };
 
 namespace detail {
 
-// Microseconds on an H100, near enough to choose between two ways of cutting: a unit of 128 columns is bound by the matrix
-// unit (tokens) or by the memory (weights); joining pieces costs a round trip to the second-level cache and their bytes.
+// Microseconds on an H100, near enough to choose between two ways of cutting. A unit is 128 columns of a tile: bound by
+// the matrix unit, or by what one multiprocessor can take in. All of them together are bound by the memory. Joining pieces
+// costs a round trip to the second-level cache and their bytes.
 inline double unit_time(const DevicePlan& plan) {
-  const double rows = kConsumers * plan.group_blocks * 64.0;
-  return std::max(rows * plan.token_tile * 128 / 4096 / 1500, rows * 66 * 132 / 2.6e6);
+  const double rows = plan.blocks_of_tile() * 64.0;
+  return std::max(rows * plan.token_tile * 128 / 4096 / 1500, (rows * 66 + plan.token_tile * 128) / 70e3);
+}
+inline double memory_time(const DevicePlan& plan, int tiles) {
+  return static_cast<double>(tiles) / plan.token_tiles * plan.work.k_tiles * plan.cluster() * plan.blocks_of_tile() *
+         64 * 66 / 2.8e6;
 }
 inline double join_time(const DevicePlan& plan, int blocks) {
-  return 2.0 + 2.0 * blocks * static_cast<double>(plan.piece_floats()) * 4 * 2 / 3.0e6;
+  return 2.0 + 2.0 * blocks * plan.cluster() * static_cast<double>(plan.piece_floats()) * 4 / 4.0e6;
 }
 
 inline void divide_work(DevicePlan& plan, int k_tiles, int multiprocessors) {
   Work& work = plan.work;
-  work.tiles = plan.row_tiles * plan.token_tiles;   // 2^31 of them would be 10^13 outputs
+  const int most = std::max(1, multiprocessors / plan.cluster());
+  work.tiles = static_cast<int>(ceil_div(plan.row_tiles, plan.cluster())) * plan.token_tiles;  // far below 2^31
   work.k_tiles = k_tiles;
   work.split_tiles = 0;
-  work.blocks = std::min(work.tiles, multiprocessors);
+  work.blocks = std::min(work.tiles, most);
   work.run = work.longer = 0;
-  const int left = work.tiles % multiprocessors;
+  const int left = work.tiles % most;
   if (left == 0) return;
   const int units = left * k_tiles;
-  const int blocks = std::min(units, multiprocessors);
-  if (blocks < multiprocessors && work.tiles > left) return;   // every block's run must hold a unit
-  const double whole = k_tiles * unit_time(plan);
-  const double split = static_cast<double>(ceil_div(units, blocks)) * unit_time(plan) + join_time(plan, blocks);
-  if (split >= whole) return;
+  const int blocks = std::min(units, most);
+  if (blocks < most && work.tiles > left) return;  // every block's run must hold a unit
+  const double memory = memory_time(plan, left);
+  const double whole = std::max(memory, k_tiles * unit_time(plan));
+  const double split = std::max(memory, static_cast<double>(ceil_div(units, blocks)) * unit_time(plan));
+  if (split + join_time(plan, blocks) >= whole) return;
   work.split_tiles = left;
   work.blocks = blocks;
   work.run = units / blocks;
@@ -136,12 +162,12 @@ inline DevicePlan choose_device_plan(int64_t m, const format::Int4HopperView& we
   plan.fine = weight.sub != format::Int4Hopper::kCols;
   choose_tile(plan, m);
   plan.token_tiles = static_cast<int>(ceil_div(m, plan.token_tile));
-  plan.row_tiles = static_cast<int>(ceil_div(weight.blocks, kConsumers * plan.group_blocks));
+  plan.row_tiles = static_cast<int>(ceil_div(weight.blocks, plan.blocks_of_tile()));
   const int sums = plan.form == Form::kUnsigned ? weight.subs() * plan.token_tile * 4 : 0;
-  plan.stage_bytes = kConsumers * plan.group_blocks * static_cast<int>(weight.chunk_bytes) +
-                     plan.token_tile * format::Int4Hopper::kCols + sums;
-  const int staging = kConsumers * std::min(plan.token_tile, kStagingTokens) * kStagingPitch * 4;
-  constexpr int kMaxShared = 232448 - 1024, kBarriers = 1024;
+  plan.stage_bytes =
+      plan.blocks_of_tile() * static_cast<int>(weight.chunk_bytes) + plan.token_tile * format::Int4Hopper::kCols + sums;
+  const int staging = staging_floats(plan.token_tile) * 4;
+  constexpr int kMaxShared = 232448, kBarriers = 1024;
   plan.stages = std::min(kMaxStages, (kMaxShared - staging - kBarriers) / plan.stage_bytes);
   plan.shared_bytes = plan.stages * plan.stage_bytes + staging + kBarriers;
   detail::divide_work(plan, static_cast<int>(weight.tiles), multiprocessors);

@@ -10,7 +10,7 @@
 namespace tilewright::int4_linear {
 
 inline constexpr int kQuantizeThreads = 256;
-inline constexpr int kPiece = 16;   // columns of a thread; every `sub` is a multiple of it
+inline constexpr int kPiece = 16;  // columns of a thread; every `sub` is a multiple of it
 
 // Columns [k, k + 16) of a row as floats, zero behind K.
 template <class T>

@@ -196,7 +196,7 @@ TILEWRIGHT_DEVICE void sweep_reverse(const ChunkBackward& p, const Column& at, c
     if constexpr (kDelta) start_writing<T, kKey>(f, stage + Shared::kKeys, thread, d_errors, writing, d_state);
     hopper::wgmma_wait<0>();
     hopper::keep(d_state);
-    release(ring.empty[turn.stage], thread);
+    release(ring.empty[turn.stage]);
   }
   if (thread == 0) hopper::store_wait<0>();
   store_state(p, at, p.d_initial_state, at.n, thread, d_state);

@@ -175,10 +175,6 @@ TILEWRIGHT_DEVICE void send(void* to, const char* tile, int bytes, int thread) {
   }
 }
 
-TILEWRIGHT_DEVICE void release(Barrier& empty, int thread) {
-  if (thread % 32 == 0) hopper::arrive(empty);
-}
-
 // In a packed batch the rows behind a sequence are the next one's: nothing of them may reach a product.
 template <class Tile>
 TILEWRIGHT_DEVICE void clear_tail(char* tile, int rows, int thread) {
@@ -234,7 +230,7 @@ TILEWRIGHT_DEVICE void sweep_states(const ChunkBackward& p, const Column& at, ch
     hopper::wgmma_commit();
     hopper::wgmma_wait<0>();
     hopper::keep(state);
-    release(ring.empty[turn.stage], thread);
+    release(ring.empty[turn.stage]);
   }
   if (thread == 0) hopper::store_wait<0>();
 }

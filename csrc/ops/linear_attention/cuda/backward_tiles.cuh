@@ -81,9 +81,11 @@ TILEWRIGHT_DEVICE char* across(char* tile, int thread, int step) {
 // Rows [first, kChunk) become zero: in a packed batch they are the next sequence's.
 template <class Tile>
 TILEWRIGHT_DEVICE void clear_rows(char* tile, int first, int thread, int threads) {
-  constexpr int kPerRow = Tile::kCols / 8;
-  for (int i = thread; i < (Tile::kRows - first) * kPerRow; i += threads) {
-    hopper::store_16(tile + Tile::offset(first + i / kPerRow, i % kPerRow * 8), {0, 0, 0, 0});
+  constexpr unsigned kPerRow = Tile::kCols / 8;
+  const unsigned count = static_cast<unsigned>(Tile::kRows - first) * kPerRow;
+  for (auto i = static_cast<unsigned>(thread); i < count; i += static_cast<unsigned>(threads)) {
+    const int row = first + static_cast<int>(i / kPerRow), column = static_cast<int>(i % kPerRow * 8);
+    hopper::store_16(tile + Tile::offset(row, column), {0, 0, 0, 0});
   }
 }
 
@@ -96,6 +98,12 @@ TILEWRIGHT_DEVICE void load_rows(char* tile, const TensorMap& map, Barrier& barr
     hopper::load_tile(tile + panel * Tile::kBytesPerPanel, map, barrier, column + panel * Tile::kPanelCols, head,
                       static_cast<int>(token), static_cast<int>(batch));
   }
+}
+
+// This warp has read a stage.
+TILEWRIGHT_DEVICE void release(Barrier& empty) {
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) hopper::arrive(empty);
 }
 
 // What a block of the sequential kernels works on.

@@ -25,10 +25,10 @@ hopper::TensorMap map_of(const Rows<const In>& rows, int64_t columns, int64_t he
   return hopper::make_tensor_map<In>(rows.data, 4, sizes, strides, box, hopper::Swizzle::k128);
 }
 
-template <class In, int kKeys, bool kDelta>
+template <class In, int kKeys>
 void run_prepare(const Problem<In, float>& p, const Prepared& to, hopper::Stream stream) {
   const int64_t places = tiles_of(p) / p.value_heads;
-  hopper::launch(prepare_kernel<In, kKeys, kDelta>,
+  hopper::launch(prepare_kernel<In, kKeys>,
                  {.blocks = {.x = places, .y = static_cast<int>(p.heads)},
                   .threads = kPrepareThreads,
                   .shared_bytes = prepare::Layout<In, kKeys>::kBytes,
@@ -73,7 +73,7 @@ void run_both(const Problem<In, float>& p, const Prepared& buffers, hopper::Stre
     run_prepare_channel<In, kKeys, kDelta>(p, buffers, stream);
     run_states<In, kKeys, kDelta, true>(p, buffers, stream);
   } else {
-    run_prepare<In, kKeys, kDelta>(p, buffers, stream);
+    if constexpr (kDelta) run_prepare<In, kKeys>(p, buffers, stream);
     run_states<In, kKeys, kDelta, false>(p, buffers, stream);
   }
 }

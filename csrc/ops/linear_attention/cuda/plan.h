@@ -33,7 +33,9 @@ bool copyable(const Rows<const In>& rows, int64_t batch, int64_t tokens, int64_t
 template <class In, class T>
 bool takes_chunks(const Problem<In, T>& p) {
   const int64_t batch = batch_of(p), tokens = p.sequences.tokens;
-  return tile_keys(p.key_size) > 0 && p.key_size % 8 == 0 && p.value_size % 8 == 0 && tokens > 1 &&
+  // Tokens and places are counted in 32 bits.
+  return tile_keys(p.key_size) > 0 && tiles_of(p) < (int64_t{1} << 31) - kChunk &&
+         tokens < (int64_t{1} << 31) - kChunk && p.key_size % 8 == 0 && p.value_size % 8 == 0 && tokens > 1 &&
          p.slots == nullptr && copyable(p.q, batch, tokens, p.heads) && copyable(p.k, batch, tokens, p.heads) &&
          copyable(p.v, batch, tokens, p.value_heads);
 }

@@ -1,0 +1,406 @@
+# SPDX-License-Identifier: Apache-2.0
+"""linear_attention on the device, forward: against the step-by-step recurrence in float64."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tilewright.ops import linear_attention, linear_attention_step_
+from tilewright.reference.linear_attention import recurrence
+
+if TYPE_CHECKING:
+    from conftest import Device
+
+RULES = ("additive", "delta")
+DECAYS = ("none", "head", "token", "channel")
+CHUNK = 64
+# Relative L2 error of values and states. On tensor cores an operand is rounded to the inputs' type in at most five
+# places between an input and an output (state, residual, inverse, correction, score) and the output once more: the
+# square root of 6 times half an ulp, times 1.25 for what the inverse adds up. float16 has three more bits.
+BOUNDS = {torch.bfloat16: 6e-3, torch.float16: 7.5e-4}
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One call's tensors, on the CPU."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    beta: Tensor | None
+    g: Tensor | None
+    initial_state: Tensor | None
+    rule: Any
+    cu_seqlens: Tensor | None = None
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
+        """The same call with every tensor changed."""
+        changed = {f.name: function(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
+        return replace(self, **changed)
+
+
+def make(
+    rule: str,
+    decay: str,
+    tokens: int,
+    *,
+    batch: int = 1,
+    heads: int = 1,
+    group: int = 1,
+    key: int = 64,
+    value: int = 64,
+    strength: float = 1.0,
+    offsets: list[int] | None = None,
+    dtype: torch.dtype = torch.bfloat16,
+    seed: int = 0,
+) -> Inputs:
+    """Random inputs with keys of unit length, beta in (0, 1) and log decays in (-strength, 0); gates are float32."""
+    rng = torch.Generator().manual_seed(seed)
+    value_heads = heads * group
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=rng)
+
+    def uniform(*shape: int) -> Tensor:
+        return torch.rand(*shape, generator=rng)
+
+    gates = {
+        "none": lambda: None,
+        "head": lambda: -strength * uniform(value_heads),
+        "token": lambda: -strength * uniform(batch, tokens, value_heads),
+        "channel": lambda: -strength * uniform(batch, tokens, value_heads, key),
+    }
+    sequences = batch if offsets is None else len(offsets) - 1
+    return Inputs(
+        q=normal(batch, tokens, heads, key).to(dtype),
+        k=torch.nn.functional.normalize(normal(batch, tokens, heads, key), dim=-1).to(dtype),
+        v=normal(batch, tokens, value_heads, value).to(dtype),
+        beta=uniform(batch, tokens, value_heads) if rule == "delta" else None,
+        g=gates[decay](),
+        initial_state=normal(sequences, value_heads, key, value),
+        rule=rule,
+        cu_seqlens=None if offsets is None else torch.tensor(offsets),
+    )
+
+
+def run(device: Device, inputs: Inputs, mode: Any = "chunk") -> tuple[Tensor, Tensor]:
+    """Output and final state, back on the CPU."""
+    x = inputs.map(device.tensor)
+    with torch.no_grad():
+        o, state = linear_attention(
+            x.q,
+            x.k,
+            x.v,
+            beta=x.beta,
+            g=x.g,
+            rule=x.rule,
+            initial_state=x.initial_state,
+            output_final_state=True,
+            cu_seqlens=x.cu_seqlens,
+            mode=mode,
+        )
+    assert state is not None
+    return o.cpu(), state.cpu()
+
+
+def reference(inputs: Inputs, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
+    x = inputs.map(lambda t: t.to(dtype) if t.is_floating_point() else t)
+    return recurrence(
+        x.q, x.k, x.v, beta=x.beta, g=x.g, rule=x.rule, initial_state=x.initial_state, cu_seqlens=x.cu_seqlens
+    )
+
+
+def relative(got: Tensor, wanted: Tensor) -> float:
+    """||got - wanted|| / ||wanted||; 0 for empty tensors."""
+    error = (got.double() - wanted.double()).norm()
+    return 0.0 if error == 0 else float(error / wanted.double().norm().clamp(min=1e-300))
+
+
+def assert_agrees(device: Device, inputs: Inputs, mode: str = "chunk") -> None:
+    """Values and states near the float64 recurrence, as near as the inputs' type allows."""
+    o, state = run(device, inputs, mode)
+    wanted = reference(inputs)
+    assert o.dtype == inputs.v.dtype
+    assert o.shape == wanted[0].shape
+    for name, got, exact, plain in zip(("o", "state"), (o, state), wanted, reference_error(inputs), strict=True):
+        # Twice what the same recurrence loses in torch, and no less than the rounding of the result.
+        bound = BOUNDS.get(inputs.v.dtype) or max(2 * plain, 2.0 * torch.finfo(inputs.v.dtype).eps)
+        error = relative(got, exact)
+        assert error <= bound, f"{name}: relative error {error:.3g}, bound {bound:.3g}"
+
+
+def reference_error(inputs: Inputs) -> tuple[float, float]:
+    """What torch loses in the inputs' own type, where that is what the kernel computes in."""
+    if inputs.v.dtype in BOUNDS:
+        return 0.0, 0.0
+    exact, plain = reference(inputs), reference(inputs, inputs.v.dtype)
+    return relative(plain[0], exact[0]), relative(plain[1], exact[1])
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("rule", RULES)
+def test_values_and_states_equal_the_recurrence(device: Device, rule: str, decay: str) -> None:
+    sizes = [(0, 1, 64, 64), (1, 2, 64, 64), (CHUNK - 1, 6, 64, 64), (CHUNK, 2, 128, 64), (CHUNK + 1, 1, 64, 128)]
+    if not device.is_emulator:
+        sizes += [(1000, 2, 128, 128), (2 * CHUNK, 4, 64, 256)]
+    for tokens, group, key, value in sizes:
+        inputs = make(rule, decay, tokens, batch=2, group=group, key=key, value=value, strength=0.1, seed=tokens)
+        assert_agrees(device, inputs)
+        if tokens in (1, CHUNK + 1):
+            assert_agrees(device, inputs, "recurrent")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.float64])
+@pytest.mark.parametrize("rule", RULES)
+def test_every_type(device: Device, rule: str, dtype: torch.dtype) -> None:
+    for decay in DECAYS:
+        inputs = make(rule, decay, CHUNK + 6, key=48, value=40, dtype=dtype)
+        assert_agrees(device, inputs)
+
+
+@pytest.mark.parametrize(("key", "value"), list(itertools.product((1, 16, 60, 64, 100, 128, 256), repeat=2)))
+def test_every_head_size(device: Device, key: int, value: int) -> None:
+    if device.is_emulator and key * value > 64 * 128:
+        pytest.skip("as a GPU, the emulator takes it; it takes long")
+    rule, decay = RULES[(key + value) % 2], DECAYS[(key // 4 + value) % 4]
+    assert_agrees(device, make(rule, decay, CHUNK + 3, key=key, value=value, seed=key + value))
+
+
+def test_keys_wider_than_the_kernel_name_the_way_out(device: Device) -> None:
+    with pytest.raises(RuntimeError, match=r"q has K = 513, needed at most 512.*run on the CPU"):
+        run(device, make("delta", "token", 2, key=513, value=8))
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("rule", RULES)
+def test_packed_sequences_are_each_its_own(device: Device, rule: str, decay: str) -> None:
+    offsets = [0, CHUNK + 1, CHUNK + 1, 2 * CHUNK + 1, 2 * CHUNK + 9]
+    if not device.is_emulator:
+        offsets = [0, 410, 841, 841, 1135, 2126, 2512, 4096]
+    tokens = offsets[-1] + 5
+    inputs = make(rule, decay, tokens, heads=1, group=2, key=64, value=64, strength=0.05, offsets=offsets)
+    # What stands behind a sequence is another one's, and may be anything.
+    last = slice(offsets[-1], None)
+    for x in (inputs.q, inputs.k, inputs.v):
+        x[:, last] = torch.nan
+    o, state = run(device, inputs)
+    assert torch.equal(o[:, last], torch.zeros_like(o[:, last]))
+    for n, (first, end) in enumerate(itertools.pairwise(offsets)):
+        part = slice(first, end)
+        assert inputs.initial_state is not None
+        alone = Inputs(
+            q=inputs.q[:, part],
+            k=inputs.k[:, part],
+            v=inputs.v[:, part],
+            beta=None if inputs.beta is None else inputs.beta[:, part],
+            g=inputs.g if inputs.g is None or inputs.g.dim() == 1 else inputs.g[:, part],
+            initial_state=inputs.initial_state[n : n + 1],
+            rule=rule,
+        )
+        got, final = run(device, alone)
+        if end - first != 1:
+            assert torch.equal(o[:, part], got)
+            assert torch.equal(state[n : n + 1], final)
+        assert_agrees(device, alone)
+
+
+@pytest.mark.parametrize("decay", ["head", "token", "channel"])
+@pytest.mark.parametrize("rule", RULES)
+def test_gates_from_nothing_to_everything(device: Device, rule: str, decay: str) -> None:
+    inputs = make(rule, decay, 2 * CHUNK + 7, seed=3)
+    assert inputs.g is not None
+    for values in ([0.0], [-50.0], [-torch.inf], [0.0, -50.0, -torch.inf, -1e-3], [-torch.inf, *[-1e-3] * 40]):
+        cycle = torch.tensor(values).repeat(1 + inputs.g.numel() // len(values))
+        assert_agrees(device, replace(inputs, g=cycle[: inputs.g.numel()].view_as(inputs.g)))
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("rule", RULES)
+def test_same_signs_add_up(device: Device, rule: str, decay: str) -> None:
+    """Nothing cancels: sums are as large as they get, and so are the errors of adding up in too few bits."""
+    inputs = make(rule, decay, 2 * CHUNK if device.is_emulator else 2048, strength=1e-3)
+    assert_agrees(device, replace(inputs, q=inputs.q.abs(), k=inputs.k.abs(), v=inputs.v.abs()))
+
+
+@pytest.mark.parametrize("decay", ["none", "token", "channel"])
+@pytest.mark.parametrize("rule", RULES)
+def test_strides_do_not_matter(device: Device, rule: str, decay: str) -> None:
+    inputs = make(rule, decay, CHUNK + 9, batch=2, heads=2, key=64, value=72)
+    wanted = run(device, inputs)
+
+    def head_first(x: Tensor) -> Tensor:
+        return x.transpose(1, 2).contiguous().transpose(1, 2) if x.dim() > 2 else x
+
+    def scattered(x: Tensor) -> Tensor:
+        wide = torch.full((*x.shape, 2), torch.nan, dtype=x.dtype)
+        wide[..., 0] = x
+        return wide[..., 0]
+
+    def misaligned(x: Tensor) -> Tensor:
+        wide = torch.full((*x.shape[:-1], x.shape[-1] + 8), torch.nan, dtype=x.dtype)
+        wide[..., 1 : x.shape[-1] + 1] = x
+        return wide[..., 1 : x.shape[-1] + 1]
+
+    for change in (head_first, scattered):
+        for got, exact in zip(run(device, inputs.map(change)), wanted, strict=True):
+            assert torch.equal(got, exact)
+    assert_agrees(device, inputs.map(misaligned))
+
+
+@pytest.mark.parametrize("decay", ["token", "channel"])
+@pytest.mark.parametrize("rule", RULES)
+def test_the_same_bits_every_time(device: Device, rule: str, decay: str) -> None:
+    tokens = CHUNK + 9 if device.is_emulator else 1000
+    inputs = make(rule, decay, tokens, heads=1, group=2, key=128, value=128)
+    wanted = run(device, inputs)
+    for seed in device.seeds if device.is_emulator else range(20):
+        device.seed(seed)
+        for got, exact in zip(run(device, inputs), wanted, strict=True):
+            assert torch.equal(got, exact)
+
+
+@pytest.mark.parametrize("name", ["q", "k", "v", "g", "beta"])
+@pytest.mark.parametrize("decay", ["token", "channel"])
+def test_nan_stays_in_its_sequence_and_head(device: Device, decay: str, name: str) -> None:
+    inputs = make("delta", decay, 3 * CHUNK, heads=2, offsets=[0, 50, 130, 192])
+    clean = run(device, inputs)
+    dirty = inputs.map(Tensor.clone)
+    getattr(dirty, name)[0, 70, 1] = torch.nan
+    o, state = run(device, dirty)
+    assert o[0, 70, 1].isnan().any()
+    others = torch.ones(3 * CHUNK, 2, dtype=torch.bool)
+    others[50:130, 1] = False
+    assert torch.equal(o[0][others], clean[0][0][others])
+    untouched = torch.ones(3, 2, dtype=torch.bool)
+    untouched[1, 1] = False
+    assert torch.equal(state[untouched], clean[1][untouched])
+
+
+def test_no_initial_state_and_no_sequences(device: Device) -> None:
+    inputs = replace(make("delta", "token", CHUNK + 5), initial_state=None)
+    assert_agrees(device, inputs)
+    nothing = replace(make("delta", "token", 4), initial_state=None, cu_seqlens=torch.tensor([0]))
+    o, state = run(device, nothing)
+    assert torch.equal(o, torch.zeros_like(o))
+    assert state.shape == (0, 1, 64, 64)
+
+
+@pytest.mark.parametrize("mode", ["chunk", "recurrent"])
+def test_mixed_types_are_computed_in_the_widest(device: Device, mode: str) -> None:
+    inputs = make("delta", "token", 20, key=16, value=16, dtype=torch.float32)
+    mixed = replace(inputs, q=inputs.q.to(torch.bfloat16))
+    o, _ = run(device, mixed, mode)
+    assert o.dtype == torch.float32
+    assert relative(o, reference(mixed)[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("rule", RULES)
+def test_a_step_updates_the_pool_in_place(device: Device, rule: Any, decay: str) -> None:
+    sizes = [(64, 64), (20, 70)] if device.is_emulator else [(128, 128), (64, 64), (20, 70), (256, 256)]
+    for key, value in sizes:
+        inputs = make(rule, decay, 3, batch=2, heads=1, group=2, key=key, value=value, seed=key)
+        rows = torch.tensor([3, 0])
+        pool = torch.randn(5, 2, key, value, generator=torch.Generator().manual_seed(1))
+        wanted, final = reference(replace(inputs, initial_state=pool[rows]))
+        before = pool.clone()
+        x = inputs.map(device.tensor)
+        states = device.tensor(pool)
+        for t in range(3):
+            step = slice(t, t + 1)
+            got = linear_attention_step_(
+                x.q[:, step],
+                x.k[:, step],
+                x.v[:, step],
+                states,
+                beta=None if x.beta is None else x.beta[:, step],
+                g=x.g if x.g is None or x.g.dim() == 1 else x.g[:, step],
+                rule=rule,
+                state_indices=device.tensor(rows),
+            )
+            # The arithmetic is float32, so only the output's rounding counts: half an ulp of bfloat16.
+            assert relative(got.cpu(), wanted[:, step]) <= 2.0**-8
+        after = states.cpu()
+        assert relative(after[rows], final) <= 1e-5
+        assert torch.equal(after[[1, 2, 4]], before[[1, 2, 4]])
+
+
+def test_a_row_that_does_not_exist_gives_nan(device: Device) -> None:
+    inputs = make("delta", "token", 1, batch=3)
+    pool = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(1))
+    x, states = inputs.map(device.tensor), device.tensor(pool.clone())
+    rows = device.tensor(torch.tensor([-1, 1, 2]))
+    o = linear_attention_step_(x.q, x.k, x.v, states, beta=x.beta, g=x.g, rule="delta", state_indices=rows).cpu()
+    assert o[[0, 2]].isnan().all()
+    assert not o[1].isnan().any()
+    after = states.cpu()
+    assert torch.equal(after[0], pool[0])
+    assert not torch.equal(after[1], pool[1])
+
+
+def test_a_wider_type_keeps_the_pool_in_float32(device: Device) -> None:
+    inputs = make("delta", "token", 1, batch=2, dtype=torch.float64)
+    assert inputs.initial_state is not None
+    x, states = inputs.map(device.tensor), device.tensor(inputs.initial_state.clone())
+    o = linear_attention_step_(x.q, x.k, x.v, states, beta=x.beta, g=x.g, rule="delta").cpu()
+    assert o.dtype == torch.float64
+    assert relative(o, reference(inputs)[0]) <= 1e-5
+
+
+def test_errors_name_the_argument(device: Device) -> None:
+    inputs = make("delta", "token", 4, key=8, value=8)
+    for change, message in (
+        ({"k": torch.zeros(1, 4, 1, 5, dtype=torch.bfloat16)}, "k has shape .* must be that of q = 8"),
+        ({"g": torch.zeros(1, 4, 1, 5)}, "g has shape .* must be K = 8"),
+        ({"beta": None}, "beta is missing"),
+        ({"initial_state": torch.zeros(2, 1, 8, 8)}, "initial_state has shape .* must be N = 1"),
+        ({"cu_seqlens": torch.tensor([0.0, 4.0])}, "cu_seqlens has dtype Float"),
+    ):
+        with pytest.raises(RuntimeError, match=message):
+            run(device, replace(inputs, **change))
+
+
+@pytest.mark.parametrize("decay", ["token", "channel"])
+def test_a_graph_replays_with_new_inputs_and_offsets(device: Device, decay: str) -> None:
+    if device.is_emulator:
+        pytest.skip("graphs are the GPU's")
+    offsets = [[0, 100, 300], [0, 257, 290]]
+    calls = [make("delta", decay, 300, heads=2, key=128, value=128, offsets=at, seed=i) for i, at in enumerate(offsets)]
+    wanted = [run(device, inputs) for inputs in calls]
+    x = calls[0].map(device.tensor)
+
+    def call() -> tuple[Tensor, Tensor | None]:
+        return linear_attention(
+            x.q,
+            x.k,
+            x.v,
+            beta=x.beta,
+            g=x.g,
+            rule="delta",
+            initial_state=x.initial_state,
+            output_final_state=True,
+            cu_seqlens=x.cu_seqlens,
+        )
+
+    graph, side = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.no_grad(), torch.cuda.stream(side):
+        call()
+    torch.cuda.current_stream().wait_stream(side)
+    with torch.no_grad(), torch.cuda.graph(graph):
+        o, state = call()
+    assert state is not None
+    for inputs, exact in zip(calls, wanted, strict=True):
+        for f in fields(inputs):
+            if isinstance(new := getattr(inputs, f.name), Tensor):
+                getattr(x, f.name).copy_(new)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(o.cpu(), exact[0])
+        assert torch.equal(state.cpu(), exact[1])
