@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // int4_int8_linear, int4_fp8_linear, their packer and their activation quantizers as torch operators.
 #include <atomic>
+#include <tuple>
 
 #include "format/int4_hopper.h"
 #include "ops/int4_linear/kernels.h"
@@ -267,6 +268,14 @@ Tensor int4_fp8_linear(const Tensor& x, const Tensor& weight, const std::optiona
                 {Activation::kFp8, fold ? Mode::kFold : Mode::kExact, 0, false, "int4_fp8_linear"});
 }
 
+// Rounding tokens ahead of the product is for CUDA, where it is a kernel of its own.
+std::tuple<Tensor, Tensor, Tensor> fp8_quantize_tokens(const Tensor& /*x*/, int64_t /*sub*/) {
+  fail(
+      "fp8_quantize_tokens: x is on the CPU, where int4_fp8_linear rounds the tokens itself; pass x to it, or move x "
+      "with "
+      ".to('cuda')");
+}
+
 // The same functions computed by the C++ oracle, in float64.
 Tensor int4_linear_reference(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                              int64_t out_features, int64_t scale_group, bool fp8, bool fold) {
@@ -296,6 +305,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tilewright, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(tilewright, CPU, m) {
   m.impl("int4_pack", TORCH_BOX(&int4_pack));
+  m.impl("fp8_quantize_tokens", TORCH_BOX(&fp8_quantize_tokens));
   m.impl("int4_repack", TORCH_BOX(&int4_repack));
   m.impl("int4_blob_layout", TORCH_BOX(&int4_blob_layout));
   m.impl("int4_int8_linear", TORCH_BOX(&int4_int8_linear));
