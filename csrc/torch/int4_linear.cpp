@@ -269,7 +269,9 @@ Tensor int4_fp8_linear(const Tensor& x, const Tensor& weight, const std::optiona
 }
 
 // Rounding tokens ahead of the product is for CUDA, where it is a kernel of its own.
-std::tuple<Tensor, Tensor, Tensor> fp8_quantize_tokens(const Tensor& /*x*/, int64_t /*sub*/) {
+std::tuple<Tensor, Tensor, Tensor> fp8_quantize_tokens(const Tensor& /*x*/, int64_t /*sub*/,
+                                                       const std::optional<Tensor>& /*gate*/,
+                                                       const std::optional<Tensor>& /*norm*/, double /*eps*/) {
   fail(
       "fp8_quantize_tokens: x is on the CPU, where int4_fp8_linear rounds the tokens itself; pass x to it, or move x "
       "with "
@@ -297,7 +299,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tilewright, m) {
       "int4_fp8_linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features, bool fold, int layout=0) -> Tensor");
   m.def("int4_repack(Tensor blob, bool hopper) -> Tensor");
   m.def("int4_blob_layout(Tensor blob) -> int");
-  m.def("fp8_quantize_tokens(Tensor x, int sub) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "fp8_quantize_tokens(Tensor x, int sub, Tensor? gate=None, Tensor? norm=None, float eps=1e-6) -> (Tensor, "
+      "Tensor, "
+      "Tensor)");
   m.def(
       "int4_fp8_linear_quantized(Tensor codes, Tensor scales, Tensor sums, Tensor weight, Tensor? bias, SymInt "
       "in_features, bool fold, int layout, Tensor(a!) y) -> ()");
