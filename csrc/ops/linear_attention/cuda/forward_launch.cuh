@@ -27,13 +27,14 @@ hopper::TensorMap map_of(const Rows<const In>& rows, int64_t columns, int64_t he
 
 template <class In, int kKeys>
 void run_prepare(const Problem<In, float>& p, const Prepared& to, hopper::Stream stream) {
-  const int64_t places = tiles_of(p) / p.value_heads;
+  const int64_t places = tiles_of(p) / p.value_heads, group = p.value_heads / p.heads;
+  const int members = plan_members(places * p.heads, group, hopper::multiprocessors());
   hopper::launch(prepare_kernel<In, kKeys>,
-                 {.blocks = {.x = places, .y = static_cast<int>(p.heads)},
+                 {.blocks = {.x = places, .y = static_cast<int>(p.heads * ceil_div(group, members))},
                   .threads = kPrepareThreads,
                   .shared_bytes = prepare::Layout<In, kKeys>::kBytes,
                   .stream = stream},
-                 PrepareParams<In>{p, to});
+                 PrepareParams<In>{p, to, members});
 }
 
 template <class In, int kKeys, bool kDelta, bool kChannel>
@@ -64,7 +65,7 @@ void run_prepare_channel(const Problem<In, float>& p, const Prepared& to, hopper
                   .threads = kPrepareThreads,
                   .shared_bytes = prepare::ChannelLayout<In, kKeys>::kBytes,
                   .stream = stream},
-                 PrepareParams<In>{p, to});
+                 PrepareParams<In>{p, to, 1});
 }
 
 template <class In, int kKeys, bool kDelta>

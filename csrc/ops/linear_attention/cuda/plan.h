@@ -65,6 +65,13 @@ int64_t chunk_form_bytes(const Problem<In, T>& p) {
   return place_buffers(p.rule, p.decay, p.key_size, tiles_of(stretch), nullptr, unused);
 }
 
+// Value heads that one block of the first kernel takes: the group of a key head, less where blocks are few.
+inline int plan_members(int64_t blocks, int64_t group, int multiprocessors) {
+  int64_t members = group;
+  while (members > 1 && blocks * ceil_div(group, members) < 4 * multiprocessors) members = ceil_div(members, 2);
+  return static_cast<int>(members);
+}
+
 struct StatesPlan {
   int groups;  // warpgroups of a block, 64 columns of V each
   int tiles;  // blocks that share the columns of a state
