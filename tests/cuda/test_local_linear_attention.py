@@ -191,6 +191,7 @@ def test_what_is_not_finite_stays_in_the_rows_that_see_it(
     assert torch.equal(o[0, ~sees], clean[0, ~sees.to(clean.device)].cpu())
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("causal", [True, False])
 def test_decoding_reads_only_what_the_cache_holds(device: Device, dtype: torch.dtype, causal: bool) -> None:
@@ -269,6 +270,7 @@ def test_gradients_of_the_tensor_core_form_with_options(device: Device, options:
     check_gradients(device, tensors, 0.3 + torch.rand(2, 150, 2), 1e-2, {"solver": "cg"}, **options)
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize(("tokens", "keys", "causal"), [(5, 200, True), (130, 140, True), (70, 9, False)])
 def test_gradients_with_other_numbers_of_keys(device: Device, tokens: int, keys: int, causal: bool) -> None:
     tensors = inputs(tokens, 64, 64, keys=keys)
@@ -296,6 +298,7 @@ def test_gradients_beside_what_is_not_finite(device: Device, where: str) -> None
         assert all(bool(g[:, : bad + 1].isnan().all()) for g in late[1:])
 
 
+@pytest.mark.sanitize
 @pytest.mark.parametrize("solver", ["cg", "direct"])
 @pytest.mark.parametrize(
     "options",
