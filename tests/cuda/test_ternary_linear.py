@@ -12,7 +12,8 @@ from tilewright.formats import PackedTernary, pack_ternary
 
 # (tokens, rows, columns); what plan each takes with the emulator's four multiprocessors is asserted below.
 SMALL = [(1, 70, 300), (2, 64, 128), (3, 130, 130), (8, 33, 1000), (9, 70, 300), (16, 48, 129), (1, 1, 1), (5, 16, 31)]
-LARGE = [(17, 70, 300), (40, 130, 640), (70, 257, 260), (130, 300, 140), (33, 1, 17), (129, 129, 1100)]
+SMALL += [(2, 20, 8300), (9, 20, 4300), (3, 700, 130), (3, 300, 130), (2, 128, 260)]  # phases, panels, clusters
+LARGE = [(17, 70, 300), (40, 130, 640), (70, 257, 260), (130, 300, 140), (33, 1, 17), (129, 129, 1100), (64, 500, 130)]
 REAL = [
     *((m, n, k) for m in (1, 2, 8, 16, 32, 128, 512) for n, k in ((2560, 2560), (2560, 6912), (576, 1536))),
     (1, 13824, 2560),
@@ -21,7 +22,18 @@ REAL = [
     (2048, 2560, 2560),
     (1000, 3201, 1111),
 ]
-TILES = {"small rows=16", "small rows=32", "tokens=32", "tokens=64", "rows=128 tokens=128", "rows=256 tokens=128"}
+TILES = {
+    "small rows=16 ",
+    "small rows=32",
+    "small rows=64",
+    "small rows=128",
+    "cluster=1 ",
+    "cluster=8",
+    "tokens=32",
+    "tokens=64",
+    "rows=128 tokens=128",
+    "rows=256 tokens=128",
+}
 
 
 def random_weight(rows: int, columns: int) -> Tensor:
@@ -70,6 +82,19 @@ def test_the_sizes_above_take_every_kernel() -> None:
     plans += [_host.ternary_linear_device_plan(*size, 132) for size in REAL]
     missing = [part for part in TILES if not any(part in plan for plan in plans)]
     assert not missing, plans
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1100, 1300), (600, 1670)])
+def test_tiles_that_a_block_takes_in_turn(device, rows: int, columns: int) -> None:
+    """More tiles than blocks and more chunks than stages: the warpgroups run one behind the other."""
+    tokens = 260
+    plan = _host.ternary_linear_device_plan(tokens, rows, columns, 4)
+    assert "tokens=128 splits=1" in plan, plan
+    weight, x = random_weight(rows, columns), random_codes(tokens, columns)
+    packed, on_device = packed_on(device, weight), device.tensor(x)
+    for seed in device.seeds:
+        device.seed(seed)
+        assert torch.equal(ops.ternary_matmul(on_device, packed).cpu().long(), oracle(x, weight))
 
 
 @pytest.mark.sanitize

@@ -121,28 +121,38 @@ TILEWRIGHT_DEVICE void init_rows(const Attention& p, const PrefillItem& item, in
 template <int D>
 TILEWRIGHT_DEVICE void load_queries(const Attention& p, const PrefillItem& item, RowState& rows,
                                     uint32_t (&q)[D / 32][4]) {
+  constexpr int kPieces = D / 16;
   const int column = 4 * (static_cast<int>(threadIdx.x) % 4);
+  const bool aligned = in_vectors(p.q);
+  const float sign = p.scale < 0.0f ? -1.0f : 1.0f;
+  RawRow<kPieces, 4> raw[kRowsPerThread];
 #pragma unroll
   for (int i = 0; i < kRowsPerThread; ++i) {
     const int r = thread_row(i);
     const bool exists = item.exists(r);
-    float value[D / 16][4];
+    const int64_t at = item.token(r) * p.q.token_stride + item.head(r) * p.q.head_stride + column;
+#pragma unroll
+    for (int n = 0; n < kPieces; ++n) {
+      raw[i].load(p.q, aligned, n, exists && 16 * n + column < p.cache.head_dim ? 4 : 0, at + 16 * n);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < kRowsPerThread; ++i) {
+    float value[kPieces][4];
     uint32_t largest = 0;
 #pragma unroll
-    for (int n = 0; n < D / 16; ++n) {
-      load_four(p, exists, item.token(r), item.head(r), 16 * n + column, value[n]);
+    for (int n = 0; n < kPieces; ++n) {
+      raw[i].values(p.q.type, n, value[n]);
 #pragma unroll
-      for (const float x : value[n]) {
-        const uint32_t bits = magnitude_bits(x);
-        largest = bits > largest ? bits : largest;
-      }
+      for (const float x : value[n]) largest = larger(largest, magnitude_bits(x));
     }
     const QueryScale scale = fp8_query_scale(warp_max(largest, 4));
     rows.factor[i] = score_factor(p, scale.scale);
 #pragma unroll
-    for (int n = 0; n < D / 16; ++n) {
-      q[n / 2][2 * (n % 2) + i] = hopper::pack_e4m3x4(fp8_query(value[n][0], scale), fp8_query(value[n][1], scale),
-                                                      fp8_query(value[n][2], scale), fp8_query(value[n][3], scale));
+    for (int n = 0; n < kPieces; ++n) {
+#pragma unroll
+      for (float& x : value[n]) x = fp8_query(sign * x, scale);
+      q[n / 2][2 * (n % 2) + i] = hopper::pack_e4m3x4(value[n][0], value[n][1], value[n][2], value[n][3]);
     }
   }
 }
@@ -273,18 +283,26 @@ TILEWRIGHT_DEVICE void release(PrefillShared<D>& shared, int j) {
   if (threadIdx.x % kWarp == 0) hopper::arrive(shared.empty[stage_of(j)]);
 }
 
+// The consumer groups issue their products in turn: while the matrix unit works for one, the other has its softmax. A
+// barrier for each group: it waits there for the other's arrival.
+TILEWRIGHT_DEVICE void await_turn(int group) { hopper::named_sync(1 + group, kConsumerGroups * kProducers); }
+TILEWRIGHT_DEVICE void give_turn(int group) { hopper::named_arrive(1 + group, kConsumerGroups * kProducers); }
+
 // Tile j, whose scores are in `current`: its softmax, while the sums of tile j-1 are added up and the scores of tile
-// `following` come into `next`. That is tile j+1, or the last tile once more when there is none: a product that nobody
-// reads costs less than a branch between products.
+// j+1 come into `next`; of the last tile once more when there is none: a product that nobody reads costs less than a
+// branch between products.
 template <int D>
-TILEWRIGHT_DEVICE void consume(PrefillShared<D>& shared, Operands<D>& x, RowState& rows, int j, int following,
+TILEWRIGHT_DEVICE void consume(PrefillShared<D>& shared, Operands<D>& x, RowState& rows, int group, int j, int last,
                                float (&current)[kScores], float (&next)[kScores]) {
+  const int following = smaller(j + 1, last);
   await_tile(shared, following);
+  await_turn(group);
   fence<D>(x, next);
   issue_sums<D>(x.o, x.p, shared.values[stage_of(j - 1)]);
   hopper::wgmma_commit();
   issue_scores<D>(next, x.q, shared.keys[stage_of(following)]);
   hopper::wgmma_commit();
+  if (group == 0 || j < last) give_turn(1 - group);
   float correction[kRowsPerThread];
   const int stage = stage_of(j);
   const bool raised =
@@ -324,7 +342,7 @@ TILEWRIGHT_DEVICE void begin(PrefillShared<D>& shared, Operands<D>& x, RowState&
 
 template <int D>
 TILEWRIGHT_DEVICE void consume_all(const Attention& p, const PrefillItem& item, PrefillShared<D>& shared, int tiles,
-                                   Operands<D>& x, RowState& rows) {
+                                   int group, Operands<D>& x, RowState& rows) {
   load_queries<D>(p, item, rows, x.q);
 #pragma unroll
   for (int k = 0; k < D / 32; ++k) hopper::keep(x.q[k]);
@@ -337,10 +355,11 @@ TILEWRIGHT_DEVICE void consume_all(const Attention& p, const PrefillItem& item, 
   for (int i = 0; i < kScores; ++i) even[i] = odd[i] = 0.0f;
   const int last = tiles - 1;
   begin<D>(shared, x, rows, smaller(1, last), even, odd);
+  if (group == 1 && tiles > 1) give_turn(0);
   for (int j = 1; j < tiles; ++j) {
-    consume<D>(shared, x, rows, j, smaller(j + 1, last), odd, even);
+    consume<D>(shared, x, rows, group, j, last, odd, even);
     if (++j == tiles) break;
-    consume<D>(shared, x, rows, j, smaller(j + 1, last), even, odd);
+    consume<D>(shared, x, rows, group, j, last, even, odd);
   }
   fence<D>(x, even);
   issue_sums<D>(x.o, x.p, shared.values[stage_of(last)]);
@@ -411,7 +430,7 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_attention(const __
     Operands<D> operands;
     RowState rows;
     init_rows(p, item, source.end, rows);
-    consume_all<D>(p, item, shared, tiles, operands, rows);
+    consume_all<D>(p, item, shared, tiles, group - 1, operands, rows);
     write_rows<D>(p, item, shared, operands, rows);
   }
 }

@@ -2,12 +2,11 @@
 // From a consumer's totals to y: joining the pieces of a split tile, scales of tokens, bias, and rows of features.
 #pragma once
 
-#include "ops/int4_linear/cuda/matrix.cuh"
+#include "ops/int4_linear/cuda/resident.cuh"
 
 namespace tilewright::int4_linear {
 
-// Barrier 0 is the block's; each consumer has its own.
-TILEWRIGHT_DEVICE void consumer_sync(int consumer) { hopper::named_sync(1 + consumer, 128); }
+TILEWRIGHT_DEVICE void consumer_sync(int consumer) { hopper::named_sync(kConsumerBarrier + consumer, 128); }
 
 // --- Pieces of a split tile.
 
@@ -88,48 +87,64 @@ TILEWRIGHT_DEVICE void store_number(void* base, int64_t index, Number type, floa
   }
 }
 
-// Four features of a token. Whole and aligned quads go out in one store.
-TILEWRIGHT_DEVICE void store_quad(const MatrixParams& p, int64_t token, int64_t feature, const float (&v)[4]) {
-  const int64_t at = token * p.n + feature;
-  if (p.n % 4 != 0 || feature + 4 > p.n) {
-    for (int i = 0; i < 4 && feature + i < p.n; ++i) store_number(p.y, at + i, p.y_type, v[i]);
-  } else if (p.y_type == Number::kFloat32) {
-    hopper::store_16(static_cast<float*>(p.y) + at, {hopper::float_bits(v[0]), hopper::float_bits(v[1]),
-                                                     hopper::float_bits(v[2]), hopper::float_bits(v[3])});
-  } else {
-    const bool bf16 = p.y_type == Number::kBFloat16;
-    const uint2 words = {bf16 ? hopper::pack_bf16x2(v[0], v[1]) : hopper::pack_f16x2(v[0], v[1]),
-                         bf16 ? hopper::pack_bf16x2(v[2], v[3]) : hopper::pack_f16x2(v[2], v[3])};
-    *reinterpret_cast<uint2*>(static_cast<uint16_t*>(p.y) + at) = words;
+// Where the rows of a block go.
+struct Target {
+  int tile, consumer, b;
+  const float* scales;     // of the tokens of the tile
+  int64_t token, feature;  // the first of each
+  float factor;
+  bool joined;             // the sums are those of the pieces, not the totals at hand
+};
+
+TILEWRIGHT_DEVICE void store_quad(void* y, int64_t at, Number type, float v0, float v1, float v2, float v3) {
+  if (type == Number::kFloat32) {
+    hopper::store_16(static_cast<float*>(y) + at,
+                     {hopper::float_bits(v0), hopper::float_bits(v1), hopper::float_bits(v2), hopper::float_bits(v3)});
+    return;
   }
+  const bool bf16 = type == Number::kBFloat16;
+  const uint2 words = {bf16 ? hopper::pack_bf16x2(v0, v1) : hopper::pack_f16x2(v0, v1),
+                       bf16 ? hopper::pack_bf16x2(v2, v3) : hopper::pack_f16x2(v2, v3)};
+  *reinterpret_cast<uint2*>(static_cast<uint16_t*>(y) + at) = words;
 }
 
-// The tokens [first, first + kStagingTokens) of a tile, from the staging [token][64 features] to y. Sixteen threads write
-// the 64 features of a token.
+// Some tokens of a tile, from the staging [token][64 features] to y: sixteen threads write the 64 features of a token. The
+// code of this is there for every turn of the accumulators, so it is kept short.
 template <class C>
-TILEWRIGHT_DEVICE void write_rows(const MatrixParams& p, const float* staging, const float* scales, int64_t first_token,
-                                  int64_t first_feature, float factor, const float (&bias)[4]) {
+TILEWRIGHT_DEVICE void write_rows(const MatrixParams& p, const float* staging, const Target& to, int turn,
+                                  const float (&bias)[4]) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
-  const int64_t feature = first_feature + thread % 16 * 4;
+  const int64_t feature = to.feature + thread % 16 * 4;
+  const int64_t first_token = to.token + turn * C::kStagingTokens;
 #pragma unroll
   for (int j = 0; j < C::kStagingTokens / 8; ++j) {
     const int t = thread / 16 + 8 * j;
     const hopper::U128 sums = hopper::load_16(staging + t * kStagingPitch + thread % 16 * 4);
-    const float scale = scales[t];
-    const float v[4] = {
-        hopper::bits_float(sums.x) * factor * scale + bias[0], hopper::bits_float(sums.y) * factor * scale + bias[1],
-        hopper::bits_float(sums.z) * factor * scale + bias[2], hopper::bits_float(sums.w) * factor * scale + bias[3]};
-    if (first_token + t < p.m && feature < p.n) store_quad(p, first_token + t, feature, v);
+    const float scale = to.scales[turn * C::kStagingTokens + t];
+    if (first_token + t < p.m && feature < p.n) {
+      store_quad(p.y, (first_token + t) * p.n + feature, p.y_type,
+                 hopper::bits_float(sums.x) * to.factor * scale + bias[0],
+                 hopper::bits_float(sums.y) * to.factor * scale + bias[1],
+                 hopper::bits_float(sums.z) * to.factor * scale + bias[2],
+                 hopper::bits_float(sums.w) * to.factor * scale + bias[3]);
+    }
   }
 }
 
-// Where the rows of a block go.
-struct Target {
-  int tile, consumer, b;
-  const float* scales;      // of the tokens of the tile
-  int64_t token, feature;   // the first of each
-  bool joined;              // the sums are those of the pieces, not the totals at hand
-};
+// The same for rows of y that are not aligned to four features: one by one.
+template <class C>
+TILEWRIGHT_DEVICE void write_ragged_rows(const MatrixParams& p, const float* staging, const Target& to, int turn) {
+  const int64_t first_token = to.token + turn * C::kStagingTokens;
+#pragma unroll 1
+  for (int i = static_cast<int>(threadIdx.x) % 128; i < C::kStagingTokens * 64; i += 128) {
+    const int t = i / 64;
+    const int64_t token = first_token + t, feature = to.feature + i % 64;
+    if (token >= p.m || feature >= p.n) continue;
+    const float bias = p.bias == nullptr ? 0.0f : load_number(p.bias, feature, p.bias_type);
+    const float scale = to.scales[turn * C::kStagingTokens + t];
+    store_number(p.y, token * p.n + feature, p.y_type, staging[t * kStagingPitch + i % 64] * to.factor * scale + bias);
+  }
+}
 
 // The accumulators hold features by tokens, y is tokens by features: a turn through shared memory, some tokens at a time.
 template <class C>
@@ -137,8 +152,6 @@ TILEWRIGHT_DEVICE void write_block(const MatrixParams& p, float* staging, const 
                                    const float (&total)[C::kRegisters]) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
   constexpr int kPerTurn = C::kStagingTokens / 2;   // registers
-  const float unit = C::kForm == Form::kFold ? 1.0f : static_cast<float>(1 << Int4Hopper::kExponent);
-  const float factor = unit * (1.0f / *p.per_tensor_scale);
   float bias[4] = {0.0f, 0.0f, 0.0f, 0.0f};
   for (int i = 0; i < 4; ++i) {
     const int64_t feature = to.feature + thread % 16 * 4 + i;
@@ -162,7 +175,11 @@ TILEWRIGHT_DEVICE void write_block(const MatrixParams& p, float* staging, const 
         staging[col * kStagingPitch + row] = values[i];
       }
       consumer_sync(to.consumer);
-      write_rows<C>(p, staging, to.scales + turn * C::kStagingTokens, token, to.feature, factor, bias);
+      if (p.n % 4 == 0) {
+        write_rows<C>(p, staging, to, turn, bias);
+      } else {
+        write_ragged_rows<C>(p, staging, to, turn);
+      }
     }
   }
 }
@@ -179,20 +196,25 @@ TILEWRIGHT_DEVICE void finish_segment(const MatrixParams& p, const Shared<C>& sh
   float* staging = shared.staging + (C::kTurns ? 0 : consumer * C::kStagingTokens * kStagingPitch);
   const int64_t token = static_cast<int64_t>(segment.tile % p.token_tiles) * C::kTokens;
   float* scales = shared.scales + consumer * C::kTokens;
-  consumer_sync(consumer);   // those of the tile before are no longer read
-  const int thread = static_cast<int>(threadIdx.x) % 128;
-  if (thread < C::kTokens) scales[thread] = token + thread < p.m ? p.x_scales[token + thread] : 0.0f;
+  if constexpr (!C::kResident) {
+    consumer_sync(consumer);  // those of the tile before are no longer read
+    const int thread = static_cast<int>(threadIdx.x) % 128;
+    if (thread < C::kTokens) scales[thread] = token + thread < p.m ? p.x_scales[token + thread] : 0.0f;
+  }
+  const float unit = C::kForm == Form::kFold ? 1.0f : static_cast<float>(1 << Int4Hopper::kExponent);
+  const float factor = unit * (1.0f / *p.per_tensor_scale);
 #pragma unroll
   for (int b = 0; b < C::kBlocks; ++b) {
     const int64_t feature = static_cast<int64_t>(first + b) * Int4Hopper::kRows;
-    if (b < here) write_block<C>(p, staging, {segment.tile, consumer, b, scales, token, feature, !whole}, totals[b]);
+    if (b < here)
+      write_block<C>(p, staging, {segment.tile, consumer, b, scales, token, feature, factor, !whole}, totals[b]);
   }
 }
 
 // Consumers that took turns: the second one's totals go to the first, which has the rest of the work. True for the first.
 template <class C>
 TILEWRIGHT_DEVICE bool hand_over(const Shared<C>& shared, int consumer, float (&total)[C::kRegisters]) {
-  constexpr int kWritten = 1 + kConsumers, kTaken = 2 + kConsumers, kBoth = 128 * kConsumers;   // named barriers
+  constexpr int kWritten = kHandOverBarrier, kTaken = kHandOverBarrier + 1, kBoth = 128 * kConsumers;
   float* handed = shared.staging + C::kStagingTokens * kStagingPitch + threadIdx.x % 128 * 4;
   if (consumer == 1) store_piece<C>(handed, total);
   hopper::named_sync(kWritten, kBoth);
@@ -209,16 +231,26 @@ TILEWRIGHT_DEVICE void consume(const MatrixParams& p, const Shared<C>& shared, i
   const int block = cluster_index<C>();
   Segment segment{};
   bool waited = !p.overlap;
+  if constexpr (C::kResident) round_tokens(p, shared);
+  Turns turns(consumer);
   Ring ring;
   for (uint32_t index[1] = {0}; segment_of(p.work, block, static_cast<int>(index[0]), segment); ++index[0]) {
     const int here = p.row_blocks - first_row_block<C>(p, segment.tile) - (C::kTurns ? 0 : consumer * C::kBlocks);
     if (here <= 0) {
-      pass_segment(p, shared, segment, ring);
+      pass_segment(p, shared, segment, ring, turns);
       ring.skip(segment.last - segment.first, p.stages);
       continue;
     }
     float totals[C::kBlocks][C::kRegisters] = {};
-    multiply_segment<C>(p, shared, segment, ring, totals, consumer, here);
+    if constexpr (C::kTurns) {
+      multiply_turns<C>(p, shared, segment, ring, totals[0], consumer);
+    } else {
+      if constexpr (C::kFine) {
+        multiply_fine_rows<C>(p, shared, segment, ring, totals[0], consumer);
+      } else {
+        multiply_rows<C>(p, shared, segment, ring, totals, turns, here);
+      }
+    }
     // Nothing of the segment stays in registers beside the products: it is worked out again.
     hopper::keep(index);
     segment_of(p.work, block, static_cast<int>(index[0]), segment);
@@ -246,11 +278,12 @@ template <class C>
 __global__ void __launch_bounds__(kMatrixThreads, 1) int4_fp8_kernel(const __grid_constant__ MatrixParams p) {
   const Shared<C> shared(p);
   if (threadIdx.x == 0) {
-    hopper::prefetch(p.x);
+    if constexpr (!C::kResident) hopper::prefetch(p.x);
     for (int stage = 0; stage < p.stages; ++stage) {
       hopper::init(shared.full[stage], 1);
       hopper::init(shared.empty[stage], C::kReleases);
     }
+    for (int consumer = 0; consumer < kConsumers; ++consumer) hopper::init(shared.turn[consumer], 4);
     hopper::fence_barrier_init();
   }
   meet<C>();

@@ -17,7 +17,7 @@ namespace tilewright::int4_linear {
 
 inline constexpr int kConsumers = 2;  // warpgroups that multiply; one more loads
 inline constexpr int kMatrixThreads = 128 * (kConsumers + 1);
-inline constexpr int kMaxStages = 40;
+inline constexpr int kMaxStages = 48;
 inline constexpr int kStagingTokens = 32;  // tokens that the epilogue turns around at once
 inline constexpr int kStagingPitch = 68;  // floats of 64 rows, padded: a warp's stores touch every bank once
 
@@ -36,6 +36,9 @@ constexpr int staging_floats(int token_tile) {
   const int staging = (token_tile < kStagingTokens ? token_tile : kStagingTokens) * kStagingPitch;
   return (takes_turns(token_tile) ? staging + 64 * token_tile : kConsumers * staging) + kConsumers * token_tile;
 }
+
+inline constexpr int kResidentTokens = 4;  // at most: rounding them in every block costs less than a kernel before
+inline constexpr int kFewestStages = 8;  // what two batches of a consumer that takes turns span
 
 // Signed: sign-and-magnitude codes. Unsigned: codes 0..15 and a correction by the sums of x. Fold: e4m3(q * scale).
 enum class Form : uint8_t { kSigned = 0, kUnsigned = 1, kFold = 2 };
@@ -81,6 +84,7 @@ constexpr bool segment_of(const Work& work, int block, int index, Segment& segme
 struct DevicePlan {
   Form form;
   bool fine;  // scales change within 128 columns: the partial sum is taken up every 32, or 16
+  bool resident;  // the kernel rounds the tokens itself
   int token_tile;  // tokens of a tile: N of the instruction
   int group_blocks;  // 64-row blocks that a consumer warpgroup multiplies by the same tokens
   int token_tiles, row_tiles;
@@ -97,22 +101,26 @@ struct DevicePlan {
 
 namespace detail {
 
-// Microseconds on an H100, near enough to choose between two ways of cutting. A unit is 128 columns of a tile: bound by
-// the matrix unit, or by what one multiprocessor can take in. All of them together are bound by the memory. Joining pieces
-// costs a round trip to the second-level cache and their bytes.
-inline double unit_time(const DevicePlan& plan) {
+// Microseconds on an H100, near enough to choose between ways of cutting. A unit is 128 columns of a tile. It is bound by
+// the matrix unit, by what one multiprocessor can take in, or by what all the busy ones take from the second-level cache.
+inline double unit_time(const DevicePlan& plan, int busy_blocks) {
   const double rows = plan.blocks_of_tile() * 64.0;
-  return std::max(rows * plan.token_tile * 128 / 4096 / 1500, (rows * 66 + plan.token_tile * 128) / 70e3);
+  const double weights = rows * 66, tokens = plan.token_tile * 128.0;
+  const double cached = (weights + tokens / plan.cluster()) * busy_blocks * plan.cluster() / 5.0e6;
+  return std::max({rows * plan.token_tile * 128 / 4096 / 1500, (weights + tokens) / 70e3, cached});
 }
+// The weights of some tiles come from memory once.
 inline double memory_time(const DevicePlan& plan, int tiles) {
   return static_cast<double>(tiles) / plan.token_tiles * plan.work.k_tiles * plan.cluster() * plan.blocks_of_tile() *
          64 * 66 / 2.8e6;
 }
+// Pieces make a round trip to the second-level cache, with their bytes.
 inline double join_time(const DevicePlan& plan, int blocks) {
   return 2.0 + 2.0 * blocks * plan.cluster() * static_cast<double>(plan.piece_floats()) * 4 / 4.0e6;
 }
 
-inline void divide_work(DevicePlan& plan, int k_tiles, int multiprocessors) {
+// Shares the tiles out among the blocks, and gives the time that it may take.
+inline double divide_work(DevicePlan& plan, int k_tiles, int multiprocessors) {
   Work& work = plan.work;
   const int most = std::max(1, multiprocessors / plan.cluster());
   work.tiles = static_cast<int>(ceil_div(plan.row_tiles, plan.cluster())) * plan.token_tiles;  // far below 2^31
@@ -121,18 +129,40 @@ inline void divide_work(DevicePlan& plan, int k_tiles, int multiprocessors) {
   work.blocks = std::min(work.tiles, most);
   work.run = work.longer = 0;
   const int left = work.tiles % most;
-  if (left == 0) return;
+  const double full = work.tiles / most * k_tiles * unit_time(plan, most);
+  if (left == 0) return full;
+  const double memory = memory_time(plan, left);
+  const double whole = full + std::max(memory, k_tiles * unit_time(plan, left));
   const int units = left * k_tiles;
   const int blocks = std::min(units, most);
-  if (blocks < most && work.tiles > left) return;  // every block's run must hold a unit
-  const double memory = memory_time(plan, left);
-  const double whole = std::max(memory, k_tiles * unit_time(plan));
-  const double split = std::max(memory, static_cast<double>(ceil_div(units, blocks)) * unit_time(plan));
-  if (split + join_time(plan, blocks) >= whole) return;
+  if (plan.resident || (blocks < most && work.tiles > left)) return whole;  // every block's run must hold a unit
+  const double split = full + join_time(plan, blocks) +
+                       std::max(memory, static_cast<double>(ceil_div(units, blocks)) * unit_time(plan, blocks));
+  if (split >= whole) return whole;
   work.split_tiles = left;
   work.blocks = blocks;
   work.run = units / blocks;
   work.longer = units % blocks;
+  return split;
+}
+
+// As many stages as fit beside the rest.
+inline void divide_memory(DevicePlan& plan, const format::Int4HopperView& weight) {
+  constexpr int kMaxShared = 232448, kBarriers = 1024;
+  const int sums = plan.form == Form::kUnsigned ? weight.subs() * plan.token_tile * 4 : 0;
+  const int tokens = plan.token_tile * format::Int4Hopper::kCols;
+  plan.stage_bytes = plan.blocks_of_tile() * static_cast<int>(weight.chunk_bytes) + sums + (plan.resident ? 0 : tokens);
+  const int64_t beside = staging_floats(plan.token_tile) * 4 + kBarriers + (plan.resident ? weight.tiles * tokens : 0);
+  plan.stages = static_cast<int>(std::clamp<int64_t>((kMaxShared - beside) / plan.stage_bytes, 0, kMaxStages));
+  plan.shared_bytes = static_cast<int>(plan.stages * plan.stage_bytes + beside);
+}
+
+// Everything that follows from the tile; gives the time that it may take.
+inline double complete(DevicePlan& plan, int64_t m, const format::Int4HopperView& weight, int multiprocessors) {
+  plan.token_tiles = static_cast<int>(ceil_div(m, plan.token_tile));
+  plan.row_tiles = static_cast<int>(ceil_div(weight.blocks, plan.blocks_of_tile()));
+  divide_memory(plan, weight);
+  return divide_work(plan, static_cast<int>(weight.tiles), multiprocessors);
 }
 
 }  // namespace detail
@@ -142,35 +172,33 @@ inline Form form_of(const format::Int4HopperView& weight, bool fold) {
   return weight.signed_codes ? Form::kSigned : Form::kUnsigned;
 }
 
-// The tile sizes that kernels exist for.
-inline void choose_tile(DevicePlan& plan, int64_t m) {
+// The number of tokens of a tile, among those that kernels exist for.
+inline int choose_token_tile(const DevicePlan& plan, int64_t m) {
   const bool main_form = plan.form == Form::kSigned && !plan.fine;
-  plan.group_blocks = 1;
-  if (m <= 16) {
-    plan.token_tile = main_form && m <= 8 ? 8 : 16;
-  } else if (main_form && m <= 64) {
-    plan.token_tile = m <= 32 ? 32 : 64;
-  } else {
-    plan.token_tile = 128;
-    if (plan.form != Form::kUnsigned && !plan.fine && m > 128) plan.group_blocks = 2;
-  }
+  if (m <= 16) return main_form && m <= 8 ? 8 : 16;
+  if (main_form && m <= 64) return m <= 32 ? 32 : 64;
+  return 128;
 }
 
-inline DevicePlan choose_device_plan(int64_t m, const format::Int4HopperView& weight, bool fold, int multiprocessors) {
+// `rounds`: x itself is there, so that the kernel may round it.
+inline DevicePlan choose_device_plan(int64_t m, const format::Int4HopperView& weight, bool fold, bool rounds,
+                                     int multiprocessors) {
   DevicePlan plan{};
   plan.form = form_of(weight, fold);
   plan.fine = weight.sub != format::Int4Hopper::kCols;
-  choose_tile(plan, m);
-  plan.token_tiles = static_cast<int>(ceil_div(m, plan.token_tile));
-  plan.row_tiles = static_cast<int>(ceil_div(weight.blocks, plan.blocks_of_tile()));
-  const int sums = plan.form == Form::kUnsigned ? weight.subs() * plan.token_tile * 4 : 0;
-  plan.stage_bytes =
-      plan.blocks_of_tile() * static_cast<int>(weight.chunk_bytes) + plan.token_tile * format::Int4Hopper::kCols + sums;
-  const int staging = staging_floats(plan.token_tile) * 4;
-  constexpr int kMaxShared = 232448, kBarriers = 1024;
-  plan.stages = std::min(kMaxStages, (kMaxShared - staging - kBarriers) / plan.stage_bytes);
-  plan.shared_bytes = plan.stages * plan.stage_bytes + staging + kBarriers;
-  detail::divide_work(plan, static_cast<int>(weight.tiles), multiprocessors);
+  plan.token_tile = choose_token_tile(plan, m);
+  plan.group_blocks = 1;
+  plan.resident = rounds && m <= kResidentTokens && plan.token_tile == 8;
+  const double one = detail::complete(plan, m, weight, multiprocessors);
+  if (plan.resident && plan.stages < 2 * kFewestStages) {  // a very long row
+    plan.resident = false;
+    detail::complete(plan, m, weight, multiprocessors);
+  }
+  if (plan.token_tile == 128 && plan.form != Form::kUnsigned && !plan.fine) {
+    DevicePlan wide = plan;
+    wide.group_blocks = 2;
+    if (detail::complete(wide, m, weight, multiprocessors) < one) return wide;
+  }
   return plan;
 }
 

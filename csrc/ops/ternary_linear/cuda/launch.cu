@@ -18,35 +18,51 @@ Problem slice(const Problem& problem, int64_t first, int64_t count) {
   return part;
 }
 
+// x in boxes of 128 columns by `rows` tokens.
+hopper::TensorMap tokens_map(const Problem& problem, uint32_t rows) {
+  // Without columns nothing is copied, but a map must have some.
+  const uint64_t sizes[2] = {static_cast<uint64_t>(problem.k > 0 ? problem.k : 1), static_cast<uint64_t>(problem.m)};
+  const uint64_t strides[1] = {static_cast<uint64_t>(problem.x_stride)};
+  const uint32_t box[2] = {TernaryMma2::kColsPerChunk, rows};
+  return hopper::make_tensor_map<int8_t>(problem.x, 2, sizes, strides, box, hopper::Swizzle::k128);
+}
+
 void launch_small(const Problem& problem, const DevicePlan& plan, bool follows, hopper::Stream stream) {
   const bool one = problem.m <= 8;
-  const SmallParams params{problem, plan.panels, one ? kSmallPhaseChunks : kSmallPhaseChunks / 2};
+  const uint32_t rows = one ? 8 : 16;
+  const SmallParams params{
+      .problem = problem,
+      .tokens = tokens_map(problem, rows),
+      .panels = plan.panels,
+      .phase_chunks = one ? kSmallPhaseChunks : kSmallPhaseChunks / 2,
+      .cluster = plan.cluster,
+      .weights_first = follows,
+  };
   const hopper::Grid grid{.blocks = {plan.blocks},
                           .threads = kSmallWarps * 32,
+                          .cluster = plan.cluster,
                           .shared_bytes = plan.shared_bytes,
                           .stream = stream,
-                          .overlap = follows};
+                          .overlap = true};
   hopper::launch(one ? small_kernel<1> : small_kernel<2>, grid, params);
 }
 
 template <int kTokens, int kSubtiles>
 void launch_large(const Problem& problem, const DevicePlan& plan, bool follows, hopper::Stream stream) {
-  const uint64_t sizes[2] = {static_cast<uint64_t>(problem.k), static_cast<uint64_t>(problem.m)};
-  const uint64_t strides[1] = {static_cast<uint64_t>(problem.x_stride)};
-  const uint32_t box[2] = {TernaryMma2::kColsPerChunk, kTokens};
   const LargeParams params{
       .problem = problem,
-      .tokens = hopper::make_tensor_map<int8_t>(problem.x, 2, sizes, strides, box, hopper::Swizzle::k128),
+      .tokens = tokens_map(problem, kTokens),
       .row_tiles = plan.row_tiles,
       .token_tiles = plan.token_tiles,
       .splits = plan.splits,
       .chunks = TernaryMma2::chunks(problem.k),
+      .weights_first = follows,
   };
   const hopper::Grid grid{.blocks = {plan.blocks},
                           .threads = Large<kTokens, kSubtiles>::kThreads,
                           .shared_bytes = plan.shared_bytes,
                           .stream = stream,
-                          .overlap = follows};
+                          .overlap = true};
   hopper::launch(large_kernel<kTokens, kSubtiles>, grid, params);
 }
 
@@ -72,8 +88,11 @@ void launch_matmul(const Problem& problem, const DevicePlan& plan, bool follows,
 }
 
 void launch_quantize(const Quantize& problem, hopper::Stream stream) {
-  const hopper::Grid grid{
-      .blocks = {problem.m}, .threads = kQuantizeThreads, .shared_bytes = kQuantizeThreads / 32 * 4, .stream = stream};
+  const hopper::Grid grid{.blocks = {problem.m},
+                          .threads = kQuantizeThreads,
+                          .shared_bytes = kQuantizeThreads / 32 * 4,
+                          .stream = stream,
+                          .overlap = true};
   switch (problem.element) {
     case Element::kBFloat16: return hopper::launch(quantize_kernel<hopper::bf16>, grid, problem);
     case Element::kHalf: return hopper::launch(quantize_kernel<hopper::f16>, grid, problem);

@@ -9,25 +9,31 @@ namespace {
 
 using format::TernaryMma2;
 
-// Shared memory of the small kernel: activations, one row of 16 more bytes each so that the rows of a fragment lie in
-// different banks, and the sums of every warp.
 int small_shared_bytes(int64_t m, int64_t k) {
-  const int64_t groups = ceil_div(std::max<int64_t>(m, 1), 8);
+  const int64_t groups = m <= 8 ? 1 : 2;
   const int64_t chunks = std::min<int64_t>(TernaryMma2::chunks(k), kSmallPhaseChunks / groups);
-  return static_cast<int>(m * (chunks * TernaryMma2::kColsPerChunk + 16) +
-                          kSmallWarps * TernaryMma2::kRowsPerPanel * 8 * groups * 4);
+  return static_cast<int>(kSmallHeaderBytes + chunks * TernaryMma2::kColsPerChunk * 8 * groups);
 }
+
+// Largest cluster that every CUDA device of this kind takes; fewer blocks than that have no common traffic to save.
+constexpr int kMostCluster = 8;
+constexpr int kSmallBlocks = 2;   // that a multiprocessor has room for
 
 DevicePlan small_plan(int64_t m, int64_t n, int64_t k, int multiprocessors) {
   DevicePlan plan{};
   plan.small = true;
   plan.splits = 1;
-  // Activations go to every block: for many tokens more rows must share them.
-  plan.panels = m > 4 ? 2 : 1;
-  while (plan.panels < TernaryMma2::kPanels && ceil_div(n, 32 * plan.panels) >= multiprocessors) plan.panels *= 2;
+  // As few rows a block as leave all blocks on the device at once.
+  plan.panels = 1;
+  while (plan.panels < kSmallWarps &&
+         ceil_div(n, TernaryMma2::kRowsPerPanel * plan.panels) > kSmallBlocks * multiprocessors) {
+    plan.panels *= 2;
+  }
   plan.row_tiles = ceil_div(n, TernaryMma2::kRowsPerPanel * plan.panels);
+  plan.cluster = 1;
+  while (plan.cluster < kMostCluster && plan.cluster * 2 <= plan.row_tiles) plan.cluster *= 2;
   plan.token_tiles = 1;
-  plan.blocks = plan.row_tiles;
+  plan.blocks = round_up(plan.row_tiles, plan.cluster);
   plan.shared_bytes = small_shared_bytes(std::min<int64_t>(m, kMostSmallTokens), k);
   return plan;
 }
@@ -61,6 +67,7 @@ DevicePlan large_plan(int64_t m, int64_t n, int64_t k, int multiprocessors) {
       best_cost = cost;
       best = {.small = false,
               .panels = 0,
+              .cluster = 1,
               .tile_tokens = shape.tokens,
               .subtiles = shape.subtiles,
               .splits = splits,
@@ -84,7 +91,7 @@ DevicePlan choose_device_plan(int64_t m, int64_t n, int64_t k, int multiprocesso
 std::string describe(const DevicePlan& plan) {
   std::ostringstream text;
   if (plan.small) {
-    text << "small rows=" << plan.panels * TernaryMma2::kRowsPerPanel;
+    text << "small rows=" << plan.panels * TernaryMma2::kRowsPerPanel << " cluster=" << plan.cluster;
   } else {
     text << "large rows=" << plan.tile_rows() << " tokens=" << plan.tile_tokens << " splits=" << plan.splits
          << " stages=" << large_stages(plan.tile_tokens, plan.subtiles);

@@ -13,7 +13,8 @@ namespace tilewright::ternary_linear {
 // them. Beyond: tiles of rows by tokens, K perhaps cut into splits whose sums the last block adds up.
 struct DevicePlan {
   bool small;
-  int panels;        // small: 1, 2 or 4 panels of 16 rows a block
+  int panels;        // small: 1, 2, 4 or 8 panels of 16 rows a block
+  int cluster;       // small: blocks that fetch activations together
   int tile_tokens;   // large: 32, 64 or 128
   int subtiles;      // large: 64-row tiles of each of the two warpgroups, 1 or 2
   int splits;        // large: pieces of K
@@ -30,6 +31,10 @@ inline constexpr int kMostSmallTokens = 16;
 // Chunks of 128 columns whose activations a block of the small kernel keeps at a time, for up to 8 tokens; half for 16.
 inline constexpr int kSmallPhaseChunks = 64;
 inline constexpr int kSmallWarps = 8;
+// Shared memory: a barrier, the sums of every warp for up to 16 tokens, then tiles of tokens from a multiple of 1024 bytes.
+inline constexpr int kSmallBarrierBytes = 128;
+inline constexpr int kSmallHeaderBytes = 9216;
+static_assert(kSmallBarrierBytes + kSmallWarps * 16 * kMostSmallTokens * 4 <= kSmallHeaderBytes);
 
 DevicePlan choose_device_plan(int64_t m, int64_t n, int64_t k, int multiprocessors);
 std::string describe(const DevicePlan& plan);

@@ -54,8 +54,9 @@ TILEWRIGHT_DEVICE uint32_t largest_bits(const T* row, int64_t columns, bool alig
 
 template <class T>
 __global__ void __launch_bounds__(kQuantizeThreads) quantize_kernel(const __grid_constant__ Quantize params) {
-  hopper::allow_next_kernel();
+  // In this order: when the next kernel may start, everything before this one is over, the weights' last writer too.
   hopper::wait_for_previous_kernel();
+  hopper::allow_next_kernel();
   const int64_t token = blockIdx.x;
   const T* row = static_cast<const T*>(params.x) + token * params.k;
   const bool aligned = params.k * sizeof(T) % 16 == 0 && reinterpret_cast<uintptr_t>(params.x) % 16 == 0;

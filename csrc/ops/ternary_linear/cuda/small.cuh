@@ -1,12 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 // Few tokens: bound by reading the weights. Limits: at most 16 tokens.
 //
-// A block takes 1, 2 or 4 panels of 16 rows and all columns. Each warp walks chunks of 128 columns of one panel, a 16-byte
-// load a thread each, kAhead loads in flight; the activations lie in shared memory and become matrix operands by ldmatrix.
-// Weights are the 16-row operand of mma.m16n8k32 even for one token: 7 instructions decode 16 weights a thread and one
-// multiplies them, where dot products of four bytes would take four. At the rate of device memory a scheduler has about
-// 34 clocks for each such word of a warp, so nothing but the loads counts. The first loads leave before the kernel waits
-// for the one that quantizes the activations.
+// A block takes 1, 2, 4 or 8 panels of 16 rows and all columns. Each warp walks chunks of 128 columns of one panel, a 16-byte
+// load a thread each, kAhead loads in flight. Weights are the 16-row operand of mma.m16n8k32 even for one token: 7
+// instructions decode 16 weights a thread and one multiplies them, where dot products of four bytes would take four. At
+// the rate of device memory a scheduler has about 34 clocks for each such word of a warp, so latencies count and little
+// else:
+// - Activations are the same for all blocks, and a cache slice that serves 200 blocks with one line takes longer than the
+//   weights do. So the blocks of a cluster fetch them together, each a part, which the copy engine gives to all.
+// - The four steps of a chunk have sums of their own, so that no product waits for the one before.
+// - The kernel starts while the one before it ends, and where that is the one which quantizes the activations, and
+//   everything earlier is over, the weights' loads do not wait for it.
 #pragma once
 
 #include "ops/ternary_linear/cuda/common.cuh"
@@ -15,8 +19,11 @@ namespace tilewright::ternary_linear::cuda {
 
 struct SmallParams {
   Problem problem;
+  hopper::TensorMap tokens;  // x as [M][K], boxes of 128 columns by 8 or 16 rows, zero past M and K
   int panels;  // of a block
   int phase_chunks;  // whose activations are in shared memory at a time
+  int cluster;  // blocks that fetch activations together
+  bool weights_first;  // load weights before the previous kernel has ended
 };
 
 template <int kGroups>  // of 8 tokens
@@ -24,110 +31,146 @@ struct Small {
   static constexpr int kThreads = kSmallWarps * 32;
   static constexpr int kAhead = 8 / kGroups;
   static constexpr int kMaxTokens = 8 * kGroups;
-  static constexpr int kRowGap = 16;  // bytes: rows of a fragment start in different banks
+  static constexpr int kSteps = TernaryMma2::kColsPerChunk / TernaryMma2::kColsPerStep;
+  static constexpr int kSums = kSteps / kGroups;  // for each token and row
+  using TokenTile = hopper::Tile<int8_t, kMaxTokens, TernaryMma2::kColsPerChunk, hopper::Swizzle::k128>;
 
   struct Warp {
     const uint8_t* weights;  // this thread's 16 bytes of chunk 0
-    int64_t chunks;  // of all columns
+    int chunks;  // of all columns
     int slot, slots;  // this warp takes chunks slot, slot + slots, ...
     hopper::U128 ahead[kAhead];
-    int32_t acc[kGroups][4];
+    int32_t acc[kSums][kGroups][4];
     int32_t total[kGroups][4];
+    uint32_t fragment[2];  // of a token tile: where this lane's 16 bytes of columns 0..63 and 64..127 are
   };
 
-  static TILEWRIGHT_DEVICE hopper::U128 load(const Warp& warp, int64_t chunk) {
-    return hopper::load_16_streaming(warp.weights + chunk * TernaryMma2::kBytesPerChunk);
+  static TILEWRIGHT_DEVICE hopper::Barrier& full() {
+    return *reinterpret_cast<hopper::Barrier*>(hopper::shared_memory());
+  }
+  static TILEWRIGHT_DEVICE char* tokens_of(int chunk) {
+    return hopper::shared_memory() + kSmallHeaderBytes + chunk * TokenTile::kBytes;
   }
 
+  static TILEWRIGHT_DEVICE hopper::U128 load(const Warp& warp, int chunk) {
+    return hopper::load_16_streaming(warp.weights + int64_t{chunk} * TernaryMma2::kBytesPerChunk);
+  }
+
+  // Panels past the last, of blocks that only fill a cluster, repeat it.
   static TILEWRIGHT_DEVICE void begin(const SmallParams& params, Warp& warp) {
     const Problem& p = params.problem;
     const int index = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
-    const int64_t panel = static_cast<int64_t>(blockIdx.x) * params.panels + index % params.panels;
-    warp.chunks = TernaryMma2::chunks(p.k);
+    const int64_t wanted = static_cast<int64_t>(blockIdx.x) * params.panels + index % params.panels;
+    const int64_t last = (p.n - 1) / TernaryMma2::kRowsPerPanel;
+    const int64_t panel = wanted < last ? wanted : last;
+    warp.chunks = static_cast<int>(TernaryMma2::chunks(p.k));
     warp.weights = p.payload + panel / TernaryMma2::kPanels * TernaryMma2::block_bytes(p.k) +
                    panel % TernaryMma2::kPanels * TernaryMma2::kBytesPerPanel + lane * 16;
     warp.slot = index / params.panels;
     warp.slots = kSmallWarps / params.panels;
 #pragma unroll
-    for (int u = 0; u < kAhead; ++u) {
-      const int64_t chunk = warp.slot + u * warp.slots;
-      warp.ahead[u] = chunk < warp.chunks ? load(warp, chunk) : hopper::U128{};
-    }
+    for (int half = 0; half < 2; ++half) warp.fragment[half] = TokenTile::offset(lane % 8, half * 64 + lane / 8 * 16);
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) warp.acc[g][i] = warp.total[g][i] = 0;
-    }
-  }
-
-  // Columns [first, first + phase) of all tokens to shared memory, zero from K on.
-  static TILEWRIGHT_DEVICE void stage(const SmallParams& params, char* tokens, int row_bytes, int64_t first,
-                                      int count) {
-    const Problem& p = params.problem;
-    const int pieces = count * (TernaryMma2::kColsPerChunk / 16);
-    const int all = static_cast<int>(p.m) * pieces;
-    for (int i = static_cast<int>(threadIdx.x); i < all; i += kThreads) {
-      const int token = i / pieces, piece = i % pieces;
-      const int64_t column = first + piece * 16;
-      const int64_t left = p.k - column;
-      const int valid = left >= 16 ? 16 : left > 0 ? static_cast<int>(left) : 0;
-      const int8_t* row = p.x + token * p.x_stride;
-      hopper::copy_async_16(tokens + token * row_bytes + piece * 16, valid > 0 ? row + column : row, valid);
-    }
-    hopper::copy_async_commit();
-    hopper::copy_async_wait<0>();
-    __syncthreads();
-  }
-
-  // One chunk: four steps of 32 columns. `row` is this lane's row of the fragments in shared memory.
-  static TILEWRIGHT_DEVICE void multiply(Warp& warp, const hopper::U128& words, const char* const (&row)[kGroups],
-                                         int column) {
-    const uint32_t word[4] = {words.x, words.y, words.z, words.w};
+      for (int i = 0; i < 4; ++i) {
+        warp.total[g][i] = 0;
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      uint32_t b[kGroups][4];
-#pragma unroll
-      for (int g = 0; g < kGroups; ++g) hopper::ldmatrix_x4(b[g], row[g] + column + half * 64);
-#pragma unroll
-      for (int s = 0; s < 2; ++s) {
-        uint32_t a[4];
-        decode(word[2 * half + s], a);
-#pragma unroll
-        for (int g = 0; g < kGroups; ++g) {
-          const uint32_t pair[2] = {b[g][2 * s], b[g][2 * s + 1]};
-          hopper::mma_m16n8k32_s8s8(warp.acc[g], a, pair);
-        }
+        for (int s = 0; s < kSums; ++s) warp.acc[s][g][i] = 0;
       }
     }
   }
 
-  // Chunks [first, last) of the columns in shared memory. At most 64 chunks: sums stay within 64 * 128 * 8192 = 2^26.
-  static TILEWRIGHT_DEVICE void walk(Warp& warp, const char* const (&row)[kGroups], int64_t first, int64_t last) {
-    for (int64_t base = first + warp.slot; base < last; base += kAhead * warp.slots) {
+  static TILEWRIGHT_DEVICE void load_ahead(Warp& warp) {
+#pragma unroll
+    for (int u = 0; u < kAhead; ++u) {
+      const int chunk = warp.slot + u * warp.slots;
+      warp.ahead[u] = chunk < warp.chunks ? load(warp, chunk) : hopper::U128{};
+    }
+  }
+
+  // Every block's barrier is ready before any block's copy can reach it.
+  static TILEWRIGHT_DEVICE void begin_barrier(const SmallParams& params) {
+    if (threadIdx.x == 0) {
+      hopper::prefetch(params.tokens);
+      hopper::init(full(), 1);
+      hopper::fence_barrier_init();
+    }
+    params.cluster > 1 ? hopper::cluster_sync() : __syncthreads();
+  }
+
+  // `count` chunks of the tokens' columns from chunk `first` on to shared memory, phase after phase.
+  static TILEWRIGHT_DEVICE void stage(const SmallParams& params, int first, int count, uint32_t phase) {
+    if (threadIdx.x == 0) {
+      hopper::arrive_expect(full(), static_cast<uint32_t>(count) * TokenTile::kBytes);
+      const int rank = params.cluster > 1 ? hopper::cluster_rank() : 0;
+      for (int c = rank; c < count; c += params.cluster) {
+        const int column = (first + c) * TernaryMma2::kColsPerChunk;
+        if (params.cluster > 1) {
+          const auto blocks = static_cast<uint16_t>((1u << params.cluster) - 1u);
+          hopper::load_tile_multicast(tokens_of(c), params.tokens, full(), blocks, column, 0);
+        } else {
+          hopper::load_tile(tokens_of(c), params.tokens, full(), column, 0);
+        }
+      }
+    }
+    hopper::wait(full(), phase);
+  }
+
+  // One chunk: four steps of 32 columns.
+  static TILEWRIGHT_DEVICE void multiply(Warp& warp, const hopper::U128& words, const char* tokens) {
+    const uint32_t word[kSteps] = {words.x, words.y, words.z, words.w};
+    uint32_t b[kGroups][2][4];
+#pragma unroll
+    for (int g = 0; g < kGroups; ++g) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        hopper::ldmatrix_x4(b[g][half], tokens + g * 8 * TernaryMma2::kColsPerChunk + warp.fragment[half]);
+      }
+    }
+#pragma unroll
+    for (int s = 0; s < kSteps; ++s) {
+      uint32_t a[4];
+      decode(word[s], a);
+#pragma unroll
+      for (int g = 0; g < kGroups; ++g) {
+        const uint32_t pair[2] = {b[g][s / 2][2 * (s % 2)], b[g][s / 2][2 * (s % 2) + 1]};
+        hopper::mma_m16n8k32_s8s8(warp.acc[s % kSums][g], a, pair);
+      }
+    }
+  }
+
+  // Chunks [first, last) of the columns, in shared memory. At most 64: sums stay within 64 * 128 * 8192 = 2^26.
+  static TILEWRIGHT_DEVICE void walk(Warp& warp, int first, int last) {
+    for (int base = first + warp.slot; base < last; base += kAhead * warp.slots) {
 #pragma unroll
       for (int u = 0; u < kAhead; ++u) {
-        const int64_t chunk = base + u * warp.slots;
+        const int chunk = base + u * warp.slots;
         if (chunk >= last) break;
         const hopper::U128 words = warp.ahead[u];
-        const int64_t next = chunk + kAhead * warp.slots;
+        const int next = chunk + kAhead * warp.slots;
         if (next < warp.chunks) warp.ahead[u] = load(warp, next);
-        multiply(warp, words, row, static_cast<int>(chunk - first) * TernaryMma2::kColsPerChunk);
+        multiply(warp, words, tokens_of(chunk - first));
       }
     }
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
-        warp.total[g][i] += unscaled(warp.acc[g][i]);
-        warp.acc[g][i] = 0;
+#pragma unroll
+        for (int s = 0; s < kSums; ++s) {
+          warp.total[g][i] += unscaled(warp.acc[s][g][i]);
+          warp.acc[s][g][i] = 0;
+        }
       }
     }
   }
 
   // Sums of the warps that share a panel, then results. sums: [warp][token][16 rows].
-  static TILEWRIGHT_DEVICE void finish(const SmallParams& params, const Warp& warp, int32_t* sums) {
+  static TILEWRIGHT_DEVICE void finish(const SmallParams& params, const Warp& warp) {
     const Problem& p = params.problem;
     const int index = static_cast<int>(threadIdx.x) / 32, lane = static_cast<int>(threadIdx.x) % 32;
+    auto* sums = reinterpret_cast<int32_t*>(hopper::shared_memory() + kSmallBarrierBytes);
     auto* mine = sums + index * kMaxTokens * TernaryMma2::kRowsPerPanel;
 #pragma unroll
     for (int g = 0; g < kGroups; ++g) {
@@ -140,7 +183,7 @@ struct Small {
     __syncthreads();
     constexpr int kPairs = TernaryMma2::kRowsPerPanel / 2;
     const int pairs = params.panels * kPairs;
-    for (int i = static_cast<int>(threadIdx.x); i < pairs * p.m; i += kThreads) {
+    for (int i = static_cast<int>(threadIdx.x); i < pairs * static_cast<int>(p.m); i += kThreads) {
       const int token = i / pairs, panel = i % pairs / kPairs, row = i % kPairs * 2;
       int32_t first = 0, second = 0;
       for (int w = panel; w < kSmallWarps; w += params.panels) {
@@ -158,31 +201,24 @@ struct Small {
 template <int kGroups>
 __global__ void __launch_bounds__(kSmallWarps * 32, 2) small_kernel(const __grid_constant__ SmallParams params) {
   using Kernel = Small<kGroups>;
-  const Problem& p = params.problem;
   typename Kernel::Warp warp;
   Kernel::begin(params, warp);
+  Kernel::begin_barrier(params);  // before any load: the cluster's barrier would wait for it
+  if (params.weights_first) Kernel::load_ahead(warp);
   hopper::wait_for_previous_kernel();
   hopper::allow_next_kernel();
+  if (!params.weights_first) Kernel::load_ahead(warp);
 
-  char* tokens = hopper::shared_memory();
-  const int kept = static_cast<int>(warp.chunks < params.phase_chunks ? warp.chunks : params.phase_chunks);
-  const int row_bytes = kept * TernaryMma2::kColsPerChunk + Kernel::kRowGap;
-  auto* sums = reinterpret_cast<int32_t*>(tokens + static_cast<int>(p.m) * row_bytes);
-  // Lane l gives row l % 8 and quarter l / 8 of 64 columns. Tokens past M repeat the last: nobody reads their results.
-  const int lane = static_cast<int>(threadIdx.x) % 32;
-  const char* row[kGroups];
-#pragma unroll
-  for (int g = 0; g < kGroups; ++g) {
-    const int token = g * 8 + lane % 8, last = static_cast<int>(p.m) - 1;
-    row[g] = tokens + (token < last ? token : last) * row_bytes + lane / 8 * 16;
+  uint32_t phase = 0;
+  for (int first = 0; first < warp.chunks; first += params.phase_chunks) {
+    const int last = first + params.phase_chunks < warp.chunks ? first + params.phase_chunks : warp.chunks;
+    // All blocks have read the last phase's tokens before any block's copy replaces them.
+    if (first > 0) params.cluster > 1 ? hopper::cluster_sync() : __syncthreads();
+    Kernel::stage(params, first, last - first, phase);
+    Kernel::walk(warp, first, last);
+    phase ^= 1;
   }
-  for (int64_t first = 0; first < warp.chunks; first += kept) {
-    const int64_t last = first + kept < warp.chunks ? first + kept : warp.chunks;
-    if (first > 0) __syncthreads();
-    Kernel::stage(params, tokens, row_bytes, first * TernaryMma2::kColsPerChunk, static_cast<int>(last - first));
-    Kernel::walk(warp, row, first, last);
-  }
-  Kernel::finish(params, warp, sums);
+  Kernel::finish(params, warp);
 }
 
 }  // namespace tilewright::ternary_linear::cuda
