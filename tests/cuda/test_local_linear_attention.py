@@ -211,6 +211,19 @@ def test_decoding_reads_only_what_the_cache_holds(device: Device, dtype: torch.d
         assert relative(stats["rho"][b : b + 1], exact["rho"]) <= limit
 
 
+@pytest.mark.parametrize("window", [None, 20])
+def test_decoding_several_tokens_of_a_group(device: Device, window: int | None) -> None:
+    """Queries that see different keys share a cluster, and more of them than it has rows."""
+    q, k, v = inputs(60, 32, 24, heads=6, kv_heads=2, dtype=torch.float16)
+    v[:, :, :, 0] = 0.0
+    o, rho = lla_decode(
+        *on(device, q[:, 57:], k, v), device.tensor(torch.tensor([60])), solver="cg", window_size=window
+    )
+    want, exact = lla_reference(*wide(q, k, v), window_size=window)
+    assert relative(o, want[:, 57:]) <= 1e-3
+    assert relative(rho, exact["rho"][:, 57:]) <= 1e-3
+
+
 def test_decoding_from_the_token_before(device: Device) -> None:
     torch.manual_seed(1)
     k, v = torch.randn(1, 60, 1, 40), torch.randn(1, 60, 1, 8)
@@ -390,7 +403,9 @@ def test_the_same_bits_in_any_order_of_threads(device: Device, dtype: torch.dtyp
     for seed in device.seeds if device.is_emulator else range(20):
         device.seed(seed)
         o = lla_attention(*tensors, solver="cg", cg_max_iters=6)
-        results.append((o, *torch.autograd.grad(o.float().square().sum(), tensors)))
+        last = [x.detach() for x in (tensors[0][:, -1:], *tensors[1:])]
+        decoded = lla_decode(*last, device.tensor(torch.tensor([tokens])), solver="cg", cg_max_iters=3)
+        results.append((o, *torch.autograd.grad(o.float().square().sum(), tensors), *decoded))
     for result in results[1:]:
         for a, b in zip(result, results[0], strict=True):
             assert torch.equal(a, b)
