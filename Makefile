@@ -54,6 +54,7 @@ test-gpu:  ## on a machine with a GPU: tests, compute-sanitizer, repeated runs (
 
 bench-gpu:  ## on a machine with a GPU: benchmarks against the peers that are installed there
 	PYTHON=$(PYTHON) scripts/gpu.sh bench
+	$(PYTHON) -m bench.cuda.report
 
 gpu-bundle: $(VENV)/.ready  ## build/bundle: the native libraries for a GPU machine that does not build them itself
 	scripts/gpu_bundle.sh

@@ -19,4 +19,5 @@ find "$BUILD/CMakeFiles/tilewright_core.dir" "$BUILD/CMakeFiles/_host.dir/csrc/m
   xargs -0 ar rcs "$BUNDLE/host.a"
 nvcc -std=c++20 -O2 -gencode=arch=compute_90a,code=sm_90a --expt-relaxed-constexpr -Icsrc \
   -o "$BUNDLE/hopper_wrappers" tests/cuda/hopper_wrappers.cu
+git describe --always --dirty --abbrev=12 > "$BUNDLE/commit"
 du -sh "$BUNDLE"

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from bench.cuda.cases import GpuCase, Methods
@@ -49,7 +51,8 @@ def cases() -> list[GpuCase]:
     found = []
     for batch in (1, 16):
         c = config(4)
-        linears = sum(n * k for name, (n, k) in expected_shapes(c).items() if name in set(linear_names(c)))
+        shapes = expected_shapes(c)
+        linears = sum(math.prod(shapes[name]) for name in linear_names(c))
         weights = int(linears * (0.5 + 2 / GROUP)) + 2 * c.vocab_size * c.hidden_size
         cache = batch * c.num_hidden_layers * 2 * HELD * c.num_key_value_heads * (c.head_dim // 2 + 2)
         name = f"engine decode, 4 layers of Llama-3-8B, batch {batch}, {HELD} tokens held"

@@ -2,7 +2,7 @@
 """Run the benchmarks of a CUDA device: `python -m bench.cuda.run [--only GLOB] [--output FILE] [--seconds N]`.
 
 Each kernel's module runs in a process of its own, so that one that fails takes no other with it. One JSON line a method
-goes to `bench/results/<device>.jsonl`; a later run replaces the lines of the cases that it runs.
+goes to `bench/cuda/results/<device>.jsonl`; a later run replaces the lines of the cases that it runs.
 """
 
 from __future__ import annotations
@@ -21,7 +21,13 @@ from typing import Any
 from bench.records import ROOT, commit
 from tilewright._files import atomic_write
 
-NO_KERNEL = {"cases", "run", "timing"}
+NO_KERNEL = {"cases", "report", "run", "timing"}
+
+
+def built_commit() -> str:
+    """The commit of libraries that were built elsewhere (scripts/gpu_bundle.sh), else of this checkout."""
+    bundle = ROOT / "build" / "bundle" / "commit"
+    return bundle.read_text(encoding="utf-8").strip() if bundle.is_file() else commit()
 
 
 def modules() -> list[str]:
@@ -116,7 +122,7 @@ def main() -> None:
     peaks = ceilings()
     torch.cuda.empty_cache()
     print(f"{device}: " + ", ".join(f"{name} {value / 1e12:.4g} T/s" for name, value in peaks.items()), flush=True)
-    where = {"device": device, "torch": torch.__version__, "ceilings": peaks, "commit": commit()}
+    where = {"device": device, "torch": torch.__version__, "ceilings": peaks, "commit": built_commit()}
     records: list[dict[str, Any]] = []
     for module in options.module or modules():
         command = [sys.executable, "-m", "bench.cuda.run", "--worker", module, "--peaks", json.dumps(peaks)]
@@ -132,8 +138,8 @@ def main() -> None:
             found.append(failure(module, f"the process ended with {status}"))
         for record in found:
             print(line(record), flush=True)
-        records += [record | where for record in found]
-    path = options.output or ROOT / "bench" / "results" / f"{slug(device)}.jsonl"
+        records += [{**record, "kernel": module, **where} for record in found]
+    path = options.output or Path(__file__).parent / "results" / f"{slug(device)}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
     ran = {record["case"] for record in records}
     old = [json.loads(text) for text in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []

@@ -22,12 +22,14 @@ void check_phase_end(Block& block, MBarrier& barrier) {
   barrier.pending = barrier.count;
   barrier.announced = 0;
   barrier.who.clear();
+  barrier.passed_on = barrier.released.take();
   barrier.unseen = std::exchange(barrier.waiting, {});
   for (Fiber* fiber : barrier.unseen) wake(fiber);
   block.cluster->progress++;
 }
 
 void arrive_at(Block& block, MBarrier& barrier, int who, uint32_t bytes) {
+  release(*current, barrier.released);
   if (barrier.pending == 0) {
     kernel_error(
         "arrives at the barrier at shared byte %u, whose phase %llu has all its %d arrivals already (%lld bytes "
@@ -53,12 +55,19 @@ MBarrier& barrier_at(Block& block, const void* pointer, const char* what) {
   const uint32_t offset = shared_offset(block, pointer, 8, what);
   const auto at = block.barriers.find(offset);
   if (at == block.barriers.end()) {
-    kernel_error("%s: there is no barrier at shared byte %u; init() was not called for it", what, offset);
+    kernel_error("%s: there is no barrier at shared byte %u; init() was not called for it, or not yet", what, offset);
+  }
+  if (!knows(*current, at->second.made_by, at->second.made_at)) {
+    kernel_error(
+        "%s of the barrier at shared byte %u, but nothing orders its init() before this (no __syncthreads() "
+        "or cluster_sync() between)",
+        what, offset);
   }
   return at->second;
 }
 
 void barrier_init(void* barrier, int arrivals) {
+  const Unwatched inside;
   Block& block = this_block();
   const uint32_t offset = shared_offset(block, barrier, 8, "init of a barrier");
   if (offset % 8 != 0) kernel_error("a barrier at shared byte %u; a multiple of 8 is needed", offset);
@@ -73,19 +82,25 @@ void barrier_init(void* barrier, int arrivals) {
   }
   MBarrier& state = block.barriers[offset];
   state.offset = offset;
+  state.component = new_component(*block.cluster);
+  state.made_by = component_of(*current);
+  state.made_at = current->count;
   state.count = state.pending = arrivals;
 }
 
 void fence_barrier_init() {
+  const Unwatched inside;
   for (auto& [offset, barrier] : this_block().barriers) barrier.fenced = true;
 }
 
 void barrier_arrive(void* barrier, uint32_t expected_bytes, bool expects) {
+  const Unwatched inside;
   MBarrier& state = barrier_at(this_block(), barrier, expects ? "arrive_expect" : "arrive");
   arrive_at(this_block(), state, current->thread, expected_bytes);
 }
 
 void barrier_arrive_cluster(void* barrier, int rank) {
+  const Unwatched inside;
   Cluster& cluster = *this_block().cluster;
   if (rank < 0 || rank >= static_cast<int>(cluster.blocks.size())) {
     kernel_error("arrive_cluster: block %d of a cluster of %zu", rank, cluster.blocks.size());
@@ -97,6 +112,12 @@ void barrier_arrive_cluster(void* barrier, int rank) {
     kernel_error(
         "arrive_cluster: block %d of the cluster has no barrier at shared byte %u (yet: a cluster_sync() after "
         "init is needed)",
+        rank, offset);
+  }
+  if (!knows(*current, at->second.made_by, at->second.made_at)) {
+    kernel_error(
+        "arrive_cluster: nothing orders the init() of block %d's barrier at shared byte %u before this (no "
+        "cluster_sync() between)",
         rank, offset);
   }
   arrive_at(target, at->second, current->thread + this_block().rank * kMaxThreads, 0);
@@ -116,22 +137,31 @@ void bytes_came(Block& block, uint32_t barrier_offset, int64_t bytes) {
 }
 
 bool barrier_test(void* barrier, uint32_t parity) {
+  const Unwatched inside;
   MBarrier& state = barrier_at(this_block(), barrier, "try_wait");
-  if ((state.phase & 1) != (parity & 1)) return true;
+  if ((state.phase & 1) != (parity & 1)) {
+    acquire(*current, state.passed_on);
+    return true;
+  }
   current->doing = "try_wait";
   current->waits_for = &state;
   current->waits_detail = parity;
   poll_again();
-  return (state.phase & 1) != (parity & 1);
+  if ((state.phase & 1) == (parity & 1)) return false;
+  acquire(*current, state.passed_on);
+  return true;
 }
 
 void barrier_wait(void* barrier, uint32_t parity) {
+  const Unwatched inside;
   MBarrier& state = barrier_at(this_block(), barrier, "wait");
   if (parity > 1) kernel_error("waits for parity %u of the barrier at shared byte %u; 0 or 1", parity, state.offset);
-  if ((state.phase & 1) != parity) return;
-  state.waiting.push_back(current);
-  park("wait", &state, parity);
-  std::erase(state.unseen, current);
+  if ((state.phase & 1) == parity) {
+    state.waiting.push_back(current);
+    park("wait", &state, parity);
+    std::erase(state.unseen, current);
+  }
+  acquire(*current, state.passed_on);
 }
 
 }  // namespace tilewright::emulator

@@ -7,10 +7,12 @@
 
 namespace tilewright::emulator {
 
-void finish_named(NamedBarrier& barrier) {
+void finish_named(NamedBarrier& barrier, const Fiber* running) {
+  const Clock clock = barrier.released.take();
   for (Fiber* fiber : barrier.waiting) {
+    acquire(*fiber, clock);
     fiber->vote_result = barrier.predicate_count;
-    wake(fiber);
+    if (fiber != running) wake(fiber);
   }
   barrier = NamedBarrier{};
 }
@@ -28,7 +30,15 @@ void enter_named(NamedBarrier& barrier, int id, int needed) {
   }
   barrier.needed = needed;
   barrier.who[current->thread] = true;
+  release(*current, barrier.released);
   ++barrier.arrived;
+}
+
+// The last thread to come goes on at once.
+void end_by_last(NamedBarrier& barrier) {
+  Fiber& fiber = *current;
+  barrier.waiting.push_back(&fiber);
+  finish_named(barrier, &fiber);
 }
 
 void check_named(int id, int threads) {
@@ -44,8 +54,7 @@ void sync_all(bool predicate) {
   enter_named(barrier, 0, 0);
   barrier.predicate_count += predicate ? 1 : 0;
   if (barrier.arrived == this_block().alive) {
-    current->vote_result = barrier.predicate_count;
-    finish_named(barrier);
+    end_by_last(barrier);
     return;
   }
   barrier.waiting.push_back(current);
@@ -54,19 +63,24 @@ void sync_all(bool predicate) {
 
 }  // namespace
 
-void block_sync() { sync_all(false); }
+void block_sync() {
+  const Unwatched inside;
+  sync_all(false);
+}
 
 int block_sync_count(bool predicate) {
+  const Unwatched inside;
   sync_all(predicate);
   return current->vote_result;
 }
 
 void named_sync(int id, int threads) {
+  const Unwatched inside;
   check_named(id, threads);
   NamedBarrier& barrier = this_block().named[id];
   enter_named(barrier, id, threads);
   if (barrier.arrived == threads) {
-    finish_named(barrier);
+    end_by_last(barrier);
     return;
   }
   barrier.waiting.push_back(current);
@@ -74,6 +88,7 @@ void named_sync(int id, int threads) {
 }
 
 void named_arrive(int id, int threads) {
+  const Unwatched inside;
   check_named(id, threads);
   NamedBarrier& barrier = this_block().named[id];
   enter_named(barrier, id, threads);
@@ -81,10 +96,12 @@ void named_arrive(int id, int threads) {
 }
 
 void cluster_sync() {
+  const Unwatched inside;
   Cluster& cluster = *this_block().cluster;
   ++cluster.sync.arrived;
+  release(*current, cluster.sync.released);
   if (cluster.sync.arrived == cluster.alive) {
-    finish_named(cluster.sync);
+    end_by_last(cluster.sync);
     return;
   }
   cluster.sync.waiting.push_back(current);
@@ -96,6 +113,7 @@ int alive_threads() { return this_block().alive; }
 
 // Threads that returned count as arrived at __syncthreads and cluster_sync, and leave nothing behind.
 void thread_ends() {
+  const Unwatched inside;
   Fiber& fiber = *current;
   products_end(fiber);
   copies_end(fiber);

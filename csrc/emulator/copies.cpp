@@ -101,15 +101,29 @@ void start_load(Block& block, std::vector<Chunk> chunks, uint32_t barrier, const
       std::string(what) + " to shared byte " + std::to_string(chunks.front().offset) + " issued by " + place(*current);
   flight->land = [&block, barrier, chunks = std::move(chunks)] {
     int64_t bytes = 0;
+    MBarrier& counted = block.barriers.at(barrier);
     for (const Chunk& chunk : chunks) {
       char data[16] = {};
       if (chunk.high > chunk.low) std::memcpy(data + chunk.low, chunk.global + chunk.low, chunk.high - chunk.low);
-      land_bytes(block, chunk.offset, data, chunk.bytes);
+      land_bytes(block, chunk.offset, data, chunk.bytes, &counted);
       bytes += chunk.bytes;
     }
+    counted.released.add(counted.component, static_cast<uint32_t>(counted.phase) + 1, block.cluster->components);
     bytes_came(block, barrier, bytes);
   };
   block.cluster->flights.push_back(std::move(flight));
+}
+
+// The copy engine, and other blocks, see a barrier only once its init has been fenced and a barrier passed.
+void check_barrier(const MBarrier& barrier, const char* what) {
+  if (!barrier.fenced) {
+    kernel_error("%s on the barrier at shared byte %u, whose init() was not followed by fence_barrier_init()", what,
+                 barrier.offset);
+  }
+  if (!knows(*current, barrier.made_by, barrier.made_at)) {
+    kernel_error("%s on the barrier at shared byte %u, but nothing orders its init() before this", what,
+                 barrier.offset);
+  }
 }
 
 void check_rank(const Box& box, int rank) {
@@ -125,6 +139,7 @@ uint32_t box_bytes(const Box& box) {
 }  // namespace
 
 void load_box(void* to, const Box& box, void* barrier, const int* coordinates, int rank, uint32_t blocks) {
+  const Unwatched inside;
   constexpr const char* kWhat = "load_tile";
   check_rank(box, rank);
   check_place(to, box_bytes(box), 128, kWhat);
@@ -140,19 +155,23 @@ void load_box(void* to, const Box& box, void* barrier, const int* coordinates, i
   for (size_t rank_to = 0; rank_to < cluster.blocks.size(); ++rank_to) {
     if (((mask >> rank_to) & 1u) == 0) continue;
     Block& target = *cluster.blocks[rank_to];
-    if (!target.barriers.contains(at_barrier)) {
+    const auto counted = target.barriers.find(at_barrier);
+    if (counted == target.barriers.end()) {
       kernel_error("load_tile: block %zu of the cluster has no barrier at shared byte %u", rank_to, at_barrier);
     }
+    check_barrier(counted->second, kWhat);
     start_load(target, chunks, at_barrier, kWhat);
   }
 }
 
 void load_bulk(void* to, const void* from, uint32_t bytes, void* barrier) {
+  const Unwatched inside;
   constexpr const char* kWhat = "load_bulk";
   if (bytes == 0 || bytes % 16 != 0) kernel_error("load_bulk of %u bytes; a multiple of 16 is needed", bytes);
   check_place(to, bytes, 16, kWhat);
   if (reinterpret_cast<uintptr_t>(from) % 16 != 0) kernel_error("load_bulk from the misaligned address %p", from);
   MBarrier& state = barrier_at(this_block(), barrier, kWhat);
+  check_barrier(state, kWhat);
   check_global_range(from, bytes, false, kWhat);
   const uint32_t offset = shared_offset(this_block(), to, bytes, kWhat);
   start_load(this_block(), chunks_of_run(offset, static_cast<char*>(const_cast<void*>(from)), bytes), state.offset,
@@ -193,6 +212,7 @@ void write_targets(const AsyncStore& store) {
 }  // namespace
 
 void store_box(const Box& box, const void* from, const int* coordinates, int rank) {
+  const Unwatched inside;
   constexpr const char* kWhat = "store_tile";
   check_rank(box, rank);
   check_place(from, box_bytes(box), 128, kWhat);
@@ -200,6 +220,7 @@ void store_box(const Box& box, const void* from, const int* coordinates, int ran
 }
 
 void store_bulk(void* to, const void* from, uint32_t bytes) {
+  const Unwatched inside;
   constexpr const char* kWhat = "store_bulk";
   if (bytes == 0 || bytes % 16 != 0) kernel_error("store_bulk of %u bytes; a multiple of 16 is needed", bytes);
   check_place(from, bytes, 16, kWhat);
@@ -208,6 +229,7 @@ void store_bulk(void* to, const void* from, uint32_t bytes) {
 }
 
 void store_commit() {
+  const Unwatched inside;
   for (auto& store : current->stores) {
     if (store->group < 0) store->group = current->store_groups;
   }
@@ -215,6 +237,7 @@ void store_commit() {
 }
 
 void store_wait(int pending, bool only_sources) {
+  const Unwatched inside;
   Fiber& fiber = *current;
   for (auto& store : fiber.stores) {
     if (store->group < 0 || store->group >= fiber.store_groups - pending) continue;
@@ -229,6 +252,7 @@ void store_wait(int pending, bool only_sources) {
 // --- cp.async
 
 void copy_async(void* shared, const void* global, int bytes, int valid_bytes) {
+  const Unwatched inside;
   constexpr const char* kWhat = "copy_async";
   if (valid_bytes < 0 || valid_bytes > bytes) kernel_error("copy_async of %d valid bytes of %d", valid_bytes, bytes);
   check_place(shared, static_cast<uint32_t>(bytes), static_cast<uint32_t>(bytes), kWhat);
@@ -242,6 +266,7 @@ void copy_async(void* shared, const void* global, int bytes, int valid_bytes) {
 }
 
 void copy_async_commit() {
+  const Unwatched inside;
   for (AsyncCopy& copy : current->copies) {
     if (copy.group < 0) copy.group = current->copy_groups;
   }
@@ -250,20 +275,16 @@ void copy_async_commit() {
 
 // What cp.async writes counts as written by the thread itself, through the ordinary proxy.
 void copy_async_wait(int pending) {
+  const Unwatched inside;
   Fiber& fiber = *current;
-  SharedMemory& shared = this_block().shared;
-  const uint32_t stamp = ++this_block().cluster->stamp;
   const auto due = [&](const AsyncCopy& copy) { return copy.group >= 0 && copy.group < fiber.copy_groups - pending; };
   for (const AsyncCopy& copy : fiber.copies) {
     if (!due(copy)) continue;
     char data[16] = {};
     if (copy.valid > 0) std::memcpy(data, copy.from, static_cast<size_t>(copy.valid));
-    land_bytes(this_block(), copy.offset, data, static_cast<uint32_t>(copy.bytes));
-    for (uint32_t i = copy.offset; i < copy.offset + static_cast<uint32_t>(copy.bytes); ++i) {
-      shared.flags[i] |= kGeneric;
-      shared.stamp[i] = stamp;
-      shared.writer[i] = static_cast<uint16_t>(fiber.thread);
-    }
+    land_bytes(this_block(), copy.offset, data, static_cast<uint32_t>(copy.bytes), nullptr);
+    for (int i = 0; i < copy.bytes; ++i) this_block().shared.flags[copy.offset + static_cast<uint32_t>(i)] |= kGeneric;
+    note_write(this_block(), copy.offset, static_cast<uint32_t>(copy.bytes), true);
   }
   std::erase_if(fiber.copies, due);
 }

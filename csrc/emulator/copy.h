@@ -16,8 +16,14 @@ void copy_async_wait() {
   emulator::copy_async_wait(Pending);
 }
 
-inline U128 load_16(const void* from) { return *static_cast<const U128*>(from); }
-inline void store_16(void* to, U128 value) { *static_cast<U128*>(to) = value; }
+inline U128 load_16(const void* from) {
+  emulator::check_alignment(from, 16, "load_16");
+  return *static_cast<const U128*>(from);
+}
+inline void store_16(void* to, U128 value) {
+  emulator::check_alignment(to, 16, "store_16");
+  *static_cast<U128*>(to) = value;
+}
 inline U128 load_16_streaming(const void* global) {
   emulator::check_global(global, "load_16_streaming");
   return *static_cast<const U128*>(global);

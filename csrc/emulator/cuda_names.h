@@ -194,7 +194,7 @@ namespace tilewright::emulator {
 // One thread runs at a time, so a plain update is atomic. A thread that only looks (adds nothing, or fails to exchange)
 // may be spinning: it lets the others run.
 template <class T, class Update>
-T atomic_update(T* pointer, Update update) {
+[[gnu::no_sanitize("thread")]] T atomic_update(T* pointer, Update update) {
   check_atomic(pointer, sizeof(T));
   const T old = *static_cast<volatile T*>(pointer);
   const T next = update(old);

@@ -51,7 +51,7 @@ const Image& this_image() {
 }
 
 inline void access(const void* pointer, size_t bytes, bool writes, bool aligned, const void* caller) {
-  Fiber* fiber = current;
+  Fiber* fiber = watched;
   if (fiber == nullptr) return;
   const size_t in_stack = static_cast<size_t>(static_cast<const char*>(pointer) - fiber->stack->base());
   if (in_stack < kStackBytes) {
@@ -109,8 +109,8 @@ namespace {
 
 // Such reads are how a thread waits for another without an atomic: each gives the others a turn.
 inline void volatile_read(const void* pointer) {
-  if (current == nullptr) return;
-  const size_t in_stack = static_cast<size_t>(static_cast<const char*>(pointer) - current->stack->base());
+  if (watched == nullptr) return;
+  const size_t in_stack = static_cast<size_t>(static_cast<const char*>(pointer) - watched->stack->base());
   if (in_stack >= kStackBytes) pause_thread();
 }
 
@@ -140,3 +140,31 @@ TILEWRIGHT_HOOK void __tsan_func_entry(void*) {}
 TILEWRIGHT_HOOK void __tsan_func_exit(void*) {}
 TILEWRIGHT_HOOK void __tsan_vptr_update(void**, void*) {}
 TILEWRIGHT_HOOK void __tsan_vptr_read(void**) {}
+
+// -fsanitize=alignment: the compiler takes vectors apart, so that their alignment shows only where a pointer is used.
+namespace tilewright::emulator {
+namespace {
+
+struct SourceLocation {
+  const char* file;
+  uint32_t line, column;
+};
+struct TypeDescriptor {
+  uint16_t kind, info;
+  char name[1];
+};
+struct TypeMismatch {
+  SourceLocation at;
+  const TypeDescriptor* type;
+  unsigned char log_alignment, check;
+};
+
+}  // namespace
+}  // namespace tilewright::emulator
+
+TILEWRIGHT_HOOK void __ubsan_handle_type_mismatch_v1(tilewright::emulator::TypeMismatch* data, void* pointer) {
+  using namespace tilewright::emulator;
+  if (watched == nullptr) return;
+  kernel_error("a %s at the misaligned address %p, a multiple of %u is needed (%s:%u)", data->type->name, pointer,
+               1u << data->log_alignment, data->at.file, data->at.line);
+}

@@ -51,8 +51,7 @@ void take_shared(SharedMemory& shared, uint32_t bytes) {
   std::memset(shared.base, 0xff, bytes);  // NaN in every float format
   shared.flags.assign(bytes + 8, 0);  // eight more, so that checks may look at eight at once
   shared.readers.assign(bytes + 8, 0);
-  shared.writer.assign(bytes, 0);
-  shared.stamp.assign(bytes, 0);
+  shared.history.assign(bytes, ByteHistory{});
 }
 
 void give_shared(SharedMemory& shared) {
@@ -63,6 +62,7 @@ void give_shared(SharedMemory& shared) {
 char* shared_memory() { return this_block().shared.base; }
 
 uint32_t shared_address(const void* pointer) {
+  const Unwatched inside;
   const Block& block = this_block();
   const auto offset = static_cast<int64_t>(static_cast<const char*>(pointer) - block.shared.base);
   if (offset < 0 || offset > static_cast<int64_t>(block.shared.bytes)) {
@@ -119,6 +119,8 @@ void read_shared(Block& block, uint32_t offset, uint32_t bytes, const char* what
     const uint64_t flags = eight(block.shared.flags, offset + done) & every(kWritten | kInFlight | kBarrierWord) & mask;
     if (flags != (every(kWritten) & mask)) report_shared(block, offset, bytes, false, what);
   }
+  check_order(block, offset, bytes, false, what);
+  note_read(block, offset, bytes);
 }
 
 void write_shared(Block& block, uint32_t offset, uint32_t bytes, const char* what) {
@@ -128,16 +130,16 @@ void write_shared(Block& block, uint32_t offset, uint32_t bytes, const char* wha
     uint64_t flags = eight(shared.flags, offset + done);
     const uint64_t wrong = (flags & every(kInFlight | kBarrierWord)) | eight(shared.readers, offset + done);
     if ((wrong & mask) != 0) report_shared(block, offset, bytes, true, what);
-    flags |= every(kWritten | kGeneric) & mask;
+    flags = (flags & ~(every(kAtomic) & mask)) | (every(kWritten | kGeneric) & mask);
     std::memcpy(shared.flags.data() + offset + done, &flags, 8);
   }
-  const uint32_t stamp = ++block.cluster->stamp;
-  std::fill_n(shared.stamp.begin() + offset, bytes, stamp);
-  std::fill_n(shared.writer.begin() + offset, bytes, static_cast<uint16_t>(current->thread));
+  check_order(block, offset, bytes, true, what);
+  note_write(block, offset, bytes, true);
 }
 
 // Through a wrapper or a hook; a pointer that is not into the arena is global.
 void check_access(const void* pointer, size_t bytes, bool writes, const char* what) {
+  const Unwatched inside;
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   if (address - shared_arena >= kSlots * kSlotBytes) {
     check_global_range(pointer, bytes, writes, what);
@@ -158,7 +160,13 @@ void check_access(const void* pointer, size_t bytes, bool writes, const char* wh
 void check_read(const void* pointer, size_t bytes, const char* what) { check_access(pointer, bytes, false, what); }
 void check_write(void* pointer, size_t bytes, const char* what) { check_access(pointer, bytes, true, what); }
 
+void check_alignment(const void* pointer, size_t bytes, const char* what) {
+  if (reinterpret_cast<uintptr_t>(pointer) % bytes == 0) return;
+  kernel_error("%s at the misaligned address %p; a multiple of %zu is needed", what, pointer, bytes);
+}
+
 void check_global(const void* pointer, const char* what) {
+  const Unwatched inside;
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   if (address - shared_arena < kSlots * kSlotBytes) kernel_error("%s of shared memory; it reads global memory", what);
   if (address % 16 != 0) kernel_error("%s of the misaligned address %p; a multiple of 16 is needed", what, pointer);
@@ -166,10 +174,24 @@ void check_global(const void* pointer, const char* what) {
 }
 
 void check_atomic(void* pointer, size_t bytes) {
+  const Unwatched inside;
   if (reinterpret_cast<uintptr_t>(pointer) % bytes != 0)
     kernel_error("an atomic at the misaligned address %p", pointer);
-  check_access(pointer, bytes, false, "an atomic");
-  check_access(pointer, bytes, true, "an atomic");
+  const auto offset = static_cast<size_t>(static_cast<char*>(pointer) - this_block().shared.base);
+  if (offset + bytes > this_block().shared.bytes) {
+    check_access(pointer, bytes, true, "an atomic");
+    return;
+  }
+  // Atomics on one place need no order among themselves.
+  SharedMemory& shared = this_block().shared;
+  const auto at = static_cast<uint32_t>(offset);
+  if ((shared.flags[at] & kAtomic) == 0) {
+    read_shared(this_block(), at, static_cast<uint32_t>(bytes), "an atomic");
+    write_shared(this_block(), at, static_cast<uint32_t>(bytes), "an atomic");
+  }
+  check_readers(this_block(), at, static_cast<uint32_t>(bytes), "an atomic");
+  for (size_t i = 0; i < bytes; ++i) shared.flags[offset + i] |= kAtomic;
+  note_write(this_block(), at, static_cast<uint32_t>(bytes), true);
 }
 
 // --- asynchronous accesses
@@ -182,12 +204,18 @@ void mark_flight(Block& block, uint32_t offset, uint32_t bytes, const char* what
     }
     shared.flags[i] = kInFlight;
   }
+  check_order(block, offset, bytes, true, what);
   std::memset(shared.base + offset, 0xff, bytes);
 }
 
-void land_bytes(Block& block, uint32_t offset, const char* data, uint32_t bytes) {
+void land_bytes(Block& block, uint32_t offset, const char* data, uint32_t bytes, const MBarrier* barrier) {
   std::memcpy(block.shared.base + offset, data, bytes);
   std::fill_n(block.shared.flags.begin() + offset, bytes, static_cast<uint8_t>(kWritten));
+  if (barrier == nullptr) return;
+  for (uint32_t i = offset; i < offset + bytes; ++i) {
+    block.shared.history[i] = {static_cast<uint32_t>(barrier->phase) + 1, 0, 0,
+                               static_cast<uint16_t>(barrier->component), 0};
+  }
 }
 
 void mark_reading(Block& block, uint32_t offset, uint32_t bytes, const char* what) {
@@ -196,21 +224,26 @@ void mark_reading(Block& block, uint32_t offset, uint32_t bytes, const char* wha
     const uint8_t flags = shared.flags[i];
     if ((flags & (kWritten | kInFlight | kBarrierWord)) != kWritten) report_shared(block, i, 1, false, what);
     if ((flags & kGeneric) != 0) {
-      const Fiber& writer = *block.fibers[shared.writer[i]];
-      if (writer.proxy_fence < shared.stamp[i]) {
+      const Fiber& writer = *block.fibers[shared.history[i].writer % static_cast<size_t>(machine->shape.threads)];
+      if (writer.proxy_fence < shared.history[i].stamp) {
         kernel_error("%s reads shared byte %u, which thread %d wrote without a fence_async_shared() since", what, i,
                      writer.thread);
       }
     }
     ++shared.readers[i];
   }
+  check_order(block, offset, bytes, false, what);
 }
 
 void unmark_reading(Block& block, uint32_t offset, uint32_t bytes) {
   for (uint32_t i = offset; i < offset + bytes; ++i) --block.shared.readers[i];
+  note_read(block, offset, bytes);  // by the thread that has waited for it
 }
 
-void fence_async_shared() { current->proxy_fence = ++this_block().cluster->stamp; }
+void fence_async_shared() {
+  const Unwatched inside;
+  current->proxy_fence = ++this_block().cluster->stamp;
+}
 
 // --- registers: a thread's stack
 

@@ -96,6 +96,7 @@ void check_row(const void* row, int count, const char* name) {
 }  // namespace
 
 void mma(Element a, Element b, void* d, const uint32_t* a_registers, const uint32_t* b_registers) {
+  const Unwatched inside;
   MmaLane lane{a, b, d, a_registers, b_registers};
   const bool integers = is_integer(a);
   meet_warp(
@@ -106,6 +107,7 @@ void mma(Element a, Element b, void* d, const uint32_t* a_registers, const uint3
 }
 
 void load_matrices(uint32_t* registers, const void* row, int count, bool transposed) {
+  const Unwatched inside;
   const char* name = count == 4 ? (transposed ? "ldmatrix_x4_transposed" : "ldmatrix_x4")
                                 : (transposed ? "ldmatrix_x2_transposed" : "ldmatrix_x2");
   check_row(row, count, name);
@@ -118,6 +120,7 @@ void load_matrices(uint32_t* registers, const void* row, int count, bool transpo
 }
 
 void store_matrices(void* row, const uint32_t* registers, int count, bool transposed) {
+  const Unwatched inside;
   const char* name = count == 4 ? (transposed ? "stmatrix_x4_transposed" : "stmatrix_x4")
                                 : (transposed ? "stmatrix_x2_transposed" : "stmatrix_x2");
   check_row(row, count, name);

@@ -22,8 +22,8 @@ struct GridShape {
 };
 using Body = void (*)(const void* call);
 // Runs the grid to its end; throws std::runtime_error with kernel, block, thread and reason.
-void run_grid(const GridShape& shape, Body body, const void* call, const void* kernel, const void* params,
-              size_t param_bytes);
+void run_grid(const GridShape& shape, Body body, const void* call, const void* kernel, const char* signature,
+              const void* params, size_t param_bytes);
 int multiprocessors();
 
 void block_sync();                       // __syncthreads
@@ -58,6 +58,7 @@ void registers_written(void* registers, size_t bytes);  // by an instruction, wh
 // A read or write that the kernel makes through a wrapper, checked like one that the compiler instruments.
 void check_read(const void* pointer, size_t bytes, const char* what);
 void check_write(void* pointer, size_t bytes, const char* what);
+void check_alignment(const void* pointer, size_t bytes, const char* what);
 void check_global(const void* pointer, const char* what);  // 16 bytes, global only
 
 void check_atomic(void* pointer, size_t bytes);

@@ -14,6 +14,7 @@ namespace tilewright::emulator {
 
 Machine* machine = nullptr;
 thread_local Fiber* current __attribute__((tls_model("initial-exec"))) = nullptr;
+thread_local Fiber* watched __attribute__((tls_model("initial-exec"))) = nullptr;
 
 uint64_t random_below(uint64_t limit) { return machine->random() % limit; }
 
@@ -35,6 +36,7 @@ void abandon(std::string message) {
 }
 
 void kernel_error(const char* format, ...) {
+  const Unwatched inside;
   char text[1024];
   va_list arguments;
   va_start(arguments, format);
@@ -74,6 +76,7 @@ void poll_again() {
 }
 
 void pause_thread() {
+  const Unwatched inside;
   current->doing = "a loop that waits for another thread (atomics, __nanosleep or volatile reads)";
   poll_again();
 }
@@ -118,7 +121,9 @@ void land_one(Cluster& cluster) {
 }
 
 void fiber_main() {
+  watched = current;
   machine->body(machine->call);
+  watched = nullptr;
   thread_ends();
   current->state = Fiber::State::kDone;
   switch_context(current->context, machine->scheduler);
@@ -191,6 +196,7 @@ std::unique_ptr<Block> new_block(Cluster& cluster, int64_t serial, int rank) {
 
 std::unique_ptr<Cluster> new_cluster(int64_t serial) {
   auto cluster = std::make_unique<Cluster>();
+  cluster->components = static_cast<size_t>(machine->shape.cluster * machine->shape.threads);
   for (int rank = 0; rank < machine->shape.cluster; ++rank) {
     cluster->blocks.push_back(new_block(*cluster, serial * machine->shape.cluster + rank, rank));
     Block& block = *cluster->blocks.back();
@@ -203,7 +209,6 @@ std::unique_ptr<Cluster> new_cluster(int64_t serial) {
 
 void end_cluster(Cluster& cluster) {
   for (auto& block : cluster.blocks) {
-    give_shared(block->shared);
     for (auto& fiber : block->fibers) machine->spare_fibers.push_back(std::move(fiber));
   }
 }

@@ -14,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "emulator/clocks.h"
 #include "emulator/fiber.h"
 #include "emulator/products.h"
 #include "emulator/runtime.h"
@@ -28,6 +29,8 @@ inline constexpr size_t kSlotMargin = size_t{128} << 10;   // before the first b
 inline constexpr int kSlots = 512;
 
 struct Block;
+struct SharedMemory;
+void give_shared(SharedMemory& shared);
 struct Cluster;
 struct Fiber;
 
@@ -37,16 +40,28 @@ enum ByteFlag : uint8_t {
   kInFlight = 2,   // an asynchronous copy will write it
   kBarrierWord = 4,
   kGeneric = 8,    // last written by an ordinary store
+  kAtomic = 16,    // last written by an atomic
+};
+
+// Who accessed a byte of shared memory last: a thread of the cluster, or a barrier for the copies that land on it.
+struct ByteHistory {
+  uint32_t write_count = 0, read_count = 0;  // 0: never
+  uint32_t stamp = 0;                        // when an ordinary store wrote it
+  uint16_t writer = 0, reader = 0;
 };
 
 struct SharedMemory {
+  SharedMemory() = default;
+  ~SharedMemory() { give_shared(*this); }
+  SharedMemory(const SharedMemory&) = delete;
+  SharedMemory& operator=(const SharedMemory&) = delete;
+
   char* base = nullptr;
   int slot = -1;
   uint32_t bytes = 0;
   std::vector<uint8_t> flags;
   std::vector<uint8_t> readers;      // asynchronous reads under way
-  std::vector<uint16_t> writer;      // thread of the last ordinary store
-  std::vector<uint32_t> stamp;       // and when it was
+  std::vector<ByteHistory> history;
 };
 
 // A product that this thread takes part in and whose registers it has not got back.
@@ -92,6 +107,10 @@ struct Fiber {
   const void* waits_for = nullptr;
   uint64_t waits_detail = 0;
 
+  // order
+  Clock told;                    // what it knows of others
+  uint32_t count = 1;            // of its own releases
+
   // registers (the stack)
   uint32_t clock = 1;
   uint32_t register_fence = 0;   // clock at the last wgmma_fence; 0: none yet
@@ -118,6 +137,7 @@ struct Meeting {
   const char* name;
   uint32_t mask, arrived = 0;
   std::array<void*, 32> data{};
+  Gathering released;
 };
 
 struct Warp {
@@ -133,6 +153,7 @@ struct NamedBarrier {
   int predicate_count = 0;
   std::bitset<kMaxThreads> who;
   std::vector<Fiber*> waiting;
+  Gathering released;
 };
 
 struct MBarrier {
@@ -145,6 +166,11 @@ struct MBarrier {
   std::vector<Fiber*> waiting;
   std::vector<Fiber*> unseen;    // released by the last phase's end, not yet run since
   std::vector<int> who;          // threads that arrived in this phase
+  size_t component = 0;          // of clocks
+  size_t made_by = 0;            // component of the thread that called init
+  uint32_t made_at = 0;          // and its count then
+  Gathering released;            // in this phase
+  Clock passed_on;               // by the end of the last one
 };
 
 struct WarpGroup {
@@ -182,6 +208,7 @@ struct Cluster {
   std::vector<std::unique_ptr<Flight>> flights;
   NamedBarrier sync;
   int alive = 0, ready = 0;
+  size_t components = 0;         // of clocks: threads, then barriers
   uint32_t stamp = 1;            // of ordinary stores and fences
   uint64_t progress = 0;         // something else than polling happened
   uint64_t polled = ~uint64_t{0};  // progress when the pollers last had a turn
@@ -191,8 +218,6 @@ struct Machine {
   GridShape shape;
   Body body = nullptr;
   const void* call = nullptr;
-  std::string kernel;
-  const void* kernel_address = nullptr;
   const char* params = nullptr;
   size_t param_bytes = 0;
   std::mt19937_64 random;
@@ -205,6 +230,20 @@ struct Machine {
 extern Machine* machine;                 // of the grid that runs
 extern thread_local Fiber* current __attribute__((tls_model("initial-exec")));
 
+// The thread whose loads and stores the hooks look at: none while the emulator itself runs, although templates of the
+// standard library may have been linked in their instrumented form.
+extern thread_local Fiber* watched __attribute__((tls_model("initial-exec")));
+class Unwatched {
+ public:
+  Unwatched() : before_(watched) { watched = nullptr; }
+  ~Unwatched() { watched = before_; }
+  Unwatched(const Unwatched&) = delete;
+  Unwatched& operator=(const Unwatched&) = delete;
+
+ private:
+  Fiber* before_;
+};
+
 // scheduler.cpp
 void park(const char* doing, const void* waits_for, uint64_t detail = 0);
 void wake(Fiber* fiber);
@@ -213,15 +252,25 @@ uint64_t random_below(uint64_t limit);
 std::string place(const Fiber& fiber);
 [[noreturn]] void abandon(std::string message);
 std::string deadlock_report(const Cluster& cluster);
-void finish_named(NamedBarrier& barrier);
+void finish_named(NamedBarrier& barrier, const Fiber* running = nullptr);
+
+// order.cpp
+size_t component_of(const Fiber& fiber);
+size_t new_component(Cluster& cluster);
+bool knows(const Fiber& fiber, size_t component, uint32_t count);
+void release(Fiber& fiber, Gathering& to);      // what it did so far is told to whoever takes from there
+void acquire(Fiber& fiber, const Clock& clock);
+void check_order(Block& block, uint32_t offset, uint32_t bytes, bool writes, const char* what);
+void check_readers(Block& block, uint32_t offset, uint32_t bytes, const char* what);
+void note_read(Block& block, uint32_t offset, uint32_t bytes);
+void note_write(Block& block, uint32_t offset, uint32_t bytes, bool generic);
 void thread_ends();
 
 // memory.cpp
 void take_shared(SharedMemory& shared, uint32_t bytes);
-void give_shared(SharedMemory& shared);
 uint32_t shared_offset(const Block& block, const void* pointer, size_t bytes, const char* what);
 void mark_flight(Block& block, uint32_t offset, uint32_t bytes, const char* what);
-void land_bytes(Block& block, uint32_t offset, const char* data, uint32_t bytes);
+void land_bytes(Block& block, uint32_t offset, const char* data, uint32_t bytes, const MBarrier* barrier);
 void mark_reading(Block& block, uint32_t offset, uint32_t bytes, const char* what);
 void unmark_reading(Block& block, uint32_t offset, uint32_t bytes);
 void check_global_range(const void* pointer, size_t bytes, bool writes, const char* what);

@@ -29,9 +29,13 @@ void check_divergence(const Warp& warp, const char* name, uint32_t mask) {
 
 int lane_id() { return current->lane(); }
 
-uint32_t active_lanes() { return full_mask(current->warp()) & ~this_block().warps[current->warp()].done; }
+uint32_t active_lanes() {
+  const Unwatched inside;
+  return full_mask(current->warp()) & ~this_block().warps[current->warp()].done;
+}
 
 void meet_warp(const char* name, uint32_t mask, void* lane_data, Finish finish) {
+  const Unwatched inside;
   Warp& warp = this_block().warps[current->warp()];
   const uint32_t self = 1u << current->lane();
   mask &= full_mask(current->warp());
@@ -52,6 +56,7 @@ void meet_warp(const char* name, uint32_t mask, void* lane_data, Finish finish) 
   }
   meeting->arrived |= self;
   meeting->data[current->lane()] = lane_data;
+  if (finish == nullptr) release(*current, meeting->released);  // only __syncwarp orders memory
   if (meeting->arrived != mask) {
     park(name, meeting);
     return;
@@ -61,15 +66,18 @@ void meet_warp(const char* name, uint32_t mask, void* lane_data, Finish finish) 
   const std::unique_ptr<Meeting> done = std::move(*at);
   warp.meetings.erase(at);
   if (finish != nullptr) finish(done->data.data(), mask);
-  Block& block = this_block();
-  for (uint32_t left = mask & ~self; left != 0; left &= left - 1) {
-    wake(block.fibers[current->warp() * 32 + std::countr_zero(left)].get());
+  const Clock clock = finish == nullptr ? done->released.take() : nullptr;
+  for (uint32_t left = mask; left != 0; left &= left - 1) {
+    Fiber* lane = this_block().fibers[current->warp() * 32 + std::countr_zero(left)].get();
+    if (clock != nullptr) acquire(*lane, clock);
+    if (lane != current) wake(lane);
   }
 }
 
 void sync_warp(uint32_t mask) { meet_warp("__syncwarp", mask, nullptr, nullptr); }
 
 void shuffle(const char* name, uint32_t mask, ShuffleLane& lane) {
+  const Unwatched inside;
   meet_warp(name, mask, &lane, [](void* const* lanes, uint32_t present) {
     for (int l = 0; l < 32; ++l) {
       if (lanes[l] == nullptr) continue;
@@ -83,6 +91,7 @@ void shuffle(const char* name, uint32_t mask, ShuffleLane& lane) {
 }
 
 uint32_t vote(const char* name, uint32_t mask, bool predicate) {
+  const Unwatched inside;
   VoteLane lane{predicate ? 1 : 0, 0};
   meet_warp(name, mask, &lane, [](void* const* lanes, uint32_t) {
     uint32_t ballot = 0;
@@ -120,6 +129,7 @@ uint32_t combine(const ReduceLane& lane, uint32_t a, uint32_t b) {
 }  // namespace
 
 uint32_t reduce(const char* name, uint32_t mask, uint32_t value, Reduction how, bool is_signed) {
+  const Unwatched inside;
   ReduceLane lane{value, how, is_signed};
   meet_warp(name, mask, &lane, [](void* const* lanes, uint32_t present) {
     const int first = std::countr_zero(present);
@@ -136,6 +146,7 @@ uint32_t reduce(const char* name, uint32_t mask, uint32_t value, Reduction how, 
 
 // Every warp of the group must call it; here each lane notes the count, which must agree within the group.
 void set_registers(int count, bool raise) {
+  const Unwatched inside;
   meet_warp(raise ? "raise_registers" : "lower_registers", 0xffffffffu, nullptr, nullptr);
   Block& block = this_block();
   block.groups[current->thread / 128].registers = count;

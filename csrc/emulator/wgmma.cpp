@@ -207,6 +207,7 @@ void wgmma_fence() { current->register_fence = ++current->clock; }
 
 void wgmma_issue(const ProductShape& shape, void* d, const uint32_t* a_registers, uint64_t a, uint64_t b,
                  bool accumulate) {
+  const Unwatched inside;
   Fiber& fiber = *current;
   Block& block = this_block();
   if (fiber.thread / 128 * 128 + 128 > machine->shape.threads) {
@@ -238,6 +239,7 @@ void wgmma_issue(const ProductShape& shape, void* d, const uint32_t* a_registers
 }
 
 void wgmma_commit() {
+  const Unwatched inside;
   for (PendingProduct& pending : current->products) {
     if (pending.group < 0) pending.group = current->product_groups;
   }
@@ -258,6 +260,7 @@ void give_back(const PendingProduct& pending) {
 }  // namespace
 
 void wgmma_wait(int pending_groups) {
+  const Unwatched inside;
   Fiber& fiber = *current;
   Block& block = this_block();
   WarpGroup& group = block.groups[fiber.thread / 128];

@@ -27,12 +27,12 @@ struct PackedHeader {
   FormatId format;
   ScaleType scale_type;
   OffsetKind offset_kind;
-  uint16_t variant;          // of formats that have several: kInt4Hopper, 1 if codes are signed; kTernary, the packing
-  int64_t rows;              // N
-  int64_t cols;              // K
-  int64_t group;             // elements of K that share a scale
-  int64_t payload_bytes;     // after this header
-  float per_tensor_scale;    // p: the codes represent p * weight
+  uint16_t variant;  // of formats that have several: kInt4Hopper, 1 if codes are signed; kTernary, the packing
+  int64_t rows;  // N
+  int64_t cols;  // K
+  int64_t group;  // elements of K that share a scale
+  int64_t payload_bytes;  // after this header
+  float per_tensor_scale;  // p: the codes represent p * weight
   uint8_t padding[12];
 };
 static_assert(sizeof(PackedHeader) == 64);

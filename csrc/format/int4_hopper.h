@@ -31,8 +31,8 @@ struct Int4Hopper {
   static constexpr int kCols = 128;
   static constexpr int kThreads = 128;
   static constexpr int kCodeBytes = kRows * kCols / 2;
-  static constexpr int kPayloadOffset = 256;   // of the first chunk in the blob: chunks start at multiples of 128 bytes
-  static constexpr int kExponent = 9;          // a byte that the kernels multiply by is code * 2^-kExponent
+  static constexpr int kPayloadOffset = 256;  // of the first chunk in the blob: chunks start at multiples of 128 bytes
+  static constexpr int kExponent = 9;  // a byte that the kernels multiply by is code * 2^-kExponent
 
   static constexpr uint32_t signed_low(uint32_t word) { return word & 0x87878787u; }
   static constexpr uint32_t signed_high(uint32_t word) { return ((word >> 4) | (word << 28)) & 0x87878787u; }
@@ -68,12 +68,12 @@ struct Int4Hopper {
 
 struct Int4HopperView {
   int64_t n, k, group;
-  int64_t blocks;       // of 64 rows
-  int64_t tiles;        // of 128 columns
-  int sub;              // columns under one stored scale: 16, 32, 64 or 128
+  int64_t blocks;  // of 64 rows
+  int64_t tiles;  // of 128 columns
+  int sub;  // columns under one stored scale: 16, 32, 64 or 128
   ScaleType scale_type;
   OffsetKind offset_kind;
-  bool signed_codes;    // q = u - 8 in sign and magnitude; otherwise u itself
+  bool signed_codes;  // q = u - 8 in sign and magnitude; otherwise u itself
   int64_t chunk_bytes;
 
   int subs() const { return Int4Hopper::kCols / sub; }
@@ -201,7 +201,8 @@ inline void int4_to_hopper(const Int4View& cpu, const Int4HopperView& view, uint
       for (int c = 0; c < 4; ++c) {
         const uint32_t low = detail::four_codes(cpu, row, k + 4 * c, fill);
         const uint32_t high = detail::four_codes(cpu, row, k + 16 + 4 * c, fill);
-        const uint32_t word = view.signed_codes ? Int4Hopper::signed_word(low, high) : Int4Hopper::unsigned_word(low, high);
+        const uint32_t word =
+            view.signed_codes ? Int4Hopper::signed_word(low, high) : Int4Hopper::unsigned_word(low, high);
         std::memcpy(line + view.chunk_at(0, k / Int4Hopper::kCols) +
                         Int4Hopper::word_offset(r, static_cast<int>(k % Int4Hopper::kCols / 32), c),
                     &word, sizeof(word));
@@ -231,7 +232,7 @@ inline uint8_t int4_hopper_code(const Int4HopperView& view, const uint8_t* paylo
               sizeof(word));
   const bool high = column % 32 >= 16;
   const uint32_t codes = view.signed_codes ? Int4Hopper::codes_of_signed(high ? Int4Hopper::signed_high(word)
-                                                                             : Int4Hopper::signed_low(word))
+                                                                              : Int4Hopper::signed_low(word))
                          : high            ? Int4Hopper::unsigned_high(word)
                                            : Int4Hopper::unsigned_low(word);
   return static_cast<uint8_t>(codes >> (8 * (column % 4)));

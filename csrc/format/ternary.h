@@ -111,11 +111,12 @@ struct TernaryT3w {
   }
 };
 
-// Register i of a 16 x 32 fragment (mma.m16n8k32, and each warp's part of wgmma) holds, for thread 4g + c, row g + 8 (i % 2)
-// and the four columns from 16 (i / 2) + 4c on. All four registers are one 32-bit word here: byte j bits 2(3 - i) are
-// column j of register i, in two's complement. So (word << 2i) & 0xC0C0C0C0 is register i as four signed bytes of 64 w:
-// two instructions for four weights, and no correction by the sum of the activations. A thread's four words for 128
-// columns are adjacent, hence a panel's 512 bytes are one 16-byte load of each thread of a warp.
+// Register i of a 16 x 32 fragment (mma.m16n8k32, and each warp's part of wgmma) holds, for thread 4g + c, four columns
+// from 16 (i / 2) + 4c on of fragment row g + 8 (i % 2). Fragment row g is row 2g of the panel here and g + 8 row 2g + 1, so
+// that a thread's results are neighbours in memory. All four registers are one 32-bit word: byte j bits 2(3 - i) are column
+// j of register i, in two's complement. So (word << 2i) & 0xC0C0C0C0 is register i as four signed bytes of 64 w: two
+// instructions for four weights, and no correction by the sum of the activations. A thread's four words for 128 columns
+// are adjacent, hence a panel's 512 bytes are one 16-byte load of each thread of a warp.
 struct TernaryMma2 {
   static constexpr int kRowsPerPanel = 16;
   static constexpr int kPanels = 4;
@@ -134,8 +135,8 @@ struct TernaryMma2 {
   static constexpr int64_t block_bytes(int64_t k) { return chunks(k) * kBytesPerChunk; }
   static constexpr TernaryPlace place(int64_t cols, int64_t row, int64_t k) {
     const int64_t r = row % kRowsPerPanel, c = k % kColsPerStep;
-    const int64_t thread = r % 8 * 4 + c % 16 / 4;
-    const int64_t reg = r / 8 + c / 16 * 2;
+    const int64_t thread = r / 2 * 4 + c % 16 / 4;
+    const int64_t reg = r % 2 + c / 16 * 2;
     return {row / kRowsPerBlock * block_bytes(cols) + k / kColsPerChunk * kBytesPerChunk +
                 row % kRowsPerBlock / kRowsPerPanel * kBytesPerPanel + thread * 16 +
                 k % kColsPerChunk / kColsPerStep * 4 + c % 4,

@@ -49,12 +49,13 @@ TILEWRIGHT_DEVICE void arrive_expect(Barrier& barrier, uint32_t bytes) {
                : "memory");
 }
 
-// Arrives at the same barrier of another block of the cluster.
+// Arrives at the same barrier of another block of the cluster. The other block may overwrite what this thread has read; it
+// may not read what this thread has written: that would take a fence of the whole device at each arrival.
 TILEWRIGHT_DEVICE void arrive_cluster(Barrier& barrier, int block) {
   asm volatile(
       "{\n.reg .b32 remote;\n"
       "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.release.cluster.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(&barrier)),
+      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n}" ::"r"(shared_address(&barrier)),
       "r"(block)
       : "memory");
 }

@@ -11,6 +11,8 @@
 #include "ops/int4_fp8_attention/plan.h"
 #include "ops/int4_linear/plan.h"
 #include "ops/local_linear_attention/plan.h"
+#include "ops/ternary_linear/cuda/plan.h"
+#include "ops/ternary_linear/plan.h"
 
 namespace py = pybind11;
 
@@ -120,6 +122,15 @@ double peak_operations(const std::string& kind, int threads, double seconds) {
   return microbench::peak_operations_per_second(kind, threads, seconds);
 }
 
+std::string ternary_linear_plan(int64_t m, int64_t n, int64_t k, int64_t packing) {
+  const format::TernaryView view{n, k, format::ternary_packing(packing, "ternary_linear_plan"), nullptr};
+  return ternary_linear::describe(ternary_linear::choose_plan(m, view));
+}
+
+std::string ternary_linear_device_plan(int64_t m, int64_t n, int64_t k, int multiprocessors) {
+  return ternary_linear::describe(ternary_linear::choose_device_plan(m, n, k, multiprocessors));
+}
+
 template <class Format>
 void bind_fp8(py::module_& m, const std::string& prefix) {
   m.def((prefix + "_encode").c_str(), &Format::encode, "Nearest code (ties to even), saturating; NaN stays NaN");
@@ -158,6 +169,9 @@ PYBIND11_MODULE(_host, m) {
         py::arg("kv_heads"), py::arg("head_dim"), py::arg("causal") = true, py::arg("window") = py::none());
   m.def("local_linear_attention_plan", &local_linear_attention_plan, py::arg("queries"), py::arg("keys"),
         py::arg("heads"), py::arg("kv_heads"));
+  m.def("ternary_linear_plan", &ternary_linear_plan, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("packing"));
+  m.def("ternary_linear_device_plan", &ternary_linear_device_plan, py::arg("m"), py::arg("n"), py::arg("k"),
+        py::arg("multiprocessors"));
   m.def("int4_linear_plan", &int4_linear_plan, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("group"));
   m.def("read_bandwidth", &read_bandwidth, py::arg("buffer"), py::arg("threads"), py::arg("seconds") = 0.5,
         "Bytes a second of a plain read of the whole buffer");

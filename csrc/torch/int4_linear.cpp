@@ -260,7 +260,8 @@ Tensor int4_int8_linear(const Tensor& x, const Tensor& weight, const std::option
 
 Tensor int4_fp8_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
                        bool fold, int64_t layout) {
-  require(layout == 0, "int4_fp8_linear: weight is in the layout of the CUDA kernels, but x is on the CPU; move x to the "
+  require(layout == 0,
+          "int4_fp8_linear: weight is in the layout of the CUDA kernels, but x is on the CPU; move x to the "
           "weight's device, or repack the weight with PackedInt4.to('cpu')");
   return linear(x, weight, bias, out_features,
                 {Activation::kFp8, fold ? Mode::kFold : Mode::kExact, 0, false, "int4_fp8_linear"});

@@ -78,7 +78,7 @@ def test_an_absent_model_is_named_with_the_way_out(verb, tmp_path):
     assert "tw fetch" in result.stderr
 
 
-@pytest.mark.parametrize("option", ["--act", "--kv"])
+@pytest.mark.parametrize("option", ["--act", "--kv", "--device"])
 def test_a_wrong_format_lists_the_right_ones(option, tmp_path):
     result = invoke("generate", str(tmp_path), "--prompt", "a", option, "int3")
     assert result.exit_code == ExitCode.BAD_INPUT

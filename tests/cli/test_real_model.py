@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from tilewright import data, evaluate, models
@@ -113,3 +114,10 @@ def test_a_damaged_checkpoint_is_one_line(smollm2_gguf, tmp_path):
     assert result.exit_code == ExitCode.BAD_INPUT
     assert result.stderr.startswith("tw: cut.gguf")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a CUDA device")
+def test_a_gpu_that_is_not_there_is_said_plainly(smollm2_gguf):
+    result = invoke("generate", smollm2_gguf, "--prompt", "a", "--device", "cuda")
+    assert result.exit_code == ExitCode.BAD_INPUT
+    assert "no CUDA device can be used here" in result.stderr

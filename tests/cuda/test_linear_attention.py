@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from tilewright.ops import linear_attention, linear_attention_step_
+from tilewright.ops.linear_attention import _in_segments
 from tilewright.reference.linear_attention import recurrence
 
 if TYPE_CHECKING:
@@ -93,6 +94,7 @@ def make(
 def run(device: Device, inputs: Inputs, mode: Any = "chunk") -> tuple[Tensor, Tensor]:
     """Output and final state, back on the CPU."""
     x = inputs.map(device.tensor)
+    device.seed(inputs.q.shape[1] % len(device.seeds))
     with torch.no_grad():
         o, state = linear_attention(
             x.q,
@@ -147,7 +149,7 @@ def reference_error(inputs: Inputs) -> tuple[float, float]:
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("rule", RULES)
 def test_values_and_states_equal_the_recurrence(device: Device, rule: str, decay: str) -> None:
-    sizes = [(0, 1, 64, 64), (1, 2, 64, 64), (CHUNK - 1, 1, 64, 64), (CHUNK, 2, 128, 64), (CHUNK + 1, 1, 64, 128)]
+    sizes = [(0, 1, 64, 64), (1, 2, 64, 64), (CHUNK - 1, 6, 64, 64), (CHUNK, 2, 128, 64), (CHUNK + 1, 1, 64, 128)]
     if not device.is_emulator:
         sizes += [(1000, 2, 128, 128), (2 * CHUNK, 4, 64, 256)]
     for tokens, group, key, value in sizes:
@@ -211,6 +213,55 @@ def test_packed_sequences_are_each_its_own(device: Device, rule: str, decay: str
         assert_agrees(device, alone)
 
 
+@pytest.mark.parametrize("decay", DECAYS)
+@pytest.mark.parametrize("rule", RULES)
+def test_segments_side_by_side_are_the_whole(device: Device, rule: Any, decay: str) -> None:
+    inputs = make(rule, decay, 2 * CHUNK + 20 if device.is_emulator else 1000, group=2, strength=0.01)
+    wanted = reference(inputs)
+    x = inputs.map(device.tensor)
+    with torch.no_grad():
+        got = _in_segments(x.q, x.k, x.v, x.beta, x.g, rule, 64**-0.5, x.initial_state, CHUNK)
+    for a, exact in zip(got, wanted, strict=True):
+        assert relative(a.cpu(), exact) <= BOUNDS[torch.bfloat16]
+
+
+def test_a_long_sequence_of_few_heads_is_cut(device: Device) -> None:
+    if device.is_emulator:
+        pytest.skip("how many blocks a device takes is the GPU's")
+    inputs = make("delta", "token", 8192, group=2, key=128, value=128, strength=0.01)
+    x = inputs.map(device.tensor)
+    whole, state, _, _ = torch.ops.tilewright.linear_attention(
+        x.q, x.k, x.v, x.beta, x.g, x.initial_state, None, 128**-0.5, True, False, False
+    )
+    o, final = run(device, inputs)
+    # Two roundings of the same numbers.
+    assert relative(o, whole.cpu()) <= 2 * BOUNDS[torch.bfloat16]
+    assert relative(final, state.cpu()) <= 2 * BOUNDS[torch.bfloat16]
+
+
+def test_long_sequences_go_in_stretches(device: Device) -> None:
+    if device.is_emulator:
+        pytest.skip("a stretch has a gigabyte of memory")
+    tokens, heads = 18000, 64
+    rng = torch.Generator("cuda").manual_seed(0)
+
+    def normal(size: int) -> Tensor:
+        return torch.randn(1, tokens, heads, size, generator=rng, device="cuda", dtype=torch.bfloat16)
+
+    q, k, v = normal(128), normal(128), normal(64)
+    k = torch.nn.functional.normalize(k, dim=-1)
+    g = -0.01 * torch.rand(1, tokens, heads, 128, generator=rng, device="cuda")
+    results = []
+    # A packed sequence has all the memory that it needs.
+    for offsets in (None, torch.tensor([0, tokens], device="cuda")):
+        with torch.no_grad():
+            o, state = linear_attention(q, k, v, g=g, output_final_state=True, cu_seqlens=offsets)
+        assert state is not None
+        results.append((o, state))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
 @pytest.mark.parametrize("decay", ["head", "token", "channel"])
 @pytest.mark.parametrize("rule", RULES)
 def test_gates_from_nothing_to_everything(device: Device, rule: str, decay: str) -> None:
@@ -252,6 +303,14 @@ def test_strides_do_not_matter(device: Device, rule: str, decay: str) -> None:
         for got, exact in zip(run(device, inputs.map(change)), wanted, strict=True):
             assert torch.equal(got, exact)
     assert_agrees(device, inputs.map(misaligned))
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize("decay", ["token", "channel"])
+@pytest.mark.parametrize("rule", RULES)
+def test_small_calls_under_a_sanitizer(device: Device, rule: str, decay: str) -> None:
+    inputs = make(rule, decay, 4 * CHUNK + 9, heads=1, group=2, key=128, value=128, offsets=[0, 70, 70, 3 * CHUNK])
+    assert_agrees(device, inputs)
 
 
 @pytest.mark.parametrize("decay", ["token", "channel"])
@@ -332,6 +391,7 @@ def test_a_step_updates_the_pool_in_place(device: Device, rule: Any, decay: str)
         assert torch.equal(after[[1, 2, 4]], before[[1, 2, 4]])
 
 
+@pytest.mark.sanitize
 def test_a_row_that_does_not_exist_gives_nan(device: Device) -> None:
     inputs = make("delta", "token", 1, batch=3)
     pool = torch.randn(2, 1, 64, 64, generator=torch.Generator().manual_seed(1))

@@ -162,7 +162,8 @@ def assert_agrees(device: Device, inputs: Inputs) -> None:
         assert a.shape == leaf.shape
         # 16 bits of one decay for all tokens: a sum of differences of both signs, not a number of its own size.
         floored = name == "g" and (dtype not in NARROW or leaf.dim() == 1)
-        floor = gate_floor(inputs, wanted) if floored else 0.0
+        # What float32 cannot hold is zero.
+        floor = gate_floor(inputs, wanted) if floored else 0.0 if dtype == torch.float64 else 1e-37
         # Twice what the same recurrence loses in torch, and no less than the rounding of the result.
         bound = BOUNDS.get(dtype) or (EXACT if dtype == torch.float64 else max(2 * relative(plain, exact, floor), 2e-6))
         error = relative(a, exact, floor)
@@ -172,9 +173,9 @@ def assert_agrees(device: Device, inputs: Inputs) -> None:
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("rule", RULES)
 def test_gradients_equal_the_recurrence_in_float64(device: Device, rule: str, decay: str) -> None:
-    sizes = [(1, 1, 1, 1, 16), (19, 2, 2, 5, 3), (CHUNK + 2, 1, 1, 33, 34)]
+    sizes = [(1, 1, 1, 1, 16), (3, 2, 2, 5, 34), (CHUNK + 2, 1, 1, 33, 3)]
     if not device.is_emulator:
-        sizes += [(CHUNK, 1, 4, 64, 64), (200, 2, 1, 128, 256), (77, 1, 2, 256, 100)]
+        sizes += [(19, 2, 2, 5, 3), (CHUNK, 1, 4, 64, 64), (200, 2, 1, 128, 256), (77, 1, 2, 256, 100)]
     for tokens, heads, group, key, value in sizes:
         inputs = make(
             rule, decay, tokens, heads=heads, group=group, key=key, value=value, dtype=torch.float64, seed=tokens
@@ -185,7 +186,7 @@ def test_gradients_equal_the_recurrence_in_float64(device: Device, rule: str, de
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("rule", RULES)
 def test_float32_is_as_good_as_the_same_arithmetic_in_torch(device: Device, rule: str, decay: str) -> None:
-    tokens, size = (70, 12) if device.is_emulator else (500, 128)
+    tokens, size = (9, 12) if device.is_emulator else (500, 128)
     assert_agrees(device, make(rule, decay, tokens, group=2, key=size, value=size, dtype=torch.float32))
 
 
@@ -213,14 +214,13 @@ def test_sizes_that_tensor_cores_do_not_take(device: Device, key: int, value: in
 @pytest.mark.parametrize("rule", RULES)
 def test_decays_that_underflow(device: Device, rule: str, decay: str, strength: float) -> None:
     for dtype, size in ((torch.float64, 8), (torch.bfloat16, 64)):
-        if device.is_emulator and dtype == torch.bfloat16 and decay == "channel":
-            continue
         assert_agrees(device, make(rule, decay, CHUNK + 2, key=size, value=size, strength=strength, dtype=dtype))
 
 
+@pytest.mark.parametrize("decay", ["token", "channel"])
 @pytest.mark.parametrize("rule", RULES)
-def test_gates_that_forget_everything(device: Device, rule: str) -> None:
-    inputs = make(rule, "token", CHUNK + 6, strength=0.1)
+def test_gates_that_forget_everything(device: Device, rule: str, decay: str) -> None:
+    inputs = make(rule, decay, CHUNK + 6, strength=0.1)
     assert inputs.g is not None
     inputs.g[:, ::3] = 0.0
     inputs.g[:, [20, 66]] = -torch.inf
@@ -238,6 +238,7 @@ def test_same_sign_inputs(device: Device, rule: str) -> None:
     assert_agrees(device, replace(inputs, **changed))
 
 
+@pytest.mark.sanitize
 def test_beta_of_zero_and_of_two(device: Device) -> None:
     inputs = make("delta", "token", 70, strength=0.1)
     assert inputs.beta is not None
@@ -250,11 +251,12 @@ LENGTHS = [1, 0, CHUNK + 5, 9]
 
 
 @pytest.mark.parametrize(
-    ("decay", "dtype"), [("token", torch.bfloat16), ("none", torch.bfloat16), ("channel", torch.float32)]
+    ("decay", "dtype"),
+    [("token", torch.bfloat16), ("none", torch.bfloat16), ("channel", torch.bfloat16), ("channel", torch.float32)],
 )
 @pytest.mark.parametrize("rule", RULES)
 def test_packed_sequences_equal_the_loop_bit_for_bit(device: Device, rule: str, decay: str, dtype: torch.dtype) -> None:
-    lengths = LENGTHS if device.is_emulator else [*LENGTHS, 3 * CHUNK, 700]
+    lengths = (LENGTHS if dtype in NARROW else [1, 0, 9, 3]) if device.is_emulator else [*LENGTHS, 3 * CHUNK, 700]
     size = 64 if dtype in NARROW else 9
     offsets = [0, *itertools.accumulate(lengths)]
     inputs = make(
@@ -279,7 +281,7 @@ def test_nan_stays_in_its_sequence_and_head(device: Device) -> None:
     offsets = [0, 20, 40, 60]
     inputs = make("delta", "token", 60, heads=2, offsets=offsets, strength=0.1)
     clean = on_device(device, inputs)
-    for name in ("q", "k", "v", "g", "d_out"):
+    for name in ("k", "g", "d_out") if device.is_emulator else ("q", "k", "v", "g", "d_out"):
         dirty = inputs.map(torch.clone)
         getattr(dirty, name)[0, 25, 1] = torch.nan
         got = on_device(device, dirty)
@@ -301,6 +303,7 @@ def test_no_tokens(device: Device, rule: str) -> None:
         assert got["q"].shape == inputs.q.shape
 
 
+@pytest.mark.sanitize
 def test_strides_do_not_matter(device: Device) -> None:
     inputs = make("delta", "token", CHUNK + 1, heads=2, strength=0.1)
 
@@ -330,9 +333,11 @@ def test_unused_outputs_have_no_gradient_of_their_own(device: Device) -> None:
     assert torch.autograd.grad(o.float().sum(), [q])[0].abs().sum() > 0
 
 
-@pytest.mark.parametrize(("decay", "dtype"), [("token", torch.bfloat16), ("channel", torch.float32)])
+@pytest.mark.parametrize(
+    ("decay", "dtype"), [("token", torch.bfloat16), ("channel", torch.bfloat16), ("channel", torch.float32)]
+)
 def test_bits_do_not_depend_on_the_order_of_threads(device: Device, decay: str, dtype: torch.dtype) -> None:
-    tokens, size = (CHUNK + 6, 64) if device.is_emulator else (2000, 128)
+    tokens, size = (CHUNK + 6 if dtype in NARROW else 9, 64) if device.is_emulator else (2000, 128)
     inputs = make(
         "delta", decay, tokens, heads=1 if device.is_emulator else 8, group=2, key=size, value=size, dtype=dtype
     )

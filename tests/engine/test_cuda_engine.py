@@ -89,6 +89,9 @@ def test_what_is_cut_back_can_be_written_again(device: str) -> None:
 
 def test_bad_input_is_named() -> None:
     model = engine_model()
+    if not torch.cuda.is_available():
+        with pytest.raises(ValueError, match="no CUDA device can be used here"):
+            CudaEngine(model, 8)
     with pytest.raises(ValueError, match="max_length = 0, needed 1"):
         CudaEngine(model, 0, device="cpu")
     with pytest.raises(ValueError, match="kv_bits = 8, needed 4 or 16"):

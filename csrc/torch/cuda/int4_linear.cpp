@@ -33,7 +33,8 @@ Tensor as_read(const Tensor& tensor) {
 Int4HopperView view_of(const Tensor& weight, const Tensor& beside, int64_t n, int64_t k, int64_t layout,
                        const char* op) {
   require_same_device(weight, beside, op, "weight");
-  require(layout != 0, op, ": weight is in the CPU's layout; PackedInt4.to('cuda') (or W4A8Linear.to('cuda')) makes it "
+  require(layout != 0, op,
+          ": weight is in the CPU's layout; PackedInt4.to('cuda') (or W4A8Linear.to('cuda')) makes it "
           "that of the GPU");
   require_dtype(weight, ScalarType::Byte, op, "weight");
   require_dim(weight, 1, op, "weight", "the one-dimensional blob of a PackedInt4");
@@ -46,8 +47,10 @@ Int4HopperView view_of(const Tensor& weight, const Tensor& beside, int64_t n, in
   return view;
 }
 
+// Rounded, or as they were given where the kernel rounds them.
 struct Tokens {
   Tensor codes, scales, sums;
+  std::optional<Tensor> given;
 };
 
 // `sub` 0: no sums.
@@ -55,7 +58,7 @@ Tokens quantize(const Tensor& x, int64_t m, int64_t k, int sub, const Tensor& co
   const int64_t padded_k = round_up(k, Int4Hopper::kCols), stride = round_up(m, 128);
   Tokens out{empty_on(x, {m, padded_k}, ScalarType::Byte), empty_on(x, {m}, ScalarType::Float),
              empty_on(x, {sub == 0 ? 0 : padded_k / sub, sub == 0 ? 0 : stride}, ScalarType::Float)};
-  int4_linear::quantize_tokens({.x = x.const_data_ptr(),
+  int4_linear::quantize_tokens({.x = data<char>(x),
                                 .type = number_of(x, op, "x"),
                                 .m = m,
                                 .k = k,
@@ -71,7 +74,6 @@ Tokens quantize(const Tensor& x, int64_t m, int64_t k, int sub, const Tensor& co
   return out;
 }
 
-
 // Checks bias, and multiplies. `counters` are zero by the time the product runs.
 void multiply(const Tokens& tokens, const Tensor& weight, const Int4HopperView& view, const std::optional<Tensor>& bias,
               const Tensor& y, const Tensor& counters, const DevicePlan& plan, bool overlap, const char* op) {
@@ -83,30 +85,35 @@ void multiply(const Tokens& tokens, const Tensor& weight, const Int4HopperView& 
     b = as_read(*bias);
   }
   const Tensor pieces = empty_on(weight, {plan.piece_slots() * plan.piece_floats()}, ScalarType::Float);
-  const int64_t m = tokens.codes.size(0);
-  int4_linear::multiply({.weight = view,
-                         .blob = data<uint8_t>(weight),
-                         .m = m,
-                         .codes = data<uint8_t>(tokens.codes),
-                         .scales = data<float>(tokens.scales),
-                         .sums = data<float>(tokens.sums),
-                         .sums_stride = round_up(m, 128),
-                         .bias = b.has_value() ? b->const_data_ptr() : nullptr,
-                         .bias_type = b.has_value() ? number_of(*b, op, "bias") : Number::kFloat32,
-                         .y = y.mutable_data_ptr(),
-                         .y_type = number_of(y, op, "y"),
-                         .pieces = mutable_data<float>(pieces),
-                         .counters = mutable_data<int32_t>(counters),
-                         .overlap = overlap},
-                        plan, stream_of(weight));
+  int4_linear::MatrixProblem problem{.weight = view,
+                                     .blob = data<uint8_t>(weight),
+                                     .m = y.numel() / view.n,
+                                     .bias = b.has_value() ? data<char>(*b) : nullptr,
+                                     .bias_type = b.has_value() ? number_of(*b, op, "bias") : Number::kFloat32,
+                                     .y = mutable_data<char>(y),
+                                     .y_type = number_of(y, op, "y"),
+                                     .pieces = mutable_data<float>(pieces),
+                                     .counters = mutable_data<int32_t>(counters),
+                                     .overlap = overlap};
+  problem.sums_stride = round_up(problem.m, 128);
+  if (tokens.given.has_value()) {
+    problem.x = data<char>(*tokens.given);
+    problem.x_type = number_of(*tokens.given, op, "x");
+  } else {
+    problem.codes = data<uint8_t>(tokens.codes);
+    problem.scales = data<float>(tokens.scales);
+    problem.sums = data<float>(tokens.sums);
+  }
+  int4_linear::multiply(problem, plan, stream_of(weight));
 }
 
-DevicePlan plan_of(int64_t m, const Int4HopperView& view, bool fold, const char* op) {
+DevicePlan plan_of(int64_t m, const Int4HopperView& view, bool fold, bool rounds, const char* op) {
   require(!fold || view.offset_kind == format::OffsetKind::kSymmetric, op,
           ": mode='fold' needs a symmetric weight; use mode='exact' for weights with minima or zero points");
-  require(!fold || view.signed_codes, op,
-          ": mode='fold' on a GPU needs codes in -7..7, and this weight has a -8; use mode='exact', or quantize it again");
-  return int4_linear::choose_device_plan(m, view, fold, int4_linear::multiprocessors());
+  require(
+      !fold || view.signed_codes, op,
+      ": mode='fold' on a GPU needs codes in -7..7, and this weight has a -8; use mode='exact', or quantize it again");
+  return int4_linear::choose_device_plan(m, view, fold, rounds, int4_linear::multiprocessors());
 }
 
 bool needs_sums(const DevicePlan& plan) { return plan.form == int4_linear::Form::kUnsigned; }
@@ -126,11 +133,16 @@ Tensor int4_fp8_linear(const Tensor& x, const Tensor& weight, const std::optiona
   std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
   sizes.back() = view.n;
   const Tensor y = empty_on(input, sizes, input.scalar_type());
-  const DevicePlan plan = plan_of(m, view, fold, kOp);
+  const DevicePlan plan = plan_of(m, view, fold, true, kOp);
   if (m > 0 && view.n > 0) {
     const Tensor counters = empty_on(input, {plan.counters()}, ScalarType::Int);
-    const Tokens tokens = quantize(input, m, k, needs_sums(plan) ? view.sub : 0, counters, kOp);
-    multiply(tokens, weight, view, bias, y, counters, plan, true, kOp);
+    if (plan.resident) {
+      multiply({.codes = {}, .scales = {}, .sums = {}, .given = input}, weight, view, bias, y, counters, plan, false,
+               kOp);
+    } else {
+      const Tokens tokens = quantize(input, m, k, needs_sums(plan) ? view.sub : 0, counters, kOp);
+      multiply(tokens, weight, view, bias, y, counters, plan, true, kOp);
+    }
   }
   return torch::stable::to(y, x.scalar_type());
 }
@@ -172,7 +184,7 @@ void int4_fp8_linear_quantized(const Tensor& codes, const Tensor& scales, const 
   require_size(y, 0, m, kOp, "y", "M");
   require(codes.is_contiguous() && scales.is_contiguous() && sums.is_contiguous() && y.is_contiguous(), kOp,
           ": codes, scales, sums and y must be contiguous");
-  const DevicePlan plan = plan_of(m, view, fold, kOp);
+  const DevicePlan plan = plan_of(m, view, fold, false, kOp);
   const int64_t rows = view.tiles * view.subs();
   require(!needs_sums(plan) || sums.numel() == rows * round_up(m, 128), kOp, ": sums has ", sums.numel(),
           " elements, but this weight needs those of every ", view.sub,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tilewright.cli.generate import Context, NewTokens, Seed, Temperature, TopK, TopP, sampling
-from tilewright.cli.shared import Activations, Cache, Json, Model, Threads, valid_text
+from tilewright.cli.shared import Activations, Cache, Device, Json, Model, Threads, valid_text
 
 if TYPE_CHECKING:
     from tilewright.cli.session import Session
@@ -67,6 +67,7 @@ def chat(
     seed: Seed = 0,
     act: Activations = None,
     kv: Cache = None,
+    device: Device = "cpu",
     context: Context = None,
     threads: Threads = None,
     as_json: Json = False,
@@ -75,7 +76,7 @@ def chat(
     from tilewright.cli.session import open_session
 
     settings = sampling(temperature, top_k, top_p, seed)
-    session = open_session(model, act, kv, threads)
+    session = open_session(model, act, kv, threads, device)
     session.start(context or min(session.limit, DEFAULT_CONTEXT))
     talk = Conversation(session, valid_text(system, "--system") if system else None, max_new_tokens)
     interactive = sys.stdin.isatty() and not as_json

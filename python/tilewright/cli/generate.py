@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tilewright.cli.shared import Activations, Cache, Json, Model, Threads, print_json, read_text, valid_text
+from tilewright.cli.shared import Activations, Cache, Device, Json, Model, Threads, print_json, read_text, valid_text
 
 if TYPE_CHECKING:
     from tilewright.models.engine import SamplingConfig
@@ -57,6 +57,7 @@ def generate(
     stop: Annotated[list[str] | None, typer.Option("--stop", help="End before this text; may be repeated.")] = None,
     act: Activations = None,
     kv: Cache = None,
+    device: Device = "cpu",
     context: Context = None,
     threads: Threads = None,
     as_json: Json = False,
@@ -67,7 +68,7 @@ def generate(
     text = read_prompt(prompt, prompt_file)
     stops = [valid_text(one, "--stop") for one in stop or []]
     settings = sampling(temperature, top_k, top_p, seed)
-    session = open_session(model, act, kv, threads)
+    session = open_session(model, act, kv, threads, device)
     ids = session.encode_chat([{"role": "user", "content": text}]) if chat else session.encode(text)
     session.start(context or min(len(ids) + max_new_tokens, session.limit))
     for piece in session.generate(ids, settings, max_new_tokens, stops):

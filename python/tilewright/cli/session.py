@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 ACTIVATIONS = ("int8", "fp8", "fp8-fold")
 CACHES = {"int4": 4, "bf16": 16}
+DEVICES = ("cpu", "cuda")
 
 
 def require_choice(option: str, value: str | None, allowed: Sequence[str]) -> None:
@@ -56,6 +57,7 @@ class Session:
     tokenizer: Any
     act: str | None = None
     kv_bits: int | None = None
+    device: str = "cpu"
     engine: Any = None
     last: Reply = field(default_factory=Reply)
 
@@ -74,7 +76,18 @@ class Session:
         from tilewright.models.engine import Engine
 
         act: Any = self.act
+        if self.device == "cuda":
+            self.engine = self._cuda_engine(context)
+            return
         self.engine = Engine(self.model, max_length=context, act=act, kv_bits=self.kv_bits, release=True)
+
+    def _cuda_engine(self, context: int) -> Any:
+        from tilewright.models.cuda_engine import CudaEngine
+
+        if self.act == "int8":
+            raise ValueError("--device cuda runs FP8 activations; leave out --act int8, or run on the CPU")
+        mode: Any = "fold" if self.act == "fp8-fold" else "exact"
+        return CudaEngine(self.model, context, kv_bits=self.kv_bits, mode=mode)
 
     def generate(
         self, ids: list[int], sampling: SamplingConfig, new_tokens: int, stop: Sequence[str] = ()
@@ -172,23 +185,28 @@ def _open_linearized(path: Path, act: str | None, kv: str | None) -> Session:
         return LinearizedSession(path.name, loaded, loaded.tokenizer)
 
 
-def open_session(model: str, act: str | None = None, kv: str | None = None, threads: int | None = None) -> Session:
+def open_session(
+    model: str, act: str | None = None, kv: str | None = None, threads: int | None = None, device: str = "cpu"
+) -> Session:
     """Load a model; its engine is built by `Session.start`.
 
-    act, kv: override what the checkpoint says. Errors are those of `tilewright.models.load`, and `ValueError` for an
-    unknown format.
+    act, kv: override what the checkpoint says. device: "cpu" or "cuda". Errors are those of `tilewright.models.load`,
+    and `ValueError` for an unknown word.
     """
     require_choice("--act", act, ACTIVATIONS)
     require_choice("--kv", kv, tuple(CACHES))
+    require_choice("--device", device, DEVICES)
     path = model_path(model)
     use_threads(threads)
     from tilewright.linearize import is_linearized
     from tilewright.models import load
     from tilewright.models.hybrid import is_hybrid
 
+    if device != "cpu" and (is_hybrid(path) or is_linearized(path)):
+        raise ValueError(f"{path.name} has linear attention, which generates on the CPU; leave out --device {device}")
     if is_hybrid(path):
         return _open_hybrid(path, act, kv)
     if is_linearized(path):
         return _open_linearized(path, act, kv)
     loaded = load(path)
-    return Session(path.name, loaded, loaded.tokenizer, act, CACHES[kv] if kv else None)
+    return Session(path.name, loaded, loaded.tokenizer, act, CACHES[kv] if kv else None, device)

@@ -37,6 +37,7 @@ Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threa
 Activations = Annotated[
     str | None, typer.Option("--act", help="Activations: int8, fp8 or fp8-fold; the checkpoint's if not given.")
 ]
+Device = Annotated[str, typer.Option("--device", help="cpu, or cuda for an NVIDIA Hopper GPU.")]
 Cache = Annotated[str | None, typer.Option("--kv", help="KV cache: int4 or bf16; the checkpoint's if not given.")]
 
 

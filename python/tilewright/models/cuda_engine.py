@@ -58,7 +58,7 @@ class CudaEngine(SequenceEngine):
         mode: of the INT4 linears, "exact" or "fold".
 
     Raises:
-        ValueError: an option is out of range, or a layer has linear attention.
+        ValueError: an option is out of range, a layer has linear attention, or there is no CUDA device.
     """
 
     def __init__(
@@ -79,6 +79,10 @@ class CudaEngine(SequenceEngine):
         bits = int(model.settings.get("kv_bits", 16)) if kv_bits is None else kv_bits
         if bits not in (4, 16):
             raise ValueError(f"CudaEngine: kv_bits = {bits}, needed 4 or 16")
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise ValueError(
+                "CudaEngine: no CUDA device can be used here (`tw doctor` says why); use Engine on the CPU"
+            )
         super().__init__(c, length, batch)
         self.device, self._mode = torch.device(device), mode
         self._embedding = model.dense("model.embed_tokens.weight", torch.bfloat16).to(self.device)

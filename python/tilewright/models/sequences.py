@@ -53,7 +53,7 @@ class SamplingConfig:
 
     def choose(self, logits: Tensor, step: int) -> list[int]:
         """Next tokens from float logits `[S, vocabulary]`; ``step`` counts a sequence's generated tokens."""
-        chosen = ops.sample(logits, self.temperature, self.top_k, self.top_p, self.seed, step)
+        chosen = ops.sample(logits.cpu(), self.temperature, self.top_k, self.top_p, self.seed, step)
         return cast("list[int]", chosen.tolist())
 
 

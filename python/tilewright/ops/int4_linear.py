@@ -99,7 +99,7 @@ class Fp8Tokens:
     Attributes:
         data: uint8 `[M, K rounded up to 128]`, the bits of e4m3.
         scales: float32 `[M]`.
-        sums: float32, sums of neighbouring codes, which weights with minima, zero points or codes of -8 need; else empty.
+        sums: float32, of neighbouring codes, which weights with minima, zero points or codes of -8 need; else empty.
         shape: of x, `[..., K]`.
         dtype: of x.
     """

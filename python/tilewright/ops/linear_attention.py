@@ -41,7 +41,8 @@ def linear_attention(
 
     Time is linear in T. On the CPU, memory beside inputs and outputs does not grow with it, and a gradient keeps one
     state every 256 tokens (128 with a decay a channel) and, for the delta rule, as many numbers as v has. On a CUDA
-    device the chunk form works in 270 bytes a token and value head (1 KB with a decay a channel), and nothing is kept.
+    device the chunk form works in 128 bytes a token and value head for the delta rule, 1 KB with a decay a channel, and
+    nothing is kept; one long sequence of few heads is cut in segments that go side by side.
     Differentiable in q, k, v, beta, g and initial_state.
 
     Args:
@@ -80,10 +81,68 @@ def linear_attention(
     inputs = (q, k, v, beta, g, initial_state)
     save = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     factor = max(q.shape[-1], 1) ** -0.5 if scale is None else float(scale)
-    o, state, _, _ = _ops.linear_attention(
-        q, k, v, beta, g, initial_state, cu_seqlens, factor, rule == "delta", mode == "recurrent", save
-    )
+    if mode == "chunk" and not save and (length := _segment_tokens(q, v, cu_seqlens)):
+        o, state = _in_segments(q, k, v, beta, g, rule, factor, initial_state, length)
+    else:
+        o, state, _, _ = _ops.linear_attention(
+            q, k, v, beta, g, initial_state, cu_seqlens, factor, rule == "delta", mode == "recurrent", save
+        )
     return o, state if output_final_state else None
+
+
+# Segments shorter than this save less time than they cost.
+_LEAST_SEGMENT = 1024
+
+
+def _segment_tokens(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> int:
+    """Tokens of the segments that one long sequence of few heads is cut into on a CUDA device; 0: it stays whole.
+
+    A block of the device goes through a sequence's chunks one after the other. Where heads leave most of the device
+    idle, segments go side by side, twice: to find what each does to a state, and from the states that follow.
+    """
+    narrow = q.dtype == v.dtype and q.dtype in (torch.bfloat16, torch.float16)
+    if q.device.type != "cuda" or not narrow or cu_seqlens is not None or q.shape[0] != 1 or q.shape[3] > 128:
+        return 0
+    blocks = v.shape[2] * -(-(v.shape[3] + q.shape[3]) // 64)
+    most = torch.cuda.get_device_properties(q.device).multi_processor_count // blocks
+    count = min(most, q.shape[1] // _LEAST_SEGMENT)
+    # Two passes over a quarter of the sequence, and the way between them: half the time at best.
+    return 0 if count < 4 else 64 * -(-q.shape[1] // (64 * count))
+
+
+def _in_segments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    beta: Tensor | None,
+    g: Tensor | None,
+    rule: Rule,
+    scale: float,
+    initial_state: Tensor | None,
+    length: int,
+) -> tuple[Tensor, Tensor]:
+    """One sequence in segments: their maps of states side by side, the states before each, then each from its own."""
+    tokens = q.shape[1]
+    count = -(-tokens // length)
+    offsets = (length * torch.arange(count + 1, device=q.device)).clamp(max=tokens)
+    most = slice(0, (count - 1) * length)
+    maps, written = state_transition(
+        k[:, most],
+        v=v[:, most],
+        beta=None if beta is None else beta[:, most],
+        g=g if g is None or g.dim() == 1 else g[:, most],
+        rule=rule,
+        cu_seqlens=offsets[:-1],
+    )
+    state = torch.zeros_like(written[:1]) if initial_state is None else initial_state.to(written.dtype)
+    states = [state]
+    for i in range(count - 1):
+        state = maps[i] @ state + written[i]
+        states.append(state)
+    o, final, _, _ = _ops.linear_attention(
+        q, k, v, beta, g, torch.cat(states), offsets, scale, rule == "delta", False, False
+    )
+    return o, final[-1:]
 
 
 def linear_attention_step_(
@@ -164,13 +223,12 @@ def state_transition(
     return state[..., -key_size:], state[..., :-key_size]
 
 
-def _sums_groups(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> bool:
-    """Whether the device's kernel for tensor cores takes the gradient: dq and dk come summed, in the dtype of q."""
+def _on_tensor_cores(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the device's kernel for tensor cores takes the gradient: dv has the dtype of v."""
     return (
         q.device.type == "cuda"
         and q.dtype in (torch.bfloat16, torch.float16)
         and k.dtype == v.dtype == q.dtype
-        and (g is None or g.dim() < 4)
         and q.numel() > 0
         and q.shape[3] % 8 == 0
         and q.shape[3] <= 128
@@ -234,8 +292,13 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = _wide(q, k, v)
     by_token = v.shape[:3]
-    narrow = _sums_groups(q, k, v, g)
-    keys = q.new_empty(q.shape) if narrow else q.new_empty((*by_token, q.shape[3]), dtype=wide)
+    narrow = _on_tensor_cores(q, k, v)
+    # Without a decay a channel, dq and dk come summed over the heads of a group.
+    keys = (
+        q.new_empty(q.shape)
+        if narrow and (g is None or g.dim() < 4)
+        else q.new_empty((*by_token, q.shape[3]), dtype=wide)
+    )
     d_beta = q.new_empty(by_token if delta else (0,), dtype=wide)
     d_g: tuple[int, ...] = (0,)
     if g is not None:

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <sstream>
+
 #include "ops/int4_linear/cuda/launch.cuh"
 #include "ops/int4_linear/cuda/quantize.cuh"
-
-#include <sstream>
 
 namespace tilewright::int4_linear {
 
 std::string describe(const DevicePlan& plan) {
   std::ostringstream text;
-  text << "form=" << static_cast<int>(plan.form) << " fine=" << plan.fine
-       << " tile=" << kConsumers * plan.group_blocks * Int4Hopper::kRows << "x" << plan.token_tile
-       << " tiles=" << plan.work.tiles << " split_tiles=" << plan.work.split_tiles << " blocks=" << plan.work.blocks
-       << " stages=" << plan.stages << " shared_bytes=" << plan.shared_bytes;
+  text << "form=" << static_cast<int>(plan.form) << " fine=" << plan.fine << " resident=" << plan.resident
+       << " tile=" << plan.blocks_of_tile() * Int4Hopper::kRows << "x" << plan.token_tile
+       << " tiles=" << plan.work.tiles << " cluster=" << plan.cluster() << " split_tiles=" << plan.work.split_tiles
+       << " blocks=" << plan.work.blocks << " stages=" << plan.stages << " shared_bytes=" << plan.shared_bytes;
   return text.str();
 }
 

@@ -7,16 +7,24 @@
 namespace tilewright::int4_linear {
 
 template <class C>
-void launch_matrix(const MatrixProblem& problem, const DevicePlan& plan, hopper::Stream stream) {
+hopper::TensorMap map_tokens(const MatrixProblem& problem) {
   const auto padded_k = static_cast<uint64_t>(problem.weight.tiles * Int4Hopper::kCols);
   const uint64_t sizes[2] = {padded_k, static_cast<uint64_t>(problem.m)};
   const uint64_t strides[1] = {padded_k};
-  const uint32_t box[2] = {Int4Hopper::kCols, static_cast<uint32_t>(C::kTokens)};
+  const uint32_t box[2] = {Int4Hopper::kCols, C::kTokens / C::kCluster};
+  return hopper::make_tensor_map<hopper::e4m3>(problem.codes, 2, sizes, strides, box, hopper::Swizzle::k128);
+}
+
+template <class C>
+void launch_matrix(const MatrixProblem& problem, const DevicePlan& plan, hopper::Stream stream) {
+  hopper::TensorMap tokens{};
+  if constexpr (!C::kResident) tokens = map_tokens<C>(problem);
   const MatrixParams params{
-      .x = hopper::make_tensor_map<hopper::e4m3>(problem.codes, 2, sizes, strides, box, hopper::Swizzle::k128),
+      .x = tokens,
       .chunks = reinterpret_cast<const char*>(problem.blob) + Int4Hopper::kPayloadOffset,
       .per_tensor_scale =
           reinterpret_cast<const float*>(problem.blob + offsetof(format::PackedHeader, per_tensor_scale)),
+      .x_given = problem.x,
       .x_scales = problem.scales,
       .x_sums = problem.sums,
       .bias = problem.bias,
@@ -25,6 +33,7 @@ void launch_matrix(const MatrixProblem& problem, const DevicePlan& plan, hopper:
       .counters = problem.counters,
       .m = problem.m,
       .n = problem.weight.n,
+      .k = problem.weight.k,
       .sums_stride = problem.sums_stride,
       .piece_floats = plan.piece_floats(),
       .chunk_bytes = static_cast<int>(problem.weight.chunk_bytes),
@@ -35,14 +44,16 @@ void launch_matrix(const MatrixProblem& problem, const DevicePlan& plan, hopper:
       .scale_bytes = static_cast<int>(format::scale_bytes(problem.weight.scale_type)),
       .scale_type = problem.weight.scale_type,
       .offset_kind = problem.weight.offset_kind,
+      .x_type = problem.x_type,
       .bias_type = problem.bias_type,
       .y_type = problem.y_type,
       .overlap = problem.overlap,
       .work = plan.work,
   };
   hopper::launch(int4_fp8_kernel<C>,
-                 {.blocks = {plan.work.blocks, 1, 1},
+                 {.blocks = {plan.work.blocks * C::kCluster, 1, 1},
                   .threads = kMatrixThreads,
+                  .cluster = C::kCluster,
                   .shared_bytes = plan.shared_bytes,
                   .stream = stream,
                   .overlap = problem.overlap},

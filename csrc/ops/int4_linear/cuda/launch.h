@@ -32,6 +32,8 @@ struct MatrixProblem {
   format::Int4HopperView weight;
   const uint8_t* blob;      // on the device, header first
   int64_t m;
+  const void* x;            // [M, K] of x_type where plan.resident; then codes, scales and sums are not read
+  Number x_type;
   const uint8_t* codes;     // [M, Kp]
   const float* scales;      // [M]
   const float* sums;        // [Kp / sub, sums_stride] for weights that are not signed; sums_stride a multiple of 128

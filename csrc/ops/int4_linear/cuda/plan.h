@@ -15,11 +15,30 @@
 
 namespace tilewright::int4_linear {
 
-inline constexpr int kConsumers = 2;             // warpgroups that multiply; one more loads
+inline constexpr int kConsumers = 2;  // warpgroups that multiply; one more loads
 inline constexpr int kMatrixThreads = 128 * (kConsumers + 1);
-inline constexpr int kMaxStages = 24;
-inline constexpr int kStagingTokens = 32;        // tokens that the epilogue turns around at once
-inline constexpr int kStagingPitch = 68;         // floats of 64 rows, padded: a warp's stores touch every bank once
+inline constexpr int kMaxStages = 48;
+inline constexpr int kStagingTokens = 32;  // tokens that the epilogue turns around at once
+inline constexpr int kStagingPitch = 68;  // floats of 64 rows, padded: a warp's stores touch every bank once
+
+// Up to this many tokens a tile has 64 rows, and the consumers take turns along K: there are then tiles for most
+// multiprocessors, each with all of its weights on the way at once, and no other block to wait for. Beyond it each consumer
+// has rows of its own, so that tokens are read less often.
+constexpr bool takes_turns(int token_tile) { return token_tile <= 64; }
+// 64-row blocks of a tile.
+constexpr int tile_blocks(int token_tile, int group_blocks) {
+  return takes_turns(token_tile) ? 1 : kConsumers * group_blocks;
+}
+// Blocks of a cluster: neighbours along the rows, which share the tokens that each of them loads a part of.
+constexpr int cluster_blocks(int group_blocks) { return group_blocks == 2 ? 2 : 1; }
+// Floats of shared memory behind the stages: the epilogue's staging, what a consumer hands over, the tokens' scales.
+constexpr int staging_floats(int token_tile) {
+  const int staging = (token_tile < kStagingTokens ? token_tile : kStagingTokens) * kStagingPitch;
+  return (takes_turns(token_tile) ? staging + 64 * token_tile : kConsumers * staging) + kConsumers * token_tile;
+}
+
+inline constexpr int kResidentTokens = 4;  // at most: rounding them in every block costs less than a kernel before
+inline constexpr int kFewestStages = 8;  // what two batches of a consumer that takes turns span
 
 // Signed: sign-and-magnitude codes. Unsigned: codes 0..15 and a correction by the sums of x. Fold: e4m3(q * scale).
 enum class Form : uint8_t { kSigned = 0, kUnsigned = 1, kFold = 2 };
@@ -29,9 +48,10 @@ struct Segment {
   int tile, first, last;
 };
 
+// Tiles are those of a cluster (see cluster_blocks), and so are the `blocks` that share them.
 struct Work {
   int tiles, k_tiles, split_tiles, blocks;
-  int run, longer;   // units of a block; the first `longer` blocks have one more
+  int run, longer;  // units of a block; the first `longer` blocks have one more
 
   constexpr int first_unit(int block) const { return block * run + (block < longer ? block : longer); }
   // The block whose run holds a unit, and the blocks that share a split tile.
@@ -63,50 +83,86 @@ constexpr bool segment_of(const Work& work, int block, int index, Segment& segme
 
 struct DevicePlan {
   Form form;
-  bool fine;             // scales change within 128 columns: the partial sum is taken up every 32, or 16
-  int token_tile;        // tokens of a tile: N of the instruction
-  int group_blocks;      // 64-row blocks that a consumer warpgroup multiplies by the same tokens
+  bool fine;  // scales change within 128 columns: the partial sum is taken up every 32, or 16
+  bool resident;  // the kernel rounds the tokens itself
+  int token_tile;  // tokens of a tile: N of the instruction
+  int group_blocks;  // 64-row blocks that a consumer warpgroup multiplies by the same tokens
   int token_tiles, row_tiles;
   int stages;
   int stage_bytes, shared_bytes;
   Work work;
 
-  int64_t piece_floats() const { return int64_t{kConsumers} * group_blocks * 64 * token_tile; }
-  int64_t piece_slots() const { return work.split_tiles == 0 ? 0 : int64_t{2} * work.blocks; }
-  int64_t counters() const { return int64_t{work.split_tiles} * kConsumers; }
+  int blocks_of_tile() const { return tile_blocks(token_tile, group_blocks); }
+  int cluster() const { return cluster_blocks(group_blocks); }
+  int64_t piece_floats() const { return int64_t{64} * blocks_of_tile() * token_tile; }
+  int64_t piece_slots() const { return work.split_tiles == 0 ? 0 : int64_t{2} * work.blocks * cluster(); }
+  int64_t counters() const { return int64_t{work.split_tiles} * cluster() * kConsumers; }
 };
 
 namespace detail {
 
-// Microseconds on an H100, near enough to choose between two ways of cutting: a unit of 128 columns is bound by the matrix
-// unit (tokens) or by the memory (weights); joining pieces costs a round trip to the second-level cache and their bytes.
-inline double unit_time(const DevicePlan& plan) {
-  const double rows = kConsumers * plan.group_blocks * 64.0;
-  return std::max(rows * plan.token_tile * 128 / 4096 / 1500, rows * 66 * 132 / 2.6e6);
+// Microseconds on an H100, near enough to choose between ways of cutting. A unit is 128 columns of a tile. It is bound by
+// the matrix unit, by what one multiprocessor can take in, or by what all the busy ones take from the second-level cache.
+inline double unit_time(const DevicePlan& plan, int busy_blocks) {
+  const double rows = plan.blocks_of_tile() * 64.0;
+  const double weights = rows * 66, tokens = plan.token_tile * 128.0;
+  const double cached = (weights + tokens / plan.cluster()) * busy_blocks * plan.cluster() / 5.0e6;
+  return std::max({rows * plan.token_tile * 128 / 4096 / 1500, (weights + tokens) / 70e3, cached});
 }
+// The weights of some tiles come from memory once.
+inline double memory_time(const DevicePlan& plan, int tiles) {
+  return static_cast<double>(tiles) / plan.token_tiles * plan.work.k_tiles * plan.cluster() * plan.blocks_of_tile() *
+         64 * 66 / 2.8e6;
+}
+// Pieces make a round trip to the second-level cache, with their bytes.
 inline double join_time(const DevicePlan& plan, int blocks) {
-  return 2.0 + 2.0 * blocks * static_cast<double>(plan.piece_floats()) * 4 * 2 / 3.0e6;
+  return 2.0 + 2.0 * blocks * plan.cluster() * static_cast<double>(plan.piece_floats()) * 4 / 4.0e6;
 }
 
-inline void divide_work(DevicePlan& plan, int k_tiles, int multiprocessors) {
+// Shares the tiles out among the blocks, and gives the time that it may take.
+inline double divide_work(DevicePlan& plan, int k_tiles, int multiprocessors) {
   Work& work = plan.work;
-  work.tiles = plan.row_tiles * plan.token_tiles;   // 2^31 of them would be 10^13 outputs
+  const int most = std::max(1, multiprocessors / plan.cluster());
+  work.tiles = static_cast<int>(ceil_div(plan.row_tiles, plan.cluster())) * plan.token_tiles;  // far below 2^31
   work.k_tiles = k_tiles;
   work.split_tiles = 0;
-  work.blocks = std::min(work.tiles, multiprocessors);
+  work.blocks = std::min(work.tiles, most);
   work.run = work.longer = 0;
-  const int left = work.tiles % multiprocessors;
-  if (left == 0) return;
+  const int left = work.tiles % most;
+  const double full = work.tiles / most * k_tiles * unit_time(plan, most);
+  if (left == 0) return full;
+  const double memory = memory_time(plan, left);
+  const double whole = full + std::max(memory, k_tiles * unit_time(plan, left));
   const int units = left * k_tiles;
-  const int blocks = std::min(units, multiprocessors);
-  if (blocks < multiprocessors && work.tiles > left) return;   // every block's run must hold a unit
-  const double whole = k_tiles * unit_time(plan);
-  const double split = static_cast<double>(ceil_div(units, blocks)) * unit_time(plan) + join_time(plan, blocks);
-  if (split >= whole) return;
+  const int blocks = std::min(units, most);
+  if (plan.resident || (blocks < most && work.tiles > left)) return whole;  // every block's run must hold a unit
+  const double split = full + join_time(plan, blocks) +
+                       std::max(memory, static_cast<double>(ceil_div(units, blocks)) * unit_time(plan, blocks));
+  if (split >= whole) return whole;
   work.split_tiles = left;
   work.blocks = blocks;
   work.run = units / blocks;
   work.longer = units % blocks;
+  return split;
+}
+
+// As many stages as fit beside the rest.
+inline void divide_memory(DevicePlan& plan, const format::Int4HopperView& weight) {
+  constexpr int kMaxShared = 232448, kBarriers = 1024;
+  const int sums = plan.form == Form::kUnsigned ? weight.subs() * plan.token_tile * 4 : 0;
+  const int tokens = plan.token_tile * format::Int4Hopper::kCols;
+  plan.stage_bytes = plan.blocks_of_tile() * static_cast<int>(weight.chunk_bytes) + sums + (plan.resident ? 0 : tokens);
+  const int64_t beside = staging_floats(plan.token_tile) * 4 + kBarriers + (plan.resident ? weight.tiles * tokens : 0);
+  plan.stages = static_cast<int>(std::clamp<int64_t>((kMaxShared - beside) / plan.stage_bytes, 0, kMaxStages));
+  plan.shared_bytes = static_cast<int>(plan.stages * plan.stage_bytes + beside);
+}
+
+// Everything that follows from the tile; gives the time that it may take.
+inline double complete(DevicePlan& plan, int64_t m, const format::Int4HopperView& weight, int multiprocessors) {
+  plan.token_tiles = static_cast<int>(ceil_div(m, plan.token_tile));
+  plan.row_tiles = static_cast<int>(ceil_div(weight.blocks, plan.blocks_of_tile()));
+  divide_memory(plan, weight);
+  return divide_work(plan, static_cast<int>(weight.tiles), multiprocessors);
 }
 
 }  // namespace detail
@@ -116,35 +172,33 @@ inline Form form_of(const format::Int4HopperView& weight, bool fold) {
   return weight.signed_codes ? Form::kSigned : Form::kUnsigned;
 }
 
-// The tile sizes that kernels exist for.
-inline void choose_tile(DevicePlan& plan, int64_t m) {
+// The number of tokens of a tile, among those that kernels exist for.
+inline int choose_token_tile(const DevicePlan& plan, int64_t m) {
   const bool main_form = plan.form == Form::kSigned && !plan.fine;
-  plan.group_blocks = 1;
-  if (m <= 16) {
-    plan.token_tile = main_form && m <= 8 ? 8 : 16;
-  } else if (main_form && m <= 64) {
-    plan.token_tile = m <= 32 ? 32 : 64;
-  } else {
-    plan.token_tile = 128;
-    if (plan.form != Form::kUnsigned && !plan.fine && m > 128) plan.group_blocks = 2;
-  }
+  if (m <= 16) return main_form && m <= 8 ? 8 : 16;
+  if (main_form && m <= 64) return m <= 32 ? 32 : 64;
+  return 128;
 }
 
-inline DevicePlan choose_device_plan(int64_t m, const format::Int4HopperView& weight, bool fold, int multiprocessors) {
+// `rounds`: x itself is there, so that the kernel may round it.
+inline DevicePlan choose_device_plan(int64_t m, const format::Int4HopperView& weight, bool fold, bool rounds,
+                                     int multiprocessors) {
   DevicePlan plan{};
   plan.form = form_of(weight, fold);
   plan.fine = weight.sub != format::Int4Hopper::kCols;
-  choose_tile(plan, m);
-  plan.token_tiles = static_cast<int>(ceil_div(m, plan.token_tile));
-  plan.row_tiles = static_cast<int>(ceil_div(weight.blocks, kConsumers * plan.group_blocks));
-  const int sums = plan.form == Form::kUnsigned ? weight.subs() * plan.token_tile * 4 : 0;
-  plan.stage_bytes = kConsumers * plan.group_blocks * static_cast<int>(weight.chunk_bytes) +
-                     plan.token_tile * format::Int4Hopper::kCols + sums;
-  const int staging = kConsumers * std::min(plan.token_tile, kStagingTokens) * kStagingPitch * 4;
-  constexpr int kMaxShared = 232448 - 1024, kBarriers = 1024;
-  plan.stages = std::min(kMaxStages, (kMaxShared - staging - kBarriers) / plan.stage_bytes);
-  plan.shared_bytes = plan.stages * plan.stage_bytes + staging + kBarriers;
-  detail::divide_work(plan, static_cast<int>(weight.tiles), multiprocessors);
+  plan.token_tile = choose_token_tile(plan, m);
+  plan.group_blocks = 1;
+  plan.resident = rounds && m <= kResidentTokens && plan.token_tile == 8;
+  const double one = detail::complete(plan, m, weight, multiprocessors);
+  if (plan.resident && plan.stages < 2 * kFewestStages) {  // a very long row
+    plan.resident = false;
+    detail::complete(plan, m, weight, multiprocessors);
+  }
+  if (plan.token_tile == 128 && plan.form != Form::kUnsigned && !plan.fine) {
+    DevicePlan wide = plan;
+    wide.group_blocks = 2;
+    if (detail::complete(wide, m, weight, multiprocessors) < one) return wide;
+  }
   return plan;
 }
 

@@ -10,7 +10,7 @@
 namespace tilewright::int4_linear {
 
 inline constexpr int kQuantizeThreads = 256;
-inline constexpr int kPiece = 16;   // columns of a thread; every `sub` is a multiple of it
+inline constexpr int kPiece = 16;  // columns of a thread; every `sub` is a multiple of it
 
 // Columns [k, k + 16) of a row as floats, zero behind K.
 template <class T>
@@ -34,6 +34,33 @@ TILEWRIGHT_DEVICE void load_piece(const T* row, int64_t k, int64_t columns, floa
   }
 #pragma unroll
   for (int i = 0; i < kPiece; ++i) values[i] = k + i < columns ? hopper::to_float(row[k + i]) : 0.0f;
+}
+
+inline constexpr float kLargestFloat = 3.402823466e38f;
+inline constexpr float kInfinity = __builtin_huge_valf();
+
+// Sixteen e4m3 codes.
+TILEWRIGHT_DEVICE hopper::U128 round_piece(const float (&values)[kPiece], float divisor) {
+  uint32_t words[4];
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    const float* v = values + 4 * w;
+    words[w] = hopper::pack_e4m3x4(v[0] / divisor, v[1] / divisor, v[2] / divisor, v[3] / divisor);
+  }
+  return {words[0], words[1], words[2], words[3]};
+}
+
+// Their sum.
+TILEWRIGHT_DEVICE float sum_of_piece(const hopper::U128& codes) {
+  const uint32_t words[4] = {codes.x, codes.y, codes.z, codes.w};
+  float sum = 0.0f;
+#pragma unroll
+  for (int w = 0; w < 4; ++w) {
+    float values[4];
+    hopper::unpack_e4m3x4(words[w], values);
+    sum += (values[0] + values[1]) + (values[2] + values[3]);
+  }
+  return sum;
 }
 
 struct Extreme {
@@ -72,7 +99,7 @@ TILEWRIGHT_DEVICE Extreme token_extreme(const T* row, const QuantizeProblem& p) 
 #pragma unroll
     for (int i = 0; i < kPiece; ++i) {
       mine.largest = fmaxf(mine.largest, fabsf(values[i]));
-      mine.finite = mine.finite && fabsf(values[i]) <= 3.402823466e38f;
+      mine.finite = mine.finite && fabsf(values[i]) <= kLargestFloat;
     }
   }
   return block_extreme(mine);
@@ -88,22 +115,16 @@ template <class T>
 TILEWRIGHT_DEVICE void write_codes(const T* row, const QuantizeProblem& p, int64_t token, float divisor, bool zero) {
   for (int64_t first = 0; first < p.padded_k; first += kQuantizeThreads * kPiece) {
     const int64_t k = first + static_cast<int64_t>(threadIdx.x) * kPiece;
-    float values[kPiece];
     float sum = 0.0f;
-    uint32_t words[4] = {0, 0, 0, 0};
-    if (k < p.padded_k && !zero) {
-      load_piece(row, k, p.k, values);
-#pragma unroll
-      for (int w = 0; w < 4; ++w) {
-        float* v = values + 4 * w;
-        words[w] = hopper::pack_e4m3x4(v[0] / divisor, v[1] / divisor, v[2] / divisor, v[3] / divisor);
-        float codes[4];
-        hopper::unpack_e4m3x4(words[w], codes);
-        sum += (codes[0] + codes[1]) + (codes[2] + codes[3]);
-      }
-    }
     if (k < p.padded_k) {
-      hopper::store_16(p.codes + token * p.padded_k + k, {words[0], words[1], words[2], words[3]});
+      hopper::U128 codes{0, 0, 0, 0};
+      if (!zero) {
+        float values[kPiece];
+        load_piece(row, k, p.k, values);
+        codes = round_piece(values, divisor);
+        sum = sum_of_piece(codes);
+      }
+      hopper::store_16(p.codes + token * p.padded_k + k, codes);
     }
     if (p.sums != nullptr) store_sums(p, token, k, sum);
   }

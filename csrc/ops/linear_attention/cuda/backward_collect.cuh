@@ -19,7 +19,7 @@ namespace tilewright::linear_attention::cuda::backward {
 inline constexpr int kCollectGroups = 2;
 // A third warpgroup, of which one thread loads: registers are given away by warpgroups.
 inline constexpr int kCollectThreads = (kCollectGroups + 1) * kGroup;
-inline constexpr int kCollectRegisters = 240, kLoaderRegisters = 24;
+inline constexpr int kCollectRegisters = 232, kLoaderRegisters = 40;
 inline constexpr int kCollectStages = 2;
 
 struct CollectRing {
@@ -139,12 +139,15 @@ TILEWRIGHT_DEVICE hopper::U128 times(float factor, const hopper::U128& words) {
   return {times<T>(factor, words.x), times<T>(factor, words.y), times<T>(factor, words.z), times<T>(factor, words.w)};
 }
 
-// 16 columns of a tile of tokens as the register operand, each row times a factor: rows r and r + 8 of a thread.
+// A tile of tokens as the register operand, each row times a factor: rows r and r + 8 of a thread.
 template <class T, int kKey>
-TILEWRIGHT_DEVICE void scaled_rows(char* tile, int thread, int step, const float (&factors)[2], uint32_t (&a)[4]) {
-  hopper::ldmatrix_x4(a, along<typename Tiles<T, kKey>::Values>(tile, thread, step));
+TILEWRIGHT_DEVICE void scale_rows(char* tile, int thread, const float (&factors)[2], uint32_t (&a)[kSlice / 16][4]) {
 #pragma unroll
-  for (int j = 0; j < 4; ++j) a[j] = times<T>(factors[j % 2], a[j]);
+  for (int step = 0; step < kSlice / 16; ++step) {
+    hopper::ldmatrix_x4(a[step], along<typename Tiles<T, kKey>::Values>(tile, thread, step));
+#pragma unroll
+    for (int j = 0; j < 4; ++j) a[step][j] = times<T>(factors[j % 2], a[step][j]);
+  }
 }
 
 // d += rows S, both of a slice.
@@ -171,29 +174,34 @@ TILEWRIGHT_DEVICE void add_pairs(char* left, char* errors, bool accumulate, floa
 }
 
 // What a slice adds to the sums: its part of E or N, and what goes through the states.
-template <class T, int kKey, bool kDelta>
+template <class T, int kKey, bool kDelta, class F>
 TILEWRIGHT_DEVICE void add_slice(float scale, char* slice, int group, int thread, bool first, Sums<kKey>& sums) {
   using Shared = CollectShared<T, kKey>;
-  const Factors f{reinterpret_cast<const float*>(slice + Shared::kFactors)};
+  const F f{reinterpret_cast<const float*>(slice + Shared::kFactors)};
   const int row = hopper::accumulator_row(thread, 0);
   const float read[2] = {scale * f.into(row), scale * f.into(row + 8)};
   const float error[2] = {-f.into(row) * f.beta(row), -f.into(row + 8) * f.beta(row + 8)};
   const float write[2] = {f.onto(row) * f.beta(row), f.onto(row + 8) * f.beta(row + 8)};
-  uint32_t d_out[kSlice / 16][4], errors[kSlice / 16][4], d_errors[kSlice / 16][4];
-#pragma unroll
-  for (int step = 0; step < kSlice / 16; ++step) {
-    scaled_rows<T, kKey>(slice + Shared::kDOut, thread, step, read, d_out[step]);
-    scaled_rows<T, kKey>(slice + Shared::kErrors, thread, step, write, errors[step]);
-    if constexpr (kDelta) scaled_rows<T, kKey>(slice + Shared::kDErrors, thread, step, error, d_errors[step]);
-  }
+  // Two sets of registers for three operands: the third one waits for the first one's product.
+  uint32_t a[kSlice / 16][4], errors[kSlice / 16][4];
+  scale_rows<T, kKey>(slice + Shared::kDOut, thread, read, a);
   hopper::wgmma_fence();
   // Without N the second group makes E too, for nothing: its tensor cores wait for the first one anyway.
   add_pairs<T, kKey>(slice + (kDelta && group == 1 ? Shared::kDErrors : Shared::kDOut), slice + Shared::kErrors, !first,
                      sums.pairs);
-  add_through_state<T, kKey>(d_out, slice + Shared::kState, group, sums.dq);
-  add_through_state<T, kKey>(errors, slice + Shared::kDState, group, sums.dk_write);
-  if constexpr (kDelta) add_through_state<T, kKey>(d_errors, slice + Shared::kState, group, sums.dk_read);
+  add_through_state<T, kKey>(a, slice + Shared::kState, group, sums.dq);
   hopper::wgmma_commit();
+  scale_rows<T, kKey>(slice + Shared::kErrors, thread, write, errors);
+  hopper::wgmma_fence();
+  add_through_state<T, kKey>(errors, slice + Shared::kDState, group, sums.dk_write);
+  hopper::wgmma_commit();
+  if constexpr (kDelta) {
+    hopper::wgmma_wait<1>();
+    scale_rows<T, kKey>(slice + Shared::kDErrors, thread, error, a);
+    hopper::wgmma_fence();
+    add_through_state<T, kKey>(a, slice + Shared::kState, group, sums.dk_read);
+    hopper::wgmma_commit();
+  }
 }
 
 // dV = D dY of a slice; the additive rule's dV as it is.
@@ -202,8 +210,9 @@ TILEWRIGHT_DEVICE void store_d_values(const ChunkBackward& p, const Chunk& chunk
   using Shared = CollectShared<T, kKey>;
   using Values = typename Tiles<T, kKey>::Values;
   const Factors f{reinterpret_cast<const float*>(from + Shared::kFactors)};
-  for (int i = static_cast<int>(threadIdx.x); i < chunk.rows * kSlice / 8; i += kCollectGroups * kGroup) {
-    const int row = i / (kSlice / 8), column = i % (kSlice / 8) * 8;
+  constexpr unsigned kPerRow = kSlice / 8;
+  for (unsigned i = threadIdx.x; i < static_cast<unsigned>(chunk.rows) * kPerRow; i += kCollectGroups * kGroup) {
+    const int row = static_cast<int>(i / kPerRow), column = static_cast<int>(i % kPerRow * 8);
     if (slice * kSlice + column >= p.value_size) continue;
     hopper::U128 words = hopper::load_16(from + Shared::kDErrors + Values::offset(row, column));
     if constexpr (kDelta) words = times<T>(f.beta(row), words);
@@ -236,8 +245,8 @@ TILEWRIGHT_DEVICE float state_product(const char* slice) {
 }
 
 // E of the first group and N of the second, as operands; the second also has dbeta, on the diagonal.
-template <class T, int kKey, bool kDelta>
-TILEWRIGHT_DEVICE void store_pairs(const ChunkBackward& p, const Chunk& chunk, int head, const Factors& f, int group,
+template <class T, int kKey, bool kDelta, class F>
+TILEWRIGHT_DEVICE void store_pairs(const ChunkBackward& p, const Chunk& chunk, int head, const F& f, int group,
                                    int thread, float (&d)[kChunk / 2], char* tile) {
 #pragma unroll
   for (int r = 0; r < kChunk / 2; ++r) {
@@ -396,7 +405,7 @@ class Collector {
  private:
   static TILEWRIGHT_DEVICE int thread() { return static_cast<int>(threadIdx.x); }
   static TILEWRIGHT_DEVICE int group() { return static_cast<int>(threadIdx.x) / kGroup; }
-  static TILEWRIGHT_DEVICE int in_group() { return static_cast<int>(threadIdx.x) % kGroup; }
+  static TILEWRIGHT_DEVICE int in_group() { return fresh_thread() % kGroup; }
 
   // before and written: this thread's sums of dg's terms and of k o dK_write over the heads up to here.
   TILEWRIGHT_DEVICE void add_head(const Chunk& chunk, int head, char* keys, Sums<kKey>& sums, float (&before)[2],
@@ -427,9 +436,9 @@ class Collector {
       hopper::keep(sums.dq);
       hopper::keep(sums.dk_read);
       hopper::keep(sums.dk_write);
-      add_slice<T, kKey, kDelta>(p_.scale, from, group(), in_group(), slice == 0, sums);
       store_d_values<T, kKey, kDelta>(p_, chunk, head, slice, from);
       if (p_.decay != Decay::kNone) product += state_product<T, kKey>(from);
+      add_slice<T, kKey, kDelta, Factors>(p_.scale, from, group(), in_group(), slice == 0, sums);
       hopper::wgmma_wait<0>();
       hopper::keep(sums.dq);
       hopper::keep(sums.dk_read);

@@ -1,9 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
-// One chunk of a value head: running sums of g, P, and X = A (I + D A)^-1. A block is a warpgroup.
+// One chunk of a key head, its value heads one after the other: running sums of g, P, and X = A (I + D A)^-1. A block is a
+// warpgroup; Q K^T and K K^T stay in its registers, and what they were made of makes room for the solve.
 //
 // X is solved in float32: X = A - A D X row by row, so that row i needs the rows above it. Warp w has columns 16 w to
 // 16 w + 15, each of them two lanes, of which one has the upper and one the lower half of 16 rows.
 #pragma once
+
+#include <algorithm>
 
 #include "ops/linear_attention/cuda/backward_tiles.cuh"
 
@@ -19,11 +22,13 @@ struct PrepareShared {
   static constexpr int kLeading = kChunk + 4;  // floats: 16-byte rows, and no two rows of 8 in one bank
   static constexpr int kKeys = 0;
   static constexpr int kQueries = kKeys + All::Keys::kBytes;
-  static constexpr int kAttention = kQueries + All::Keys::kBytes;
-  static constexpr int kInverse = kAttention + All::Pairs::kBytes;
-  static constexpr int kPairs = kInverse + All::Pairs::kBytes;  // A, transposed
+  static constexpr int kPairs = 0;  // A, transposed
   static constexpr int kScaled = kPairs + kChunk * kLeading * 4;  // D X
-  static constexpr int kFactors = kScaled + kChunk * kChunk * 4;
+  static constexpr int kWorkBytes =
+      (std::max(kScaled + kChunk * kChunk * 4, kQueries + All::Keys::kBytes) + 1023) & ~1023;
+  static constexpr int kAttention = kWorkBytes;
+  static constexpr int kInverse = kAttention + All::Pairs::kBytes;
+  static constexpr int kFactors = kInverse + All::Pairs::kBytes;
   static constexpr int kBarrier = kFactors + kFactorBytes;
   static constexpr int kBytes = kBarrier + 16;
 };
@@ -72,61 +77,61 @@ TILEWRIGHT_DEVICE void multiply_keys(char* rows, char* keys, float (&d)[kChunk /
   }
 }
 
-// P = scale Q K^T with decays, on and below the diagonal.
-template <class T, int kKey>
-TILEWRIGHT_DEVICE void store_attention(float scale, const Factors& f, int rows, float (&d)[kChunk / 2], char* tile) {
-  const int thread = static_cast<int>(threadIdx.x);
-#pragma unroll
-  for (int r = 0; r < kChunk / 2; ++r) {
-    const int i = hopper::accumulator_row(thread, r), j = hopper::accumulator_col(thread, r);
-    d[r] = i < rows && j <= i ? scale * d[r] * exp2f(f.log(i) - f.log(j)) : 0.0f;
-  }
+// P = scale Q K^T with decays, on and below the diagonal, as a tile; A, below it, transposed.
+template <class T, int kKey, bool kDelta>
+TILEWRIGHT_DEVICE void store_products(float scale, const Factors& f, int rows, const float (&attention)[kChunk / 2],
+                                      const float (&pairs)[kChunk / 2], char* tile, float* transposed) {
+  constexpr int kLeading = PrepareShared<T, kKey>::kLeading;
+  const int thread = fresh_thread();
 #pragma unroll
   for (int step = 0; step < kChunk / 16; ++step) {
+    float scores[8];
+#pragma unroll
+    for (int x = 0; x < 8; ++x) {
+      const int r = 8 * step + x, i = hopper::accumulator_row(thread, r), j = hopper::accumulator_col(thread, r);
+      const float decay = i < rows && j <= i ? exp2f(f.log(i) - f.log(j)) : 0.0f;
+      scores[x] = i < rows && j <= i ? scale * attention[r] * decay : 0.0f;
+      if constexpr (kDelta) transposed[j * kLeading + i] = i < rows && j < i ? pairs[r] * decay : 0.0f;
+    }
     uint32_t words[4];
-    fragment<T>(d, step, words);
+    fragment<T>(scores, 0, words);
     hopper::stmatrix_x4(along<typename Tiles<T, kKey>::Pairs>(tile, thread, step), words);
   }
 }
 
-template <int kLeading>
-TILEWRIGHT_DEVICE void store_key_products(const Factors& f, int rows, const float (&d)[kChunk / 2], float* transposed) {
-  const int thread = static_cast<int>(threadIdx.x);
-#pragma unroll
-  for (int r = 0; r < kChunk / 2; ++r) {
-    const int i = hopper::accumulator_row(thread, r), j = hopper::accumulator_col(thread, r);
-    transposed[j * kLeading + i] = i < rows && j < i ? d[r] * exp2f(f.log(i) - f.log(j)) : 0.0f;
-  }
-}
-
 // Rows 16 block to 16 block + 15 of this lane's column; x: its 8 of them.
-template <int kLeading>
-TILEWRIGHT_DEVICE void solve_rows(const float* pairs, float* scaled, const Factors& f, int block, float (&x)[8]) {
+template <int kLeading, class F>
+TILEWRIGHT_DEVICE void solve_rows(const float* pairs, float* scaled, const F& f, int block, float (&x)[8]) {
   const int lane = static_cast<int>(threadIdx.x) % 32, first = static_cast<int>(threadIdx.x) / 32 * 16;
   const int column = first + lane % 16, half = lane / 16, row = 16 * block + 8 * half;
 #pragma unroll
   for (int r = 0; r < 8; ++r) x[r] = pairs[column * kLeading + row + r];
+#pragma unroll 4
   for (int k = first; k < 16 * block; ++k) {
     const float above = scaled[k * kChunk + column];
 #pragma unroll
     for (int r = 0; r < 8; ++r) x[r] -= pairs[k * kLeading + row + r] * above;
   }
+#pragma unroll 1
+  for (int owner = 0; owner < 2; ++owner) {
+    const int above_row = 16 * block + 8 * owner;
 #pragma unroll
-  for (int k = 0; k < 16; ++k) {
-    const float above = f.beta(16 * block + k) * __shfl_sync(0xffffffffu, x[k % 8], lane % 16 + 16 * (k / 8));
+    for (int k = 0; k < 8; ++k) {
+      const float above = f.beta(above_row + k) * __shfl_sync(0xffffffffu, x[k], lane % 16 + 16 * owner);
 #pragma unroll
-    for (int r = 0; r < 8; ++r) x[r] -= pairs[(16 * block + k) * kLeading + row + r] * above;
+      for (int r = 0; r < 8; ++r) x[r] -= pairs[(above_row + k) * kLeading + row + r] * above;
+    }
   }
 #pragma unroll
   for (int r = 0; r < 8; ++r) scaled[(row + r) * kChunk + column] = f.beta(row + r) * x[r];
   __syncwarp();
 }
 
-template <class T, int kKey>
-TILEWRIGHT_DEVICE void solve(const float* pairs, float* scaled, const Factors& f, char* tile) {
+template <class T, int kKey, class F>
+TILEWRIGHT_DEVICE void solve(const float* pairs, float* scaled, const F& f, char* tile) {
   using Shared = PrepareShared<T, kKey>;
   using Pairs = typename Tiles<T, kKey>::Pairs;
-  const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) / 32;
+  const int lane = fresh_thread() % 32, warp = fresh_thread() / 32;
   for (int block = 0; block < kChunk / 16; ++block) {
     float x[8] = {};
     if (block >= warp) solve_rows<Shared::kLeading>(pairs, scaled, f, block, x);
@@ -138,42 +143,29 @@ TILEWRIGHT_DEVICE void solve(const float* pairs, float* scaled, const Factors& f
   }
 }
 
+// Q K^T and K K^T.
 template <class T, int kKey, bool kDelta>
-__global__ void __launch_bounds__(kGroup, 1) prepare_kernel(const __grid_constant__ Params params) {
+TILEWRIGHT_DEVICE void multiply_rows(char* shared, float (&attention)[kChunk / 2], float (&pairs)[kChunk / 2]) {
   using Shared = PrepareShared<T, kKey>;
-  using All = Tiles<T, kKey>;
-  const ChunkBackward& p = params.p;
-  char* shared = hopper::shared_memory();
-  auto& barrier = *reinterpret_cast<Barrier*>(shared + Shared::kBarrier);
-  auto* factors = reinterpret_cast<float*>(shared + Shared::kFactors);
-  const int head = static_cast<int>(blockIdx.x % p.value_heads);
-  const int64_t place = blockIdx.x / p.value_heads, pair = pair_of(p, place, head);
-  const Chunk chunk = chunk_at(p.sequences, place);
-  if (chunk.rows == 0) return;
-  if (threadIdx.x == 0) {
-    hopper::init(barrier, 1);
-    hopper::fence_barrier_init();
-    const int key_head = head / (p.value_heads / p.heads);
-    hopper::arrive_expect(barrier, 2 * All::Keys::kBytes);
-    load_rows<typename All::Keys>(shared + Shared::kKeys, params.k, barrier, 0, key_head, chunk.first, chunk.batch);
-    load_rows<typename All::Keys>(shared + Shared::kQueries, params.q, barrier, 0, key_head, chunk.first, chunk.batch);
-  }
-  make_factors(p, chunk, head, factors);  // its barriers show the initialised one to all
-  const Factors f{factors};
-  hopper::wait(barrier, 0);
-
-  float attention[kChunk / 2], pairs[kChunk / 2];
   hopper::wgmma_fence();
   multiply_keys<T, kKey>(shared + Shared::kQueries, shared + Shared::kKeys, attention);
   if constexpr (kDelta) multiply_keys<T, kKey>(shared + Shared::kKeys, shared + Shared::kKeys, pairs);
   hopper::wgmma_commit();
   hopper::wgmma_wait<0>();
   hopper::keep(attention);
-  store_attention<T, kKey>(p.scale, f, chunk.rows, attention, shared + Shared::kAttention);
+  if constexpr (kDelta) hopper::keep(pairs);
+}
+
+template <class T, int kKey, bool kDelta>
+TILEWRIGHT_DEVICE void prepare_head(const ChunkBackward& p, const Chunk& chunk, int64_t pair, char* shared,
+                                    const float (&attention)[kChunk / 2], const float (&pairs)[kChunk / 2]) {
+  using Shared = PrepareShared<T, kKey>;
+  constexpr int kTile = Tiles<T, kKey>::Pairs::kBytes;
+  auto* factors = reinterpret_cast<float*>(shared + Shared::kFactors);
+  auto* transposed = reinterpret_cast<float*>(shared + Shared::kPairs);
+  const Factors f{factors};
+  store_products<T, kKey, kDelta>(p.scale, f, chunk.rows, attention, pairs, shared + Shared::kAttention, transposed);
   if constexpr (kDelta) {
-    hopper::keep(pairs);
-    auto* transposed = reinterpret_cast<float*>(shared + Shared::kPairs);
-    store_key_products<Shared::kLeading>(f, chunk.rows, pairs, transposed);
     __syncthreads();
     solve<T, kKey>(transposed, reinterpret_cast<float*>(shared + Shared::kScaled), f, shared + Shared::kInverse);
   }
@@ -181,12 +173,41 @@ __global__ void __launch_bounds__(kGroup, 1) prepare_kernel(const __grid_constan
   __syncthreads();
   if (threadIdx.x == 0) {
     hopper::store_bulk(factors_of(p.factors, pair), factors, kFactorBytes);
-    hopper::store_bulk(pairs_of(p.attention, pair), shared + Shared::kAttention, All::Pairs::kBytes);
-    if constexpr (kDelta) {
-      hopper::store_bulk(pairs_of(p.inverse, pair), shared + Shared::kInverse, All::Pairs::kBytes);
-    }
+    hopper::store_bulk(pairs_of(p.attention, pair), shared + Shared::kAttention, kTile);
+    if constexpr (kDelta) hopper::store_bulk(pairs_of(p.inverse, pair), shared + Shared::kInverse, kTile);
     hopper::store_commit();
     hopper::store_wait<0>();
+  }
+  __syncthreads();
+}
+
+template <class T, int kKey, bool kDelta>
+__global__ void __launch_bounds__(kGroup, 3) prepare_kernel(const __grid_constant__ Params params) {
+  using Shared = PrepareShared<T, kKey>;
+  using All = Tiles<T, kKey>;
+  const ChunkBackward& p = params.p;
+  char* shared = hopper::shared_memory();
+  auto& barrier = *reinterpret_cast<Barrier*>(shared + Shared::kBarrier);
+  const int key_head = static_cast<int>(blockIdx.x % p.heads), group = p.value_heads / p.heads;
+  const int64_t place = blockIdx.x / p.heads;
+  const Chunk chunk = chunk_at(p.sequences, place);
+  if (chunk.rows == 0) return;
+  if (threadIdx.x == 0) {
+    hopper::init(barrier, 1);
+    hopper::fence_barrier_init();
+    hopper::arrive_expect(barrier, 2 * All::Keys::kBytes);
+    load_rows<typename All::Keys>(shared + Shared::kKeys, params.k, barrier, 0, key_head, chunk.first, chunk.batch);
+    load_rows<typename All::Keys>(shared + Shared::kQueries, params.q, barrier, 0, key_head, chunk.first, chunk.batch);
+  }
+  auto* factors = reinterpret_cast<float*>(shared + Shared::kFactors);
+  make_factors(p, chunk, key_head * group, factors);  // its barriers show the initialised one to all
+  hopper::wait(barrier, 0);
+  float attention[kChunk / 2], pairs[kChunk / 2];
+  multiply_rows<T, kKey, kDelta>(shared, attention, pairs);
+  __syncthreads();
+  for (int head = key_head * group; head < (key_head + 1) * group; ++head) {
+    if (head > key_head * group) make_factors(p, chunk, head, factors);
+    prepare_head<T, kKey, kDelta>(p, chunk, pair_of(p, place, head), shared, attention, pairs);
   }
 }
 

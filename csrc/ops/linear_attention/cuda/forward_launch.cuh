@@ -25,15 +25,16 @@ hopper::TensorMap map_of(const Rows<const In>& rows, int64_t columns, int64_t he
   return hopper::make_tensor_map<In>(rows.data, 4, sizes, strides, box, hopper::Swizzle::k128);
 }
 
-template <class In, int kKeys, bool kDelta>
+template <class In, int kKeys>
 void run_prepare(const Problem<In, float>& p, const Prepared& to, hopper::Stream stream) {
-  const int64_t places = tiles_of(p) / p.value_heads;
-  hopper::launch(prepare_kernel<In, kKeys, kDelta>,
-                 {.blocks = {.x = places, .y = static_cast<int>(p.heads)},
+  const int64_t places = tiles_of(p) / p.value_heads, group = p.value_heads / p.heads;
+  const int members = plan_members(places * p.heads, group, hopper::multiprocessors());
+  hopper::launch(prepare_kernel<In, kKeys>,
+                 {.blocks = {.x = places, .y = static_cast<int>(p.heads * ceil_div(group, members))},
                   .threads = kPrepareThreads,
                   .shared_bytes = prepare::Layout<In, kKeys>::kBytes,
                   .stream = stream},
-                 PrepareParams<In>{p, to});
+                 PrepareParams<In>{p, to, members});
 }
 
 template <class In, int kKeys, bool kDelta, bool kChannel>
@@ -64,7 +65,7 @@ void run_prepare_channel(const Problem<In, float>& p, const Prepared& to, hopper
                   .threads = kPrepareThreads,
                   .shared_bytes = prepare::ChannelLayout<In, kKeys>::kBytes,
                   .stream = stream},
-                 PrepareParams<In>{p, to});
+                 PrepareParams<In>{p, to, 1});
 }
 
 template <class In, int kKeys, bool kDelta>
@@ -73,8 +74,40 @@ void run_both(const Problem<In, float>& p, const Prepared& buffers, hopper::Stre
     run_prepare_channel<In, kKeys, kDelta>(p, buffers, stream);
     run_states<In, kKeys, kDelta, true>(p, buffers, stream);
   } else {
-    run_prepare<In, kKeys, kDelta>(p, buffers, stream);
+    if constexpr (kDelta) run_prepare<In, kKeys>(p, buffers, stream);
     run_states<In, kKeys, kDelta, false>(p, buffers, stream);
+  }
+}
+
+template <class Row>
+Rows<Row> from_token(const Rows<Row>& rows, int64_t token) {
+  return {rows.data == nullptr ? nullptr : rows.data + token * rows.token, rows.batch, rows.token, rows.head};
+}
+
+// Tokens [first, first + tokens) of every sequence; states go on from where the stretch before left them.
+template <class In>
+Problem<In, float> stretch_of(const Problem<In, float>& p, int64_t first, int64_t tokens) {
+  Problem<In, float> stretch = p;
+  stretch.sequences.tokens = tokens;
+  stretch.q = from_token(p.q, first);
+  stretch.k = from_token(p.k, first);
+  stretch.v = from_token(p.v, first);
+  stretch.beta = from_token(p.beta, first);
+  stretch.g = from_token(p.g, first);
+  stretch.out = from_token(p.out, first);
+  if (first > 0) stretch.initial = p.state;
+  return stretch;
+}
+
+template <class In>
+void run_stretch(const Problem<In, float>& p, char* memory, hopper::Stream stream) {
+  Prepared buffers;
+  place_buffers(p.rule, p.decay, p.key_size, tiles_of(p), memory, buffers);
+  const bool delta = p.rule == Rule::kDelta;
+  if (tile_keys(p.key_size) == 64) {
+    delta ? run_both<In, 64, true>(p, buffers, stream) : run_both<In, 64, false>(p, buffers, stream);
+  } else {
+    delta ? run_both<In, 128, true>(p, buffers, stream) : run_both<In, 128, false>(p, buffers, stream);
   }
 }
 
@@ -82,14 +115,9 @@ void run_both(const Problem<In, float>& p, const Prepared& buffers, hopper::Stre
 
 template <class In>
 void launch_chunks(const Problem<In, float>& p, char* memory, hopper::Stream stream) {
-  Prepared buffers;
-  place_buffers(p.rule, p.decay, p.key_size, tiles_of(p), memory, buffers);
-  const bool delta = p.rule == Rule::kDelta;
-  if (tile_keys(p.key_size) == 64) {
-    delta ? forward::run_both<In, 64, true>(p, buffers, stream) : forward::run_both<In, 64, false>(p, buffers, stream);
-  } else {
-    delta ? forward::run_both<In, 128, true>(p, buffers, stream)
-          : forward::run_both<In, 128, false>(p, buffers, stream);
+  const int64_t tokens = p.sequences.tokens, step = stretch_tokens(p);
+  for (int64_t first = 0; first < tokens; first += step) {
+    forward::run_stretch(forward::stretch_of(p, first, std::min(step, tokens - first)), memory, stream);
   }
 }
 

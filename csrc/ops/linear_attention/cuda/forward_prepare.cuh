@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The chunk form's first kernel: one block for each chunk and key head, all in parallel. The rows of Q and K are loaded
-// once for every value head of the group; gates are a mask on their products.
+// The delta rule's first kernel: one block for each chunk and key head, all in parallel. Keys are loaded once for the
+// value heads of the group, or some of them where that leaves the device idle; gates are a mask on K K^T.
 #pragma once
 
 #include "hopper/hopper.h"
@@ -11,11 +11,13 @@
 namespace tilewright::linear_attention::cuda {
 
 inline constexpr int kPrepareThreads = 128;
+inline constexpr int kPrepareWarps = kPrepareThreads / 32;
 
 template <class In>
 struct PrepareParams {
   Problem<In, float> problem;
   Prepared to;
+  int members;  // value heads of a block; not read with a decay a channel
 };
 
 namespace prepare {
@@ -31,12 +33,10 @@ using Keys = hopper::Tile<In, kChunk, kKeys, Swizzle::k128>;
 template <class In, int kKeys>
 struct Layout {
   static constexpr int kK = 0;
-  static constexpr int kQ = kK + Keys<In, kKeys>::kBytes;
-  static constexpr int kScores = kQ + Keys<In, kKeys>::kBytes;
-  static constexpr int kInverse = kScores + kSquareBytes;
+  static constexpr int kInverse = kK + Keys<In, kKeys>::kBytes;
   static constexpr int kMatrix = kInverse + kSquareBytes;
   static constexpr int kGates = kMatrix + kMatrixFloats * 4;
-  static constexpr int kBytes = kGates + static_cast<int>(sizeof(ChunkGates));
+  static constexpr int kBytes = kGates + kPrepareWarps * static_cast<int>(sizeof(ChunkGates));
 };
 
 // Rows of one head into a tile, zero behind the chunk's end and behind K.
@@ -52,100 +52,89 @@ TILEWRIGHT_DEVICE void load_rows(const Rows<const In>& rows, const Chunk& chunk,
   }
 }
 
-// a [C, K] times b [C, K]^T.
+// Running sums and betas of one head's chunk, by one warp.
+template <class In>
+TILEWRIGHT_DEVICE void load_gates(const Problem<In, float>& p, const Chunk& chunk, int64_t head, ChunkGates& gates) {
+  const TokenGates own = fetch_gates<true>(p, chunk.batch, chunk.first, chunk.rows, head);
+  float sums[2];
+  sum_gates(own, sums);
+  const int token = 2 * (static_cast<int>(threadIdx.x) % 32);
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    gates.sum[token + i] = sums[i];
+    gates.beta[token + i] = own.beta[i];
+  }
+}
+
+// K K^T, masked by one value head's gates: the columns of A diag(beta) to be solved with.
 template <class In, int kKeys>
-TILEWRIGHT_DEVICE void multiply_rows(float (&product)[32], const void* a, const void* b) {
+TILEWRIGHT_DEVICE void multiply_keys(const void* keys, const ChunkGates& gates, float* matrix) {
   using Tile = Keys<In, kKeys>;
   using Product = hopper::Wgmma<In, In, kChunk>;
+  float kk[32];
+  hopper::wgmma_fence();
 #pragma unroll
   for (int k = 0; k < kKeys; k += Product::kDepth) {
-    Product::run(product, Tile::k_major(a, 0, k), Tile::k_major(b, 0, k), k > 0);
+    Product::run(kk, Tile::k_major(keys, 0, k), Tile::k_major(keys, 0, k), k > 0);
   }
-}
-
-// Masks the products of one value head: scores for the second kernel, and the columns of A diag(beta) to be solved with.
-template <class In, bool kDelta>
-TILEWRIGHT_DEVICE void mask_products(const float (&qk)[32], const float (&kk)[32], const ChunkGates& gates, float scale,
-                                     void* scores, float* matrix) {
-  const int thread = static_cast<int>(threadIdx.x);
-#pragma unroll
-  for (int i = 0; i < 32; i += 2) {
-    const int row = hopper::accumulator_row(thread, i), column = hopper::accumulator_col(thread, i);
-    float score[2];
-#pragma unroll
-    for (int c = 0; c < 2; ++c) {
-      const bool below = row > column + c, seen = row >= column + c;
-      // Above the diagonal the exponent would be positive.
-      const float decay = exp2f(seen ? gates.sum[row] - gates.sum[column + c] : 0.0f) * gates.beta[column + c];
-      score[c] = seen ? scale * qk[i + c] * decay : 0.0f;
-      if constexpr (kDelta) matrix[(column + c) * kMatrixStride + row] = below ? kk[i + c] * decay : 0.0f;
-    }
-    *reinterpret_cast<uint32_t*>(Square<In>::at(scores, row, column)) = hopper::pack_pair<In>(score[0], score[1]);
-  }
-}
-
-// The products anew for every head of the group: they cost less than the registers that would keep them.
-template <class In, int kKeys, bool kDelta>
-TILEWRIGHT_DEVICE void multiply_and_mask(char* shared, const ChunkGates& gates, float scale) {
-  using At = Layout<In, kKeys>;
-  float kk[32], qk[32];
-  hopper::wgmma_fence();
-  if constexpr (kDelta) multiply_rows<In, kKeys>(kk, shared + At::kK, shared + At::kK);
-  multiply_rows<In, kKeys>(qk, shared + At::kQ, shared + At::kK);
   hopper::wgmma_commit();
   hopper::wgmma_wait<0>();
-  if constexpr (kDelta) hopper::keep(kk);
-  hopper::keep(qk);
-  mask_products<In, kDelta>(qk, kk, gates, scale, shared + At::kScores, reinterpret_cast<float*>(shared + At::kMatrix));
+  hopper::keep(kk);
+  const int thread = static_cast<int>(threadIdx.x);
+#pragma unroll
+  for (int i = 0; i < 32; ++i) {
+    const int row = hopper::accumulator_row(thread, i), column = hopper::accumulator_col(thread, i);
+    const bool below = row > column;
+    // Above the diagonal the exponent would be positive.
+    const float decay = exp2f(below ? gates.sum[row] - gates.sum[column] : 0.0f) * gates.beta[column];
+    matrix[column * kMatrixStride + row] = below ? kk[i] * decay : 0.0f;
+  }
 }
 
 }  // namespace prepare
 
-template <class In, int kKeys, bool kDelta>
-__global__ void __launch_bounds__(kPrepareThreads, 3) prepare_kernel(const __grid_constant__ PrepareParams<In> params) {
+template <class In, int kKeys>
+__global__ void __launch_bounds__(kPrepareThreads, kKeys == 128 ? 4 : 3)
+    prepare_kernel(const __grid_constant__ PrepareParams<In> params) {
   using namespace prepare;
   using At = Layout<In, kKeys>;
   const Problem<In, float>& p = params.problem;
   const Chunk chunk = chunk_at(p.sequences, blockIdx.x);
   if (chunk.rows == 0) return;
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, key_head = static_cast<int>(blockIdx.y);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
+  const int group = static_cast<int>(p.value_heads / p.heads), parts = (group + params.members - 1) / params.members;
+  const int key_head = static_cast<int>(blockIdx.y) / parts;
+  const int first = static_cast<int>(blockIdx.y) % parts * params.members, count = min(group - first, params.members);
   char* shared = hopper::shared_memory();
-  auto& gates = *reinterpret_cast<ChunkGates*>(shared + At::kGates);
+  auto* gates = reinterpret_cast<ChunkGates*>(shared + At::kGates);
   auto* matrix = reinterpret_cast<float*>(shared + At::kMatrix);
 
   load_rows<In, kKeys>(p.k, chunk, key_head, p.key_size, shared + At::kK);
-  load_rows<In, kKeys>(p.q, chunk, key_head, p.key_size, shared + At::kQ);
   hopper::copy_async_commit();
-  hopper::copy_async_wait<0>();
-  hopper::fence_async_shared();
-  __syncthreads();
-  const int group = static_cast<int>(p.value_heads / p.heads);
-  for (int member = 0; member < group; ++member) {
-    const int64_t head = static_cast<int64_t>(key_head) * group + member;
+  for (int member = 0; member < count; ++member) {
+    const int64_t head = static_cast<int64_t>(key_head) * group + first + member;
     const int64_t index = static_cast<int64_t>(blockIdx.x) * p.value_heads + head;
-    // The two warps that solve change from head to head and block to block: warps of one number share a scheduler.
-    const int solver = (static_cast<int>(blockIdx.x) + member) % 4;
-    const int part = warp == solver ? 0 : warp == (solver + 2) % 4 ? 1 : 2;
-    if (warp == 0) load_gates<kDelta>(p, chunk, head, gates, params.to.row(index));
-    // The tiles of the head before are on their way out; whoever sent them waits until they are read.
+    // Gates of the next heads, one a warp; at first while rows come.
+    if (member % kPrepareWarps == 0 && member + warp < count) load_gates(p, chunk, head + warp, gates[warp]);
+    if (member == 0) {
+      hopper::copy_async_wait<0>();
+      hopper::fence_async_shared();
+    }
+    __syncthreads();
+    // The product anew for every head of the group: it costs less than the registers that would keep it.
+    multiply_keys<In, kKeys>(shared + At::kK, gates[member % kPrepareWarps], matrix);
+    // The inverse of the head before is on its way out; who sent it waits until it is read.
     if (thread % 32 == 0) hopper::store_wait<0>();
     __syncthreads();
-    multiply_and_mask<In, kKeys, kDelta>(shared, gates, p.scale);
+    // The two warps that solve change from head to head and block to block: warps of one number share a scheduler.
+    const int solver = (static_cast<int>(blockIdx.x) + member) % 4;
+    if (warp == solver) invert_columns<In, 0>(matrix, shared + At::kInverse);
+    if (warp == (solver + 2) % 4) invert_columns<In, 32>(matrix, shared + At::kInverse);
     hopper::fence_async_shared();
     __syncthreads();
-    if (part == 2 && warp == (solver + 1) % 4 && thread % 32 == 0) {
-      hopper::store_bulk(params.to.square(params.to.scores, index), shared + At::kScores, kSquareBytes);
+    if (warp == solver && thread % 32 == 0) {
+      hopper::store_bulk(params.to.square(params.to.inverse, index), shared + At::kInverse, kSquareBytes);
       hopper::store_commit();
-    }
-    if constexpr (kDelta) {
-      if (part == 0) invert_columns<In, 0>(matrix, shared + At::kInverse);
-      if (part == 1) invert_columns<In, 32>(matrix, shared + At::kInverse);
-      hopper::fence_async_shared();
-      __syncthreads();
-      if (part == 0 && thread % 32 == 0) {
-        hopper::store_bulk(params.to.square(params.to.inverse, index), shared + At::kInverse, kSquareBytes);
-        hopper::store_commit();
-      }
     }
   }
   if (thread % 32 == 0) hopper::store_wait<0>();

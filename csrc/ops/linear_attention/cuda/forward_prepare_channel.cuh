@@ -4,9 +4,10 @@
 //
 //   scores_ij = scale beta_j sum_d q_id k_jd exp(G_id - G_jd)
 //
-// so products are made in squares of 16 tokens. Left of the diagonal both operands are scaled by what they lose to and
-// from the token before the square's rows, G_i - G_r and G_r - G_j, neither above 0. In the square on the diagonal there
-// is no such token, and every pair of tokens has exponentials of its own.
+// so products are made in squares. Left of the diagonal both operands are scaled by what they lose to and from the token
+// before the square's rows, G_i - G_r and G_r - G_j, neither above 0: 16 rows by all columns before them, then the second
+// 8 of these rows by the first 8. In the squares of 8 tokens on the diagonal there is no such token, and every pair has
+// exponentials of its own.
 #pragma once
 
 #include "ops/linear_attention/cuda/forward_prepare.cuh"
@@ -58,14 +59,14 @@ struct ChannelBlock {
         }
         sums(t)[channel] = sum;
       }
-      params.to.row(index)[3 * kChunk + channel] = exp2f(sum);
+      params.to.row(index)[kChunk + channel] = exp2f(sum);
     }
     if (threadIdx.x < kChunk) {
       const int t = static_cast<int>(threadIdx.x);
       float value = t < chunk.rows ? 1.0f : 0.0f;
       if (kDelta && t < chunk.rows) value = p.beta.row(chunk.batch, chunk.first + t, head)[0];
       beta()[t] = value;
-      params.to.row(index)[2 * kChunk + t] = value;
+      params.to.row(index)[t] = value;
     }
   }
 
@@ -146,10 +147,38 @@ struct ChannelBlock {
     }
   }
 
-  // By one warp: the square on the diagonal. A lane has one row and every second column.
+  // By one warp: of 16 rows from `first` on the second 8, by the columns of the first 8.
+  TILEWRIGHT_DEVICE void multiply_corner(int first) const {
+    const int lane = static_cast<int>(threadIdx.x) % 32, across = lane / 4, along = lane % 4 * 2, before = first + 7;
+    float qk[4] = {}, kk[4] = {};
+    for (int k = 0; k < kKeys; k += 16) {
+      // The product's first 8 rows are not wanted.
+      uint32_t q[4] = {}, rows[4] = {}, columns[2];
+#pragma unroll
+      for (int w = 0; w < 2; ++w) {
+        const int row = first + 8 + across, column = first + across, channel = k + along + w * 8;
+        float x[2], decay[2];
+        decays(row, before, channel, decay);
+        pair(At::kQ, row, channel, x);
+        q[2 * w + 1] = hopper::pack_pair<In>(x[0] * decay[0], x[1] * decay[1]);
+        pair(At::kK, row, channel, x);
+        rows[2 * w + 1] = hopper::pack_pair<In>(x[0] * decay[0], x[1] * decay[1]);
+        decays(before, column, channel, decay);
+        pair(At::kK, column, channel, x);
+        columns[w] = hopper::pack_pair<In>(x[0] * decay[0], x[1] * decay[1]);
+      }
+      hopper::mma_m16n8k16(qk, q, columns, In{});
+      if constexpr (kDelta) hopper::mma_m16n8k16(kk, rows, columns, In{});
+    }
+#pragma unroll
+    for (int i = 0; i < 2; ++i) put(first + 8 + across, first + along + i, qk[2 + i], kk[2 + i]);
+  }
+
+  // By one warp: the two squares of 8 on the diagonal. A lane has one row and every second column.
   TILEWRIGHT_DEVICE void multiply_diagonal(int first) const {
-    constexpr int kColumns = kSquare / 2;
-    const int lane = static_cast<int>(threadIdx.x) % 32, row = first + lane % kSquare, odd = lane / kSquare;
+    constexpr int kColumns = 4;
+    const int lane = static_cast<int>(threadIdx.x) % 32, row = first + lane % kSquare;
+    const int column = first + lane % kSquare / 8 * 8 + lane / kSquare;
     float qk[kColumns] = {}, kk[kColumns] = {};
 #pragma unroll 2
     for (int channel = 0; channel < kKeys; channel += 2) {
@@ -158,10 +187,9 @@ struct ChannelBlock {
       pair(At::kK, row, channel, k);
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
-        const int column = first + 2 * c + odd;
         float x[2], decay[2];
-        pair(At::kK, column, channel, x);
-        decays(row, column, channel, decay);
+        pair(At::kK, column + 2 * c, channel, x);
+        decays(row, column + 2 * c, channel, decay);
 #pragma unroll
         for (int i = 0; i < 2; ++i) {
           qk[c] = fmaf(q[i], x[i] * decay[i], qk[c]);
@@ -171,8 +199,7 @@ struct ChannelBlock {
     }
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      const int column = first + 2 * c + odd;
-      if (column <= row) put(row, column, qk[c], kk[c]);
+      if (column + 2 * c <= row) put(row, column + 2 * c, qk[c], kk[c]);
     }
   }
 
@@ -233,6 +260,7 @@ __global__ void __launch_bounds__(kPrepareThreads, 2)
 
   const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
   block.multiply_left(warp * kSquare);
+  block.multiply_corner(warp * kSquare);
   block.multiply_diagonal(warp * kSquare);
   hopper::fence_async_shared();
   __syncthreads();

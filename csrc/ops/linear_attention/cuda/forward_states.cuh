@@ -1,199 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
-// The chunk form's second kernel: one block for each sequence, value head and 64 or 128 columns of the state, through all
+// States through the chunks: one block for each sequence, value head and 64 or 128 columns of the state, through all
 // chunks in order. Everything is transposed, so that a warpgroup keeps the whole recurrence in its registers: the state
 // S^T [64 columns of V, K] is an accumulator, its rounded copy the register operand of the next products, and what they
-// give is the register operand of the ones after. Only tiles of inputs come through shared memory.
+// give is the register operand of the ones after. Only right operands come through shared memory.
 //
 //   X^T = S^T (reads)^T                    what the state holds under the keys      delta rule
 //   W^T = (V - into X)^T (inverse)^T       what each token corrects                 additive rule: W = V
 //   O^T = query (S^T (queries)^T) + W^T (scores)^T
 //   S^T = whole S^T + (write W)^T (writes)
 //
-// One warpgroup more brings the tiles, into a ring of stages: one of its threads tells the copy engine. A sequence's last
-// chunk, when it is not full, comes by ordinary loads: rows of the next sequence must not be seen, as 0 times NaN is NaN.
+//   scores_ij = scale q_i . k_j exp(G_i - G_j) beta_j      into_i = exp(G_i), query = scale into, whole = into of the last
+//   write_i = beta_i exp(G_n - G_i)                        G: running sums of g in the chunk
+//
+// One warpgroup more helps: it has the copy engine bring tiles into a ring of stages, makes scores and factors one chunk
+// ahead, and is told by barriers when a stage may be overwritten. A sequence's last chunk, when it is not full, comes by
+// ordinary loads: rows of the next sequence must not be seen, as 0 times NaN is NaN. With a decay a channel scores, keys
+// and queries come prepared, into and query are 1, and whole is one factor a channel.
 #pragma once
 
-#include "hopper/hopper.h"
-#include "ops/linear_attention/cuda/plan.h"
+#include "ops/linear_attention/cuda/forward_helper.cuh"
 
 namespace tilewright::linear_attention::cuda {
-
-inline constexpr int kMaxStages = 3;
-inline constexpr int kProducerBarrier = 1;
-// Of 168 registers a thread that three warpgroups start with.
-inline constexpr int kConsumerRegisters = 224, kProducerRegisters = 56;
-
-template <class In>
-struct StatesParams {
-  Problem<In, float> problem;
-  Prepared from;
-  hopper::TensorMap q, k, v;  // [K or V, heads, tokens, batch]; q and k are not read with a decay a channel
-  int groups;  // warpgroups of a block
-  int tiles;  // blocks that share the columns of V
-  int stages;
-};
-
 namespace states {
-
-using hopper::Swizzle;
-using hopper::Wgmma;
-
-template <class In, int kKeys, bool kDelta, bool kChannel>
-struct Layout {
-  using KeyTile = hopper::Tile<In, kChunk, kKeys, Swizzle::k128>;
-  using Square = hopper::Tile<In, kChunk, kChunk, Swizzle::k128>;  // inverse, scores, values of a warpgroup
-  static constexpr int kReads = 0;
-  static constexpr int kQueries = kReads + (kDelta || !kChannel ? KeyTile::kBytes : 0);
-  static constexpr int kWrites = kChannel ? kQueries + KeyTile::kBytes : kReads;
-  static constexpr int kScores = kQueries + (kChannel ? 2 : 1) * KeyTile::kBytes;
-  static constexpr int kInverse = kScores + Square::kBytes;
-  static constexpr int kFactors = kInverse + (kDelta ? Square::kBytes : 0);
-  static constexpr int kFactorBytes = (3 * kChunk + (kChannel ? kKeys : 0)) * 4;
-  static constexpr int kValues = kFactors + (kChannel ? 2048 : 1024);
-  static_assert(kFactorBytes <= kValues - kFactors);
-
-  static constexpr int stage_bytes(int groups) { return kValues + groups * Square::kBytes; }
-  // Barriers lie behind the stages.
-  static constexpr int bytes(int groups, int stages) { return stages * stage_bytes(groups) + 2 * kMaxStages * 8; }
-};
-
-struct Ring {
-  int stage = 0, stages;
-  uint32_t phase = 0;
-
-  TILEWRIGHT_DEVICE explicit Ring(int count) : stages(count) {}
-  TILEWRIGHT_DEVICE void advance() {
-    if (++stage == stages) {
-      stage = 0;
-      phase ^= 1;
-    }
-  }
-};
-
-// A block's work.
-struct Task {
-  Sequence sequence;
-  int64_t n, head, key_head;
-  int column;  // of V, its first
-};
-
-template <class In>
-TILEWRIGHT_DEVICE Task task_of(const StatesParams<In>& params) {
-  const Problem<In, float>& p = params.problem;
-  const int64_t pair = static_cast<int64_t>(blockIdx.x) / params.tiles;
-  const int tile = static_cast<int>(static_cast<int64_t>(blockIdx.x) % params.tiles);
-  Task task{};
-  task.n = pair / p.value_heads;
-  task.head = pair % p.value_heads;
-  task.key_head = p.key_head(task.head);
-  task.sequence = sequence_of(p.sequences, task.n);
-  task.column = tile * params.groups * kGroupColumns;
-  return task;
-}
-
-// ---- the warpgroup that brings tiles
-
-// Rows of one head that end before the chunk does, by a warpgroup; zero behind the end and behind `size`.
-template <class Tile, class In>
-TILEWRIGHT_DEVICE void copy_rows(const Rows<const In>& rows, int64_t batch, int64_t first, int64_t head, int count,
-                                 int64_t column, int64_t size, char* tile) {
-  constexpr int kPieces = Tile::kCols / 8;
-  for (int i = static_cast<int>(threadIdx.x) % 128; i < kChunk * kPieces; i += 128) {
-    const int row = i / kPieces, within = i % kPieces * 8;
-    hopper::U128 piece{0, 0, 0, 0};
-    if (row < count && column + within < size) {
-      piece = hopper::load_16(rows.row(batch, first + row, head) + column + within);
-    }
-    hopper::store_16(Tile::at(tile, row, within), piece);
-  }
-}
-
-template <class In, int kKeys, bool kDelta, bool kChannel>
-struct Producer {
-  using At = Layout<In, kKeys, kDelta, kChannel>;
-  using KeyTile = typename At::KeyTile;
-  using Square = typename At::Square;
-  const StatesParams<In>& params;
-  const Task& task;
-
-  // What the first kernel left for this chunk; returns its bytes.
-  TILEWRIGHT_DEVICE uint32_t prepared_bytes() const {
-    return Square::kBytes * (kDelta ? 2 : 1) + At::kFactorBytes + (kChannel ? (kDelta ? 3 : 2) * KeyTile::kBytes : 0);
-  }
-
-  TILEWRIGHT_DEVICE void load_prepared(int64_t index, char* stage, hopper::Barrier& full) const {
-    const Prepared& from = params.from;
-    hopper::load_bulk(stage + At::kScores, from.square(from.scores, index), Square::kBytes, full);
-    hopper::load_bulk(stage + At::kFactors, from.row(index), At::kFactorBytes, full);
-    if constexpr (kDelta) {
-      hopper::load_bulk(stage + At::kInverse, from.square(from.inverse, index), Square::kBytes, full);
-    }
-    if constexpr (kChannel) {
-      if constexpr (kDelta) {
-        hopper::load_bulk(stage + At::kReads, from.keys(from.reads, index), KeyTile::kBytes, full);
-      }
-      hopper::load_bulk(stage + At::kQueries, from.keys(from.queries, index), KeyTile::kBytes, full);
-      hopper::load_bulk(stage + At::kWrites, from.keys(from.writes, index), KeyTile::kBytes, full);
-    }
-  }
-
-  TILEWRIGHT_DEVICE void load_full(int64_t index, int64_t token, char* stage, hopper::Barrier& full) const {
-    const int at = static_cast<int>(token), batch = static_cast<int>(task.sequence.batch);
-    const uint32_t keys = kChannel ? 0 : 2 * KeyTile::kBytes;
-    hopper::arrive_expect(full, prepared_bytes() + keys + static_cast<uint32_t>(params.groups * Square::kBytes));
-    if constexpr (!kChannel) {
-#pragma unroll
-      for (int panel = 0; panel < KeyTile::kPanels; ++panel) {
-        const int within = panel * KeyTile::kBytesPerPanel, column = panel * KeyTile::kPanelCols;
-        const int head = static_cast<int>(task.key_head);
-        hopper::load_tile(stage + At::kReads + within, params.k, full, column, head, at, batch);
-        hopper::load_tile(stage + At::kQueries + within, params.q, full, column, head, at, batch);
-      }
-    }
-    for (int group = 0; group < params.groups; ++group) {
-      hopper::load_tile(stage + At::kValues + group * Square::kBytes, params.v, full,
-                        task.column + group * kGroupColumns, static_cast<int>(task.head), at, batch);
-    }
-    load_prepared(index, stage, full);
-  }
-
-  TILEWRIGHT_DEVICE void load_part(int64_t index, int64_t token, int rows, char* stage, hopper::Barrier& full) const {
-    const Problem<In, float>& p = params.problem;
-    const int64_t batch = task.sequence.batch;
-    if constexpr (!kChannel) {
-      copy_rows<KeyTile>(p.k, batch, token, task.key_head, rows, 0, p.key_size, stage + At::kReads);
-      copy_rows<KeyTile>(p.q, batch, token, task.key_head, rows, 0, p.key_size, stage + At::kQueries);
-    }
-    for (int group = 0; group < params.groups; ++group) {
-      copy_rows<Square>(p.v, batch, token, task.head, rows, task.column + group * kGroupColumns, p.value_size,
-                        stage + At::kValues + group * Square::kBytes);
-    }
-    hopper::fence_async_shared();
-    hopper::named_sync(kProducerBarrier, 128);
-    if (threadIdx.x % 128 == 0) {
-      hopper::arrive_expect(full, prepared_bytes());
-      load_prepared(index, stage, full);
-    }
-  }
-
-  TILEWRIGHT_DEVICE void run(char* stages, hopper::Barrier* full, hopper::Barrier* empty) const {
-    const int64_t chunks = chunks_of(task.sequence.tokens);
-    Ring ring(params.stages);
-    for (int64_t c = 0; c < chunks; ++c, ring.advance()) {
-      hopper::wait(empty[ring.stage], ring.phase ^ 1);
-      const int64_t index = (task.sequence.place + c) * params.problem.value_heads + task.head;
-      const int64_t left = task.sequence.tokens - c * kChunk, token = task.sequence.first + c * kChunk;
-      char* stage = stages + ring.stage * At::stage_bytes(params.groups);
-      if (left < kChunk) {
-        load_part(index, token, static_cast<int>(left), stage, full[ring.stage]);
-      } else if (threadIdx.x % 128 == 0) {
-        load_full(index, token, stage, full[ring.stage]);
-      }
-    }
-  }
-};
-
-// ---- the warpgroups that compute
 
 // An accumulator [64, 16 kSteps] as the register operand of the next product: both lie alike.
 template <class In, int kSteps>
@@ -230,10 +58,16 @@ struct Consumer {
 
   const StatesParams<In>& params;
   const Task& task;
+  char* stages;
+  Barriers& barriers;
   const int group;
   float state[kKeys / 2];
 
-  TILEWRIGHT_DEVICE Consumer(const StatesParams<In>& p, const Task& t, int g) : params(p), task(t), group(g) {}
+  TILEWRIGHT_DEVICE Consumer(const StatesParams<In>& p, const Task& t, char* s, Barriers& b, int g)
+      : params(p), task(t), stages(s), barriers(b), group(g) {}
+
+  TILEWRIGHT_DEVICE char* stage_at(int stage) const { return stages + stage * At::stage_bytes(params.groups); }
+  TILEWRIGHT_DEVICE char* values_of(char* stage) const { return stage + At::kValues + group * Square::kBytes; }
 
   TILEWRIGHT_DEVICE int first_column() const { return task.column + group * kGroupColumns; }
 
@@ -260,7 +94,7 @@ struct Consumer {
 #pragma unroll
     for (int i = 0; i < kKeys / 2; ++i) state[i] = 0.0f;
     if (p.initial == nullptr) return;
-    const float* from = p.initial + (task.n * p.value_heads + task.head) * p.state_size();
+    const float* from = p.initial + (static_cast<int64_t>(task.n) * p.value_heads + task.head) * p.state_size();
     for_each_entry([&](float& entry, uint32_t offset) { entry = from[offset]; });
   }
 
@@ -270,19 +104,22 @@ struct Consumer {
 
   // ---- rows of results: through the values' tile, 32 bytes of a row a warp
 
-  TILEWRIGHT_DEVICE void store_rows(const Rows<In>& rows, const uint32_t (&words)[kTokenSteps][4], int64_t token,
-                                    int count, char* values) const {
+  TILEWRIGHT_DEVICE void store_rows(const Rows<In>& rows, const uint32_t (&words)[kTokenSteps][4], int token, int count,
+                                    char* values) const {
     const Problem<In, float>& p = params.problem;
-    const int lane = static_cast<int>(threadIdx.x) % 32, warp = static_cast<int>(threadIdx.x) % 128 / 32;
 #pragma unroll
     for (int s = 0; s < kTokenSteps; ++s) hopper::stmatrix_x4_transposed(operand_row<Square>(values, s), words[s]);
     __syncwarp();
-    const int within = 16 * warp + lane % 2 * 8;
+    // Hidden from the compiler: addresses are made anew rather than kept from chunk to chunk.
+    uint32_t hidden[1] = {threadIdx.x % 128};
+    hopper::keep(hidden);
+    const int lane = static_cast<int>(hidden[0]) % 32, within = static_cast<int>(hidden[0]) / 32 * 16 + lane % 2 * 8;
+    const int column = first_column() + within;
 #pragma unroll
     for (int i = 0; i < kTokenSteps; ++i) {
       const int row = 16 * i + lane / 2;
-      if (row >= count || first_column() + within >= p.value_size) continue;
-      hopper::store_16(rows.row(task.sequence.batch, token + row, task.head) + first_column() + within,
+      if (row >= count || column >= p.value_size) continue;
+      hopper::store_16(rows.row(task.batch, token + row, task.head) + column,
                        hopper::load_16(Square::at(values, row, within)));
     }
     __syncwarp();
@@ -323,21 +160,22 @@ struct Consumer {
     }
   }
 
-  TILEWRIGHT_DEVICE void decay_state(const float* factors) {
+  TILEWRIGHT_DEVICE void decay_state(const char* factors) {
     if constexpr (kChannel) {
+      const float* whole = reinterpret_cast<const float*>(factors) + kChunk;
 #pragma unroll
       for (int s = 0; s < kKeySteps; ++s) {
 #pragma unroll
         for (int w = 0; w < 4; ++w) {
-          float whole[2];
-          pair_of(factors + 3 * kChunk, s, w, whole);
-          state[8 * s + 2 * w] *= whole[0];
-          state[8 * s + 2 * w + 1] *= whole[1];
+          float factor[2];
+          pair_of(whole, s, w, factor);
+          state[8 * s + 2 * w] *= factor[0];
+          state[8 * s + 2 * w + 1] *= factor[1];
         }
       }
     } else {
       // G stays what it was behind the last token, so the last entry is the whole chunk's decay.
-      const float whole = factors[kChunk - 1];
+      const float whole = reinterpret_cast<const Factors*>(factors)->into[kChunk - 1];
 #pragma unroll
       for (int i = 0; i < kKeys / 2; ++i) state[i] *= whole;
     }
@@ -351,65 +189,100 @@ struct Consumer {
     hopper::wgmma_commit();
   }
 
-  // Everything of the chunk that begins at a token; the stage holds its tiles.
-  TILEWRIGHT_DEVICE void run_chunk(char* stage, int64_t token, int count) {
-    const Problem<In, float>& p = params.problem;
-    const auto* factors = reinterpret_cast<const float*>(stage + At::kFactors);
-    char* values = stage + At::kValues + group * Square::kBytes;
-    uint32_t s[kKeySteps][4], w[kTokenSteps][4], u[kTokenSteps][4];
-    float x[32], o[32];
-    to_operand<In, kKeySteps>(state, s);
-    hopper::wgmma_fence();
-    if constexpr (kDelta) multiply_state(s, stage + At::kReads, x);
-    multiply_state(s, stage + At::kQueries, o);
+  TILEWRIGHT_DEVICE void load_values(char* values, uint32_t (&v)[kTokenSteps][4]) const {
 #pragma unroll
-    for (int step = 0; step < kTokenSteps; ++step) {
-      hopper::ldmatrix_x4_transposed(w[step], operand_row<Square>(values, step));
+    for (int s = 0; s < kTokenSteps; ++s) hopper::ldmatrix_x4_transposed(v[s], operand_row<Square>(values, s));
+  }
+
+  TILEWRIGHT_DEVICE void scale_columns(float (&x)[32], const float* factors) const {
+#pragma unroll
+    for (int s = 0; s < kTokenSteps; ++s) {
+#pragma unroll
+      for (int w = 0; w < 4; ++w) {
+        float factor[2];
+        pair_of(factors, s, w, factor);
+        x[8 * s + 2 * w] *= factor[0];
+        x[8 * s + 2 * w + 1] *= factor[1];
+      }
     }
+  }
+
+  // Once the products with the state before the chunk are done: what they and the state are multiplied by.
+  TILEWRIGHT_DEVICE void decay(float (&o)[32], const char* factors) {
+    hopper::keep(o);
+    if constexpr (!kChannel) scale_columns(o, reinterpret_cast<const Factors*>(factors)->query);
+    decay_state(factors);
+  }
+
+  // W, rounded into w and in x: from V in w and, for the delta rule, the product X under way in x. On the way o, the
+  // product with the queries, is finished and decayed.
+  TILEWRIGHT_DEVICE void correct(const char* stage, uint32_t (&w)[kTokenSteps][4], float (&x)[32], float (&o)[32]) {
+    const char* factors = stage + At::kFactors;
     if constexpr (kDelta) {
       hopper::wgmma_wait<1>();
       hopper::keep(x);
-      subtract_reads(x, factors, w);
+      subtract_reads(x, kChannel ? nullptr : reinterpret_cast<const Factors*>(factors)->into, w);
       hopper::wgmma_fence();
       multiply_tokens(w, stage + At::kInverse, x, false);
+      hopper::wgmma_wait<1>();
+      decay(o, factors);
       hopper::wgmma_wait<0>();
       hopper::keep(x);
       to_operand<In, kTokenSteps>(x, w);
     } else {
+#pragma unroll
+      for (int s = 0; s < kTokenSteps; ++s) {
+#pragma unroll
+        for (int i = 0; i < 4; ++i) hopper::unpack_pair<In>(w[s][i], x[8 * s + 2 * i], x[8 * s + 2 * i + 1]);
+      }
       hopper::wgmma_wait<0>();
-#pragma unroll
-      for (int step = 0; step < kTokenSteps; ++step) {
-#pragma unroll
-        for (int i = 0; i < 4; ++i) {
-          hopper::unpack_pair<In>(w[step][i], x[8 * step + 2 * i], x[8 * step + 2 * i + 1]);
-        }
-      }
+      decay(o, factors);
     }
-    hopper::keep(o);
-#pragma unroll
-    for (int step = 0; step < kTokenSteps; ++step) {
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int at = 8 * step + 2 * i;
-        float write[2], query[2];
-        pair_of(factors + 2 * kChunk, step, i, write);
-        u[step][i] = hopper::pack_pair<In>(write[0] * x[at], write[1] * x[at + 1]);
-        if constexpr (!kChannel) {
-          pair_of(factors + kChunk, step, i, query);
-          o[at] *= query[0];
-          o[at + 1] *= query[1];
-        }
-      }
+  }
+
+  // The results of a chunk whose products are done, and its stage back to the helper.
+  TILEWRIGHT_DEVICE void finish(int chunk, int stage, const uint32_t (&results)[kTokenSteps][4]) const {
+    store_rows(params.problem.out, results, task.token(chunk), task.rows(chunk), values_of(stage_at(stage)));
+    // The values' tile was written to, and the copy engine is the next to write it.
+    hopper::fence_async_shared();
+    __syncwarp();
+    if (threadIdx.x % 32 == 0) hopper::arrive(barriers.empty[stage]);
+  }
+
+  TILEWRIGHT_DEVICE void run_chunks() {
+    const int chunks = task.chunks();
+    uint32_t s[kKeySteps][4], results[kTokenSteps][4];
+    to_operand<In, kKeySteps>(state, s);
+    Ring ring(params.stages);
+    int before = 0;
+    for (int c = 0; c < chunks; ++c) {
+      char* stage = stage_at(ring.stage);
+      float x[32], o[32];
+      hopper::wait(barriers.full[ring.stage], ring.phase);
+      hopper::wgmma_fence();
+      if constexpr (kDelta) multiply_state(s, stage + At::kReads, x);
+      multiply_state(s, stage + At::kQueries, o);
+      // While these products run, the chunk before is stored.
+      if (c > 0) finish(c - 1, before, results);
+      if constexpr (!kChannel) hopper::wait(barriers.ready[ring.stage], ring.phase);
+      uint32_t w[kTokenSteps][4], u[kTokenSteps][4];
+      load_values(values_of(stage), w);
+      correct(stage, w, x, o);
+      scale_columns(x, reinterpret_cast<const float*>(stage + At::kFactors));
+      to_operand<In, kTokenSteps>(x, u);
+      hopper::wgmma_fence();
+      update_state(u, stage + At::kWrites);
+      multiply_tokens(w, stage + At::kScores, o, true);
+      hopper::wgmma_wait<1>();
+      hopper::keep(state);
+      to_operand<In, kKeySteps>(state, s);
+      hopper::wgmma_wait<0>();
+      hopper::keep(o);
+      to_operand<In, kTokenSteps>(o, results);
+      before = ring.stage;
+      ring.advance();
     }
-    decay_state(factors);
-    hopper::wgmma_fence();
-    update_state(u, stage + At::kWrites);
-    multiply_tokens(w, stage + At::kScores, o, true);
-    hopper::wgmma_wait<0>();
-    hopper::keep(state);
-    hopper::keep(o);
-    to_operand<In, kTokenSteps>(o, w);
-    store_rows(p.out, w, token, count, values);
+    if (chunks > 0) finish(chunks - 1, before, results);
   }
 
   // Rows behind the last packed sequence.
@@ -418,28 +291,17 @@ struct Consumer {
     if (p.sequences.offsets == nullptr || task.n != p.sequences.count - 1) return;
     const int thread = static_cast<int>(threadIdx.x) % 128, column = first_column() + thread % 8 * 8;
     if (column >= p.value_size) return;
-    const int64_t end = task.sequence.first + task.sequence.tokens;
+    const int64_t end = task.first + task.tokens;
     for (int64_t t = end + thread / 8; t < p.sequences.tokens; t += 16) {
       hopper::store_16(p.out.row(0, t, task.head) + column, hopper::U128{0, 0, 0, 0});
     }
   }
 
-  TILEWRIGHT_DEVICE void run(char* stages, hopper::Barrier* full, hopper::Barrier* empty) {
+  TILEWRIGHT_DEVICE void run() {
     const Problem<In, float>& p = params.problem;
-    const int64_t chunks = chunks_of(task.sequence.tokens);
     load_state();
-    Ring ring(params.stages);
-    for (int64_t c = 0; c < chunks; ++c, ring.advance()) {
-      const int64_t left = task.sequence.tokens - c * kChunk, token = task.sequence.first + c * kChunk;
-      hopper::wait(full[ring.stage], ring.phase);
-      run_chunk(stages + ring.stage * At::stage_bytes(params.groups), token,
-                static_cast<int>(left < kChunk ? left : kChunk));
-      // The values' tile was written to, and the copy engine is the next to write it.
-      hopper::fence_async_shared();
-      __syncwarp();
-      if (threadIdx.x % 32 == 0) hopper::arrive(empty[ring.stage]);
-    }
-    store_state(p.state + (task.n * p.value_heads + task.head) * p.state_size());
+    run_chunks();
+    store_state(p.state + (static_cast<int64_t>(task.n) * p.value_heads + task.head) * p.state_size());
     clear_rest();
   }
 };
@@ -453,23 +315,23 @@ __global__ void __launch_bounds__(128 * (kMaxGroups + 1), 1)
   using At = Layout<In, kKeys, kDelta, kChannel>;
   const Task task = task_of(params);
   char* shared = hopper::shared_memory();
-  auto* full = reinterpret_cast<hopper::Barrier*>(shared + params.stages * At::stage_bytes(params.groups));
-  hopper::Barrier* empty = full + kMaxStages;
+  auto& barriers = *reinterpret_cast<Barriers*>(shared + params.stages * At::stage_bytes(params.groups));
   if (threadIdx.x == 0) {
     for (int s = 0; s < params.stages; ++s) {
-      hopper::init(full[s], 1);
-      hopper::init(empty[s], 4 * params.groups);
+      hopper::init(barriers.full[s], 1);
+      hopper::init(barriers.ready[s], 128);
+      hopper::init(barriers.empty[s], 4 * params.groups);
     }
     hopper::fence_barrier_init();
   }
   __syncthreads();
   const int group = static_cast<int>(threadIdx.x) / 128;
   if (group == params.groups) {
-    hopper::lower_registers<kProducerRegisters>();
-    Producer<In, kKeys, kDelta, kChannel>{params, task}.run(shared, full, empty);
+    hopper::lower_registers<helper_registers(kChannel)>();
+    Helper<In, kKeys, kDelta, kChannel>{params, task, shared, barriers}.run();
   } else {
-    hopper::raise_registers<kConsumerRegisters>();
-    Consumer<In, kKeys, kDelta, kChannel>(params, task, group).run(shared, full, empty);
+    hopper::raise_registers<consumer_registers(kChannel)>();
+    Consumer<In, kKeys, kDelta, kChannel>(params, task, shared, barriers, group).run();
   }
 }
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gates of a chunk: running sums of log decays, and the factors that tokens read and write the state with.
+// Gates of a chunk: running sums of log decays.
 #pragma once
 
 #include "hopper/hopper.h"
@@ -24,19 +24,29 @@ struct ChunkGates {
   float beta[kChunk];  // 1 for the additive rule; 0 behind the sequence's end
 };
 
-// By one warp: lane l takes the tokens 2l and 2l + 1. factors: three rows of kChunk, see prepared.h.
+// Of one warp, lane l has the tokens 2l and 2l + 1 of a chunk. Behind the sequence's end g and beta are 0.
+struct TokenGates {
+  float g[2], beta[2];
+};
+
 template <bool kDelta, class In>
-TILEWRIGHT_DEVICE void load_gates(const Problem<In, float>& p, const Chunk& chunk, int64_t head, ChunkGates& gates,
-                                  float* factors) {
-  const int lane = static_cast<int>(threadIdx.x) % 32, token = 2 * lane;
-  float g[2] = {0.0f, 0.0f}, beta[2] = {0.0f, 0.0f};
+TILEWRIGHT_DEVICE TokenGates fetch_gates(const Problem<In, float>& p, int64_t batch, int64_t first, int rows,
+                                         int64_t head) {
+  TokenGates gates{};
+  const int token = 2 * (static_cast<int>(threadIdx.x) % 32);
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    if (token + i >= chunk.rows) continue;
-    const int64_t t = chunk.first + token + i;
-    if (p.decay != Decay::kNone) g[i] = bounded_log2(p.g.row(chunk.batch, t, head)[0]);
-    beta[i] = kDelta ? p.beta.row(chunk.batch, t, head)[0] : 1.0f;
+    if (token + i >= rows) continue;
+    if (p.decay != Decay::kNone) gates.g[i] = p.g.row(batch, first + token + i, head)[0];
+    gates.beta[i] = kDelta ? p.beta.row(batch, first + token + i, head)[0] : 1.0f;
   }
+  return gates;
+}
+
+// Running sums of log2 decays for a lane's tokens, and that of the whole chunk.
+TILEWRIGHT_DEVICE float sum_gates(const TokenGates& gates, float (&sums)[2]) {
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  const float g[2] = {bounded_log2(gates.g[0]), bounded_log2(gates.g[1])};
   float sum = g[0] + g[1];
 #pragma unroll
   for (int distance = 1; distance < 32; distance *= 2) {
@@ -44,19 +54,9 @@ TILEWRIGHT_DEVICE void load_gates(const Problem<In, float>& p, const Chunk& chun
     if (lane >= distance) sum += before;
   }
   const float before = __shfl_up_sync(0xffffffffu, sum, 1);
-  float sums[2];
   sums[0] = (lane == 0 ? 0.0f : before) + g[0];
   sums[1] = sums[0] + g[1];
-  const float all = __shfl_sync(0xffffffffu, sums[1], 31);
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    gates.sum[token + i] = sums[i];
-    gates.beta[token + i] = beta[i];
-    const float into = exp2f(sums[i]);
-    factors[token + i] = into;
-    factors[kChunk + token + i] = p.scale * into;
-    factors[2 * kChunk + token + i] = beta[i] * exp2f(all - sums[i]);
-  }
+  return __shfl_sync(0xffffffffu, sums[1], 31);
 }
 
 }  // namespace tilewright::linear_attention::cuda

@@ -2,6 +2,8 @@
 // Which form runs, how much memory it works in, and how the chunk form's second kernel shares its work. Pure.
 #pragma once
 
+#include <algorithm>
+
 #include "ops/linear_attention/cuda/prepared.h"
 
 namespace tilewright::linear_attention::cuda {
@@ -33,16 +35,41 @@ bool copyable(const Rows<const In>& rows, int64_t batch, int64_t tokens, int64_t
 template <class In, class T>
 bool takes_chunks(const Problem<In, T>& p) {
   const int64_t batch = batch_of(p), tokens = p.sequences.tokens;
-  return tile_keys(p.key_size) > 0 && p.key_size % 8 == 0 && p.value_size % 8 == 0 && tokens > 1 &&
+  // Tokens and places are counted in 32 bits.
+  return tile_keys(p.key_size) > 0 && tiles_of(p) < (int64_t{1} << 31) - kChunk &&
+         tokens < (int64_t{1} << 31) - kChunk && p.key_size % 8 == 0 && p.value_size % 8 == 0 && tokens > 1 &&
          p.slots == nullptr && copyable(p.q, batch, tokens, p.heads) && copyable(p.k, batch, tokens, p.heads) &&
          copyable(p.v, batch, tokens, p.value_heads);
+}
+
+// The chunk form works in no more memory than this, unless 16 chunks or packed sequences need more: long sequences go
+// through it in stretches.
+inline constexpr int64_t kMostChunkBytes = int64_t{1} << 30;
+
+template <class In, class T>
+int64_t stretch_tokens(const Problem<In, T>& p) {
+  if (p.sequences.offsets != nullptr) return p.sequences.tokens;
+  Prepared unused;
+  const int64_t chunk = place_buffers(p.rule, p.decay, p.key_size, p.sequences.count * p.value_heads, nullptr, unused);
+  if (chunk == 0) return p.sequences.tokens;
+  const int64_t tokens = kChunk * std::max<int64_t>(kMostChunkBytes / chunk, 16);
+  return std::min(tokens, p.sequences.tokens);
 }
 
 // Bytes of device memory that the chunk form works in; it begins at a multiple of 16.
 template <class In, class T>
 int64_t chunk_form_bytes(const Problem<In, T>& p) {
   Prepared unused;
-  return place_buffers(p.rule, p.decay, p.key_size, tiles_of(p), nullptr, unused);
+  Problem<In, T> stretch = p;
+  stretch.sequences.tokens = stretch_tokens(p);
+  return place_buffers(p.rule, p.decay, p.key_size, tiles_of(stretch), nullptr, unused);
+}
+
+// Value heads that one block of the first kernel takes: the group of a key head, less where blocks are few.
+inline int plan_members(int64_t blocks, int64_t group, int multiprocessors) {
+  int64_t members = group;
+  while (members > 1 && blocks * ceil_div(group, members) < 4 * multiprocessors) members = ceil_div(members, 2);
+  return static_cast<int>(members);
 }
 
 struct StatesPlan {

@@ -8,7 +8,8 @@
 namespace tilewright::linear_attention::cuda {
 namespace {
 
-constexpr int kMaxWarps = 8;
+// Small blocks, several a multiprocessor: while one stores its state, others load theirs.
+constexpr int kMaxWarps = 4;
 
 bool aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 

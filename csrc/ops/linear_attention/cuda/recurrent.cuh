@@ -308,11 +308,17 @@ __global__ void __launch_bounds__(256, sizeof(T) == 4 && !kMany ? 2 : 1)
       advance(params, at, sequence.batch, sequence.first, now, tile);
     }
   } else {
+    // In double, two tokens at a time are more than the registers hold.
+    constexpr bool kAhead = sizeof(T) == 4;
     Token<In, T> next;
-    if (sequence.tokens > 0) next.load(params, at, sequence.batch, sequence.first);
+    if (kAhead && sequence.tokens > 0) next.load(params, at, sequence.batch, sequence.first);
     for (int64_t t = sequence.first; t < last; ++t) {
-      now = next;
-      if (t + 1 < last) next.load(params, at, sequence.batch, t + 1);
+      if constexpr (kAhead) {
+        now = next;
+        if (t + 1 < last) next.load(params, at, sequence.batch, t + 1);
+      } else {
+        now.load(params, at, sequence.batch, t);
+      }
       advance(params, at, sequence.batch, t, now, tile);
     }
   }

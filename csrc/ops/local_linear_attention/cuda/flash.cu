@@ -1,25 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "ops/local_linear_attention/cuda/flash_forward.cuh"
+#include "ops/local_linear_attention/cuda/flash_maps.cuh"
 
 namespace tilewright::local_linear_attention::cuda {
 namespace {
-
-// [rows, heads, size] as boxes of one head: 64 columns, so many rows.
-template <class T>
-hopper::TensorMap map_of(const void* base, int64_t rows, int64_t heads, int64_t size, int box_rows) {
-  const auto bytes = static_cast<uint64_t>(size) * sizeof(T);
-  const uint64_t sizes[3] = {static_cast<uint64_t>(size), static_cast<uint64_t>(heads), static_cast<uint64_t>(rows)};
-  const uint64_t strides[2] = {bytes, bytes * static_cast<uint64_t>(heads)};
-  const uint32_t box[3] = {128 / sizeof(T), 1, static_cast<uint32_t>(box_rows)};
-  return hopper::make_tensor_map<T>(base, 3, sizes, strides, box, hopper::Swizzle::k128);
-}
-
-// Blocks of queries: of packed sequences at most one more each than their length in whole blocks.
-int64_t query_blocks(const Sequences& s) {
-  const int64_t per = s.offsets == nullptr ? s.queries : s.rows;
-  const int64_t blocks = (per + kBlockRows - 1) / kBlockRows;
-  return s.offsets == nullptr ? blocks * s.count : blocks + s.count;
-}
 
 template <class T, int D>
 void launch_forward(const FlashForward& f, const Sequences& sequences, hopper::Stream stream) {
@@ -38,7 +22,7 @@ void launch_forward(const FlashForward& f, const Sequences& sequences, hopper::S
                                f.rows,
                                f.iterations};
   hopper::launch(flash_forward<T, D>,
-                 hopper::Grid{.blocks = {query_blocks(sequences), static_cast<int>(shape.heads)},
+                 hopper::Grid{.blocks = {blocks_of(sequences, sequences.queries), static_cast<int>(shape.heads)},
                               .threads = kFlashThreads,
                               .shared_bytes = S::kBytes,
                               .stream = stream},

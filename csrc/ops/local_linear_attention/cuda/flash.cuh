@@ -72,15 +72,17 @@ TILEWRIGHT_DEVICE QueryBlock query_block(const Options& o, const Segment& s, int
 }
 
 // Which block of which sequence: of equal sequences the last blocks first, as they have the most keys; packed ones are
-// found by the first warp, 32 sequences at a time. All threads of the block call it.
+// found by the first warp, 32 sequences at a time. Of blocks of keys the first ones come first. All threads of the block
+// call it.
+template <bool Keys>
 TILEWRIGHT_DEVICE void find_block(const Sequences& s, int64_t index, int64_t* place) {
   if (threadIdx.x < 32) {
     const int lane = static_cast<int>(threadIdx.x);
     if (s.offsets == nullptr) {
-      const int64_t blocks = (s.queries + kBlockRows - 1) / kBlockRows;
+      const int64_t blocks = ((Keys ? s.keys : s.queries) + kBlockRows - 1) / kBlockRows;
       if (lane == 0) {
         place[0] = index % s.count;
-        place[1] = blocks - 1 - index / s.count;
+        place[1] = Keys ? index / s.count : blocks - 1 - index / s.count;
       }
     } else {
       if (lane == 0) place[0] = -1;
@@ -97,7 +99,7 @@ TILEWRIGHT_DEVICE void find_block(const Sequences& s, int64_t index, int64_t* pl
         __syncwarp();
         if (begin <= index && index < begin + own) {
           place[0] = first + lane;
-          place[1] = own - 1 - (index - begin);
+          place[1] = Keys ? index - begin : own - 1 - (index - begin);
         }
         before += __shfl_sync(0xffffffffu, sum, 31);
       }
@@ -123,7 +125,7 @@ TILEWRIGHT_DEVICE bool open_block(const Options& options, const Sequences& seque
     hopper::init(barriers[2 * S::kStages], 1);
     hopper::fence_barrier_init();
   }
-  find_block(sequences, blockIdx.x, place);
+  find_block<false>(sequences, blockIdx.x, place);
   if (place[0] < 0) return false;
   auto* block = reinterpret_cast<QueryBlock*>(memory + S::kBlock);
   if (threadIdx.x == 0) *block = query_block<S::kKeys>(options, segment(sequences, place[0]), place[1]);
@@ -163,6 +165,20 @@ TILEWRIGHT_DEVICE void load_keys(Ring<T, D>& ring, const hopper::TensorMap& map,
                       static_cast<int>(row));
   }
   ring.at.advance();
+}
+
+// A tile of 64 rows for each group.
+template <class T, int D>
+TILEWRIGHT_DEVICE void load_rows(const hopper::TensorMap& map, char* to, hopper::Barrier& full, const QueryBlock& block,
+                                 int head) {
+  using S = FlashShape<T, D>;
+  for (int group = 0; group < kGroups; ++group) {
+    for (int panel = 0; panel < S::RowTile::kPanels; ++panel) {
+      hopper::load_tile(to + group * S::RowTile::kBytes + panel * S::RowTile::kBytesPerPanel, map, full,
+                        panel * S::kPanelCols, head,
+                        static_cast<int>(block.segment.first_query + block.first) + group * kGroupRows);
+    }
+  }
 }
 
 template <class T>

@@ -1,0 +1,400 @@
+// SPDX-License-Identifier: Apache-2.0
+// What a consumer warpgroup does with a stage: words of weights to register operands, products, sums.
+#pragma once
+
+#include "ops/int4_linear/cuda/matrix.cuh"
+
+namespace tilewright::int4_linear {
+
+// A thread's part of a chunk as it lies in memory: words of steps 0, 0, 1, 1, ... of the rows r and r + 8.
+struct Words {
+  uint32_t word[8];
+};
+
+TILEWRIGHT_DEVICE void load_words(Words& words, const char* chunk, int thread) {
+  const hopper::U128 low = hopper::load_16(chunk + thread * 16);
+  const hopper::U128 high = hopper::load_16(chunk + Int4Hopper::kThreads * 16 + thread * 16);
+  words = {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
+}
+
+// A number of each of the thread's two rows.
+struct Pair {
+  float low, high;
+};
+
+// Numbers of the rows r and r + 8 of warp w, side by side in row order.
+TILEWRIGHT_DEVICE Pair load_pair(const MatrixParams& p, const char* numbers, int thread) {
+  const int pair = thread / 32 * 8 + thread % 32 / 4;
+  Pair result;
+  if (p.scale_type == ScaleType::kFloat32) {
+    const auto* at = reinterpret_cast<const float*>(numbers) + pair * 2;
+    return {at[0], at[1]};
+  }
+  const uint32_t word = reinterpret_cast<const uint32_t*>(numbers)[pair];
+  if (p.scale_type == ScaleType::kBFloat16) {
+    hopper::unpack_bf16x2(word, result.low, result.high);
+  } else {
+    hopper::unpack_f16x2(word, result.low, result.high);
+  }
+  return result;
+}
+
+// What turns partial sums of a group into sums of weights times codes, both times 2^-9 as the partial sums are.
+struct Scale {
+  Pair scale;
+  Pair offset;  // times the sum of the codes: the minimum, or minus zero times scale
+};
+
+template <class C>
+TILEWRIGHT_DEVICE Scale load_scale(const MatrixParams& p, const char* chunk, int sub_index, int thread) {
+  const int row_of_numbers = Int4Hopper::kRows * p.scale_bytes;
+  const char* numbers = chunk + Int4Hopper::kCodeBytes + sub_index * row_of_numbers;
+  Scale result{load_pair(p, numbers, thread), {0.0f, 0.0f}};
+  if constexpr (C::kForm == Form::kUnsigned) {
+    constexpr float kUnit = 1.0f / (1 << Int4Hopper::kExponent);
+    Pair zero{static_cast<float>(format::Int4::kSymmetricZero), static_cast<float>(format::Int4::kSymmetricZero)};
+    if (p.offset_kind != OffsetKind::kSymmetric) {
+      zero = load_pair(p, numbers + Int4Hopper::kCols / p.sub * row_of_numbers, thread);
+    }
+    const bool minimum = p.offset_kind == OffsetKind::kMinimum;
+    result.offset.low = (minimum ? zero.low : -zero.low * result.scale.low) * kUnit;
+    result.offset.high = (minimum ? zero.high : -zero.high * result.scale.high) * kUnit;
+  }
+  return result;
+}
+
+// Fold: e4m3(m * scale) for m = 0..7, a byte each. The sign is put on after the look-up: rounding is symmetric.
+struct Table {
+  uint32_t low, high;
+};
+
+TILEWRIGHT_DEVICE Table fold_table(float scale) {
+  return {hopper::pack_e4m3x4(0.0f, scale, 2.0f * scale, 3.0f * scale),
+          hopper::pack_e4m3x4(4.0f * scale, 5.0f * scale, 6.0f * scale, 7.0f * scale)};
+}
+
+// The e4m3 bytes of the low and of the high nibbles of a signed word, looked up. A selector takes nibbles in order, so
+// the look-ups give bytes low 0, high 0, low 1, high 1 and so on, which two more permutations sort.
+TILEWRIGHT_DEVICE void look_up(uint32_t word, const Table& table, uint32_t& low, uint32_t& high) {
+  const uint32_t selector = word & 0x77777777u;
+  const uint32_t first = __byte_perm(table.low, table.high, selector);
+  const uint32_t second = __byte_perm(table.low, table.high, selector >> 16);
+  low = __byte_perm(first, second, 0x6420u) ^ (Int4Hopper::signed_low(word) & 0x80808080u);
+  high = __byte_perm(first, second, 0x7531u) ^ (Int4Hopper::signed_high(word) & 0x80808080u);
+}
+
+// The register operand of one step of 32 columns.
+template <class C>
+TILEWRIGHT_DEVICE void decode(uint32_t (&a)[4], const Words& words, int step, const Table (&tables)[2]) {
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const uint32_t word = words.word[2 * step + h];
+    if constexpr (C::kForm == Form::kSigned) {
+      a[h] = Int4Hopper::signed_low(word);
+      a[h + 2] = Int4Hopper::signed_high(word);
+    } else if constexpr (C::kForm == Form::kUnsigned) {
+      a[h] = Int4Hopper::unsigned_low(word);
+      a[h + 2] = Int4Hopper::unsigned_high(word);
+    } else {
+      look_up(word, tables[h], a[h], a[h + 2]);
+    }
+  }
+}
+
+// total += scale * part, in float32: after at most 128 columns, so that the short sums of the matrix unit stay short.
+template <class C>
+TILEWRIGHT_DEVICE void take_up(float (&total)[C::kRegisters], const float (&part)[C::kRegisters], const Scale& scale,
+                               const float* sums, int thread) {
+#pragma unroll
+  for (int i = 0; i < C::kRegisters; ++i) {
+    const bool high = i / 2 % 2 != 0;
+    if constexpr (C::kForm == Form::kFold) {
+      total[i] += part[i];
+    } else {
+      total[i] = fmaf(part[i], high ? scale.scale.high : scale.scale.low, total[i]);
+    }
+    if constexpr (C::kForm == Form::kUnsigned) {
+      const float sum = sums[hopper::accumulator_col(thread, i)];
+      total[i] = fmaf(sum, high ? scale.offset.high : scale.offset.low, total[i]);
+    }
+  }
+}
+
+// One product of 32 columns (or of the half of them that the operand leaves) and its scale.
+template <class C>
+TILEWRIGHT_DEVICE void multiply_step(const char* tokens, int step, uint32_t (&a)[4], const Scale& scale,
+                                     const float* sums, float (&total)[C::kRegisters], int thread) {
+  float part[C::kRegisters];
+  hopper::keep(a);
+  hopper::wgmma_fence();
+  C::Product::run(part, a, C::Tokens::k_major(tokens, 0, 32 * step), false);
+  hopper::wgmma_commit();
+  hopper::wgmma_wait<0>();
+  hopper::keep(part);
+  take_up<C>(total, part, scale, sums, thread);
+}
+
+// One chunk with a scale for every 64, 32 or 16 columns: taken up after each 32, with the other half of the operand zero
+// where a scale spans 16 only. Sums of codes are those of `sub` columns: with 64, only the first half brings them.
+template <class C>
+TILEWRIGHT_DEVICE void multiply_fine(const MatrixParams& p, const char* chunk, const char* tokens, const float* sums,
+                                     float (&total)[C::kRegisters], const Words& words, int thread) {
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    for (int half = 0; half < (p.sub == 16 ? 2 : 1); ++half) {
+      const int sub_index = (32 * step + 16 * half) / p.sub;
+      Scale scale = load_scale<C>(p, chunk, sub_index, thread);
+      Table tables[2] = {};
+      if constexpr (C::kForm == Form::kFold) {
+        tables[0] = fold_table(scale.scale.low);
+        tables[1] = fold_table(scale.scale.high);
+      }
+      uint32_t a[4];
+      decode<C>(a, words, step, tables);
+      if (p.sub == 16) {
+        a[0] = half == 0 ? a[0] : 0;
+        a[1] = half == 0 ? a[1] : 0;
+        a[2] = half == 0 ? 0 : a[2];
+        a[3] = half == 0 ? 0 : a[3];
+      }
+      if (p.sub == 64 && step % 2 == 1) scale.offset = {0.0f, 0.0f};
+      multiply_step<C>(tokens, step, a, scale, sums + sub_index * C::kTokens, total, thread);
+    }
+  }
+}
+
+// A warp is done with a stage.
+template <class C>
+TILEWRIGHT_DEVICE void release(const Shared<C>& shared, int stage) {
+  __syncwarp();
+  const int lane = static_cast<int>(threadIdx.x) % 32;
+  if constexpr (C::kCluster == 1) {
+    if (lane == 0) hopper::arrive(shared.empty[stage]);
+  } else {
+    if (lane < C::kCluster) hopper::arrive_cluster(shared.empty[stage], lane);  // whoever writes here waits for all
+  }
+}
+
+// --- Many tokens: each consumer has rows of its own.
+//
+// Left to themselves the consumers fall into step: both multiply, each at half the rate, then both add, and the matrix unit
+// waits. So they multiply by turns. One passes the turn on when two of its four products are done: the other's are there
+// when the last one ends, and the first adds up its partial sums and decodes its next words beside them.
+
+// A consumer's turns: it waits for `phase` of its barrier, which the other's four warps end.
+struct Turns {
+  int consumer;
+  uint32_t phase;
+
+  // The first turn is that of the first consumer, whose barrier's phase before the first one counts as over.
+  TILEWRIGHT_DEVICE explicit Turns(int c) : consumer(c), phase(c == 0 ? 1 : 0) {}
+};
+
+// A wait that loops, not a named barrier: the compiler moves no sums past it into the time that the matrix unit is held.
+template <class C>
+TILEWRIGHT_DEVICE void take_turn(const Shared<C>& shared, Turns& turns) {
+  if constexpr (!C::kOrdered) return;
+  hopper::wait(shared.turn[turns.consumer], turns.phase);
+  turns.phase ^= 1;
+}
+template <class C>
+TILEWRIGHT_DEVICE void pass_turn(const Shared<C>& shared, const Turns& turns) {
+  if constexpr (!C::kOrdered) return;
+  __syncwarp();
+  if (threadIdx.x % 32 == 0) hopper::arrive(shared.turn[1 - turns.consumer]);
+}
+
+// What a chunk's products need: register operands of its steps [first, last), from words and (fold) the scale.
+template <class C, int First, int Last>
+TILEWRIGHT_DEVICE void decode_steps(uint32_t (&a)[4][4], const Words& words, const Scale& scale) {
+  Table tables[2] = {};
+  if constexpr (C::kForm == Form::kFold) {
+    tables[0] = fold_table(scale.scale.low);
+    tables[1] = fold_table(scale.scale.high);
+  }
+#pragma unroll
+  for (int step = First; step < Last; ++step) {
+    decode<C>(a[step], words, step, tables);
+    hopper::keep(a[step]);
+  }
+}
+
+// The four products of a chunk, in two groups.
+template <class C>
+TILEWRIGHT_DEVICE void issue_products(float (&part)[C::kRegisters], uint32_t (&a)[4][4], const char* tokens) {
+  const hopper::Descriptor first = C::Tokens::k_major(tokens, 0, 0);
+  hopper::wgmma_fence();
+#pragma unroll
+  for (int step = 0; step < 4; ++step) {
+    C::Product::run(part, a[step], first.advanced(32 * step), step != 0);
+    if (step == C::kEarly - 1 || step == 3) hopper::wgmma_commit();
+  }
+}
+
+// A segment of weights whose 128 columns share a scale: the totals of a consumer's blocks over the columns
+// [128 first, 128 last). Of the blocks, `here` exist, at least one; the last of those stands in for one that does not.
+template <class C>
+TILEWRIGHT_DEVICE void multiply_rows(const MatrixParams& p, const Shared<C>& shared, const Segment& segment, Ring ring,
+                                     float (&totals)[C::kBlocks][C::kRegisters], Turns& turns, int here) {
+  const int thread = static_cast<int>(threadIdx.x) % 128;
+  const int to_next = here > 1 ? p.chunk_bytes : 0;
+  Words words;
+  Scale ahead_scale;
+  uint32_t a[4][4];
+  float part[C::kRegisters];
+  const auto load_chunk = [&](int stage, int b) {
+    const char* chunk = shared.chunk_of(p, stage, turns.consumer * C::kBlocks) + b * to_next;
+    load_words(words, chunk, thread);
+    ahead_scale = load_scale<C>(p, chunk, 0, thread);
+  };
+  hopper::wait(shared.full[ring.stage], ring.phase);
+  load_chunk(ring.stage, 0);
+  decode_steps<C, 0, 4>(a, words, ahead_scale);
+  for (int k = segment.first; k < segment.last; ++k) {
+    Ring ahead = ring;
+    ahead.advance(p.stages);
+#pragma unroll
+    for (int b = 0; b < C::kBlocks; ++b) {
+      const Scale scale = ahead_scale;
+      take_turn(shared, turns);
+      issue_products<C>(part, a, shared.tokens_of(ring.stage, k));
+      if (b + 1 < C::kBlocks) {
+        load_chunk(ring.stage, b + 1);
+      } else if (k + 1 < segment.last) {
+        hopper::wait(shared.full[ahead.stage], ahead.phase);
+        load_chunk(ahead.stage, 0);
+      }
+      hopper::wgmma_wait<1>();
+      pass_turn(shared, turns);
+#pragma unroll
+      for (int step = 0; step < C::kEarly; ++step) hopper::keep(a[step]);  // read until here
+      decode_steps<C, 0, C::kEarly>(a, words, ahead_scale);
+      hopper::wgmma_wait<0>();
+      hopper::keep(part);
+      decode_steps<C, C::kEarly, 4>(a, words, ahead_scale);
+      take_up<C>(totals[b], part, scale, shared.sums_of(ring.stage), thread);
+    }
+    release(shared, ring.stage);
+    ring = ahead;
+  }
+}
+
+// The same where scales change within 128 columns.
+template <class C>
+TILEWRIGHT_DEVICE void multiply_fine_rows(const MatrixParams& p, const Shared<C>& shared, const Segment& segment,
+                                          Ring ring, float (&total)[C::kRegisters], int consumer) {
+  const int thread = static_cast<int>(threadIdx.x) % 128;
+  for (int k = segment.first; k < segment.last; ++k, ring.advance(p.stages)) {
+    Words words;
+    hopper::wait(shared.full[ring.stage], ring.phase);
+    const char* chunk = shared.chunk_of(p, ring.stage, consumer);
+    load_words(words, chunk, thread);
+    multiply_fine<C>(p, chunk, shared.tokens_of(ring.stage, k), shared.sums_of(ring.stage), total, words, thread);
+    release(shared, ring.stage);
+  }
+}
+
+// A segment of which this consumer has no rows.
+template <class C>
+TILEWRIGHT_DEVICE void pass_segment(const MatrixParams& p, const Shared<C>& shared, const Segment& segment, Ring ring,
+                                    Turns& turns) {
+  for (int k = segment.first; k < segment.last; ++k) {
+    for (int b = 0; b < C::kBlocks; ++b) {
+      take_turn(shared, turns);
+      pass_turn(shared, turns);
+    }
+    hopper::wait(shared.full[ring.stage], ring.phase);
+    release(shared, ring.stage);
+    ring.advance(p.stages);
+  }
+}
+
+// --- Taking turns: few tokens, so that the way through a chunk is long and its work short. Several chunks go it together.
+
+// The partial sums of chunk J of a batch, and then those of the next ones, in order.
+template <class C, int Count, int J = 0>
+TILEWRIGHT_DEVICE void take_up_batch(float (&total)[C::kRegisters], float (&parts)[Count][C::kRegisters],
+                                     const Scale (&scales)[Count], const float* const (&sums)[Count], int thread) {
+  hopper::wgmma_wait<Count - 1 - J>();
+  hopper::keep(parts[J]);
+  take_up<C>(total, parts[J], scales[J], sums[J], thread);
+  if constexpr (J + 1 < Count) take_up_batch<C, Count, J + 1>(total, parts, scales, sums, thread);
+}
+
+// Chunks [k, k + Count), whose stages start at ring.
+template <class C, int Count>
+TILEWRIGHT_DEVICE void multiply_batch(const MatrixParams& p, const Shared<C>& shared, const Ring& ring, int k,
+                                      float (&total)[C::kRegisters], int thread) {
+  Words words[Count];
+  Scale scales[Count];
+  const float* sums[Count];
+  uint32_t a[Count][4][4];
+  float parts[Count][C::kRegisters];
+  Ring at = ring;
+#pragma unroll
+  for (int j = 0; j < Count; ++j, at.advance(p.stages)) {
+    hopper::wait(shared.full[at.stage], at.phase);
+    load_words(words[j], shared.chunk_of(p, at.stage, 0), thread);
+    scales[j] = load_scale<C>(p, shared.chunk_of(p, at.stage, 0), 0, thread);
+    sums[j] = shared.sums_of(at.stage);
+  }
+#pragma unroll
+  for (int j = 0; j < Count; ++j) {
+    decode_steps<C, 0, 4>(a[j], words[j], scales[j]);
+  }
+  hopper::wgmma_fence();
+  at = ring;
+#pragma unroll
+  for (int j = 0; j < Count; ++j, at.advance(p.stages)) {
+    const hopper::Descriptor tokens = C::Tokens::k_major(shared.tokens_of(at.stage, k + j), 0, 0);
+#pragma unroll
+    for (int step = 0; step < 4; ++step) C::Product::run(parts[j], a[j][step], tokens.advanced(32 * step), step != 0);
+    hopper::wgmma_commit();
+  }
+  take_up_batch<C, Count>(total, parts, scales, sums, thread);
+  at = ring;
+#pragma unroll
+  for (int j = 0; j < Count; ++j, at.advance(p.stages)) release(shared, at.stage);
+}
+
+template <class C>
+TILEWRIGHT_DEVICE void multiply_one(const MatrixParams& p, const Shared<C>& shared, const Ring& ring, int k,
+                                    float (&total)[C::kRegisters], int thread) {
+  if constexpr (C::kFine) {
+    Words words;
+    hopper::wait(shared.full[ring.stage], ring.phase);
+    load_words(words, shared.chunk_of(p, ring.stage, 0), thread);
+    multiply_fine<C>(p, shared.chunk_of(p, ring.stage, 0), shared.tokens_of(ring.stage, k), shared.sums_of(ring.stage),
+                     total, words, thread);
+    release(shared, ring.stage);
+  } else {
+    multiply_batch<C, 1>(p, shared, ring, k, total, thread);
+  }
+}
+
+// Every other batch of a segment, and of the chunks behind the last whole batch every other one.
+template <class C>
+TILEWRIGHT_DEVICE void multiply_turns(const MatrixParams& p, const Shared<C>& shared, const Segment& segment, Ring ring,
+                                      float (&total)[C::kRegisters], int consumer) {
+  const int thread = static_cast<int>(threadIdx.x) % 128;
+  constexpr int kCount = C::kBatch;
+  const int batches = (segment.last - segment.first) / kCount;
+  int k = segment.first;
+  for (int batch = 0; batch < batches; ++batch) {
+    if (batch % kConsumers == consumer) {
+      if constexpr (kCount == 1) {
+        multiply_one<C>(p, shared, ring, k, total, thread);
+      } else {
+        multiply_batch<C, kCount>(p, shared, ring, k, total, thread);
+      }
+    }
+    ring.hop(kCount, p.stages);
+    k += kCount;
+  }
+  for (int turn = batches; k < segment.last; ++k, ++turn) {
+    if (turn % kConsumers == consumer) multiply_one<C>(p, shared, ring, k, total, thread);
+    ring.advance(p.stages);
+  }
+}
+
+}  // namespace tilewright::int4_linear
