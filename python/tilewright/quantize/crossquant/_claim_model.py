@@ -97,11 +97,11 @@ class Bench:
 
         taps: dict[str | Site, Callable[[str, Tensor], None]] = {LINEARS: tap}
         with torch.no_grad(), tapped(module or self.module, taps):
-            (module or self.module)(self.text[None, : self.window])  # type: ignore[operator]
+            (module or self.module)(self.text[None, : self.window])
         return found
 
     def planted(self, seed: int, channels: int = 4, factor: float = 64.0) -> Any:
-        """The same function with outliers: random channels of each norm's weight times ``factor``, consumers divided."""
+        """The same function with outliers: random channels of each norm times ``factor``, consumers divided."""
         made = copy.deepcopy(self.module)
         random = torch.Generator().manual_seed(seed)
         with torch.no_grad():

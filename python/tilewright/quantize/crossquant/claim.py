@@ -200,7 +200,7 @@ def planted_rows(experiment: Experiment, bench: Bench) -> Iterator[Row]:
         values = [one[key] for one in found]
         return max(values) if largest else min(values)
 
-    yield at_most("planted outliers: largest change of a float32 logit", worst("logits"), 1e-3, paper="0")
+    yield at_most("planted outliers: largest change of a float32 logit", worst("logits"), 1e-4, paper="0")
     yield at_least("planted, W8A8 per token over float32", worst("per token", False), 1.3)
     yield at_least("planted, kernel proportion per token", worst("per token kernel", False), 0.2)
     yield at_most("planted, W8A8 folded tight over float32", worst("tight"), 1.06)
