@@ -61,9 +61,9 @@ def digit_rows(experiment: Experiment) -> Iterator[Row]:
     experiment.say("digits")
     pixels, labels = load_digits(return_X_y=True)
     gaps, found = [], []
-    for seed in SEEDS:
+    for seed in SEEDS[: 1 if experiment.quick else None]:
         train_x, test_x, train_y, test_y = train_test_split(pixels / 16, labels, test_size=0.4, random_state=seed)
-        net = MLPClassifier((64,), max_iter=60, random_state=seed).fit(train_x, train_y)
+        net = MLPClassifier((64,), max_iter=250, tol=1e-3, random_state=seed).fit(train_x, train_y)
         random = torch.Generator().manual_seed(seed)
         sizes = torch.exp2(torch.rand(64, generator=random) * 12 - 6)
         x, c = torch.tensor(test_x).float() * sizes, (torch.tensor(train_x).float() * sizes).abs().amax(0)
@@ -80,7 +80,7 @@ def digit_rows(experiment: Experiment) -> Iterator[Row]:
         found.append({"float": exact, "per token": plain, "tight": tight})
         gaps.append(tight - plain)
     experiment.values["digits"] = found
-    yield at_least("digits, A4: accuracy of tight over per token, points, least of three seeds", min(gaps), 5.0)
+    yield at_least("digits, A4: accuracy of tight over per token, points, least of the seeds", min(gaps), 5.0)
 
 
 def fastest(*functions: Callable[[], object], repeats: int = 15) -> list[float]:
@@ -106,7 +106,7 @@ def speed_rows(experiment: Experiment) -> Iterator[Row]:
         scale = y.abs().amax(-1, keepdim=True) / 127
         return (y / scale).round().to(torch.int8)
 
-    slow, fast = fastest(eager, lambda: quantize_rows(x * inverse))
+    slow, fast = fastest(eager, lambda: quantize_rows(x, 8, inverse))
     w = torch.randn(1024, 4096)
     plain = CrossQuantLinear(w, None, torch.ones(4096), folded=True)
     folded, online = CrossQuantLinear(w, None, u, folded=True), CrossQuantLinear(w, None, u)

@@ -13,6 +13,8 @@ INT8_TOP = 127
 # 1024 products of at most 127^2 stay below 2^24, so a float32 sum of them is exact.
 _EXACT_COLUMNS = 1024
 _KERNEL_FLOOR = 1e-5
+# 256 KB of float32: a block and its codes stay in a core's second-level cache.
+_BLOCK_VALUES = 1 << 16
 
 
 def weight_of(linear: nn.Module) -> Tensor:
@@ -40,21 +42,42 @@ def dequantize_weight(codes: Tensor, scale: Tensor, group_size: int | None = Non
     return codes.float() * wide
 
 
-def quantize_rows(x: Tensor, bits: int = 8) -> tuple[Tensor, Tensor]:
-    """Per-token codes int8 [T, I] and scales float32 [T, 1] of float32 x; NaN scale and codes 0 where not finite."""
-    if bits == 8 and x.device.type == "cpu" and x.numel():
-        from tilewright.ops import quantize_ternary_activation
+def quantize_rows(x: Tensor, bits: int = 8, inverse: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Per-token codes int8 [T, I] and scales float32 [T, 1] of float32 x [T, I], its columns times ``inverse`` first.
 
-        codes, scale = quantize_ternary_activation(x)
-        # That kernel's scale has a floor, which a row of tiny values must not get.
+    NaN scale and codes 0 where a token is not finite.
+    """
+    if bits == 8 and x.device.type == "cpu" and x.numel():
+        codes, scale = _by_blocks(x, inverse)
+        # The kernel's scale has a floor, which a row of tiny values must not get.
         if not bool((scale <= _KERNEL_FLOOR / INT8_TOP).any()):
             return codes, scale[:, None]
+    x = x if inverse is None else x * inverse
     top = 2 ** (bits - 1) - 1
     largest = x.abs().amax(-1, keepdim=True)
     finite = torch.isfinite(largest)
     largest = power(torch.where(finite, largest, torch.ones_like(largest)), 1.0)
     codes = torch.where(finite, x * (top / largest), torch.zeros_like(x)).round_().clamp_(-top, top)
     return codes.to(torch.int8), torch.where(finite, largest / top, torch.full_like(largest, torch.nan))
+
+
+def _by_blocks(x: Tensor, inverse: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Codes [T, I] and scales [T] by the native quantizer, in blocks whose product with ``inverse`` stays in cache."""
+    from tilewright.ops import quantize_ternary_activation
+
+    if inverse is None:
+        return quantize_ternary_activation(x)
+    rows = max(1, _BLOCK_VALUES // x.shape[1])
+    if len(x) <= rows:
+        return quantize_ternary_activation(x * inverse)
+    codes, scale = torch.empty_like(x, dtype=torch.int8), x.new_empty(len(x))
+    block = x.new_empty(rows, x.shape[1])
+    for some, its_codes, its_scale in zip(x.split(rows), codes.split(rows), scale.split(rows), strict=True):
+        product = torch.mul(some, inverse, out=block[: len(some)])
+        found = quantize_ternary_activation(product)
+        its_codes.copy_(found[0])
+        its_scale.copy_(found[1])
+    return codes, scale
 
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
@@ -161,9 +184,11 @@ class CrossQuantLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., I] to [..., O], in x's dtype."""
         rows = x.reshape(-1, self.in_features).float()
-        if not self.folded:
-            rows = rows * self.inverse
-        codes, scale = self._static(rows) if self.mode == "static" else quantize_rows(rows, self.a_bits)
+        inverse = None if self.folded else self.inverse
+        if self.mode == "static":
+            codes, scale = self._static(rows if inverse is None else rows * inverse)
+        else:
+            codes, scale = quantize_rows(rows, self.a_bits, inverse)
         y = self._product(codes).mul_(scale)
         if self.bias is not None:
             y += self.bias
