@@ -82,7 +82,8 @@ def _by_blocks(x: Tensor, inverse: Tensor | None) -> tuple[Tensor, Tensor]:
 
 def int_matmul(a: Tensor, b: Tensor) -> Tensor:
     """a [T, I] @ b [O, I].T of int8 codes, exact, float32 [T, O] (each value is rounded once where above 2^24)."""
-    if a.device.type == "cpu" and torch.cpu._is_vnni_supported():
+    # torch._int_mm (2.13) returns unwritten memory for a single column on both sides.
+    if a.device.type == "cpu" and a.shape[1] > 1 and torch.cpu._is_vnni_supported():
         return torch._int_mm(a, b.T).float()
     total = torch.zeros(len(a), len(b), dtype=torch.float64, device=a.device)
     for left, right in zip(a.split(_EXACT_COLUMNS, 1), b.split(_EXACT_COLUMNS, 1), strict=True):
@@ -225,6 +226,8 @@ def divide_outputs_(producer: nn.Module, factor: Tensor, rows: slice | None = No
     """
     parts = [part for part in (getattr(producer, "weight", None), getattr(producer, "bias", None)) if part is not None]
     rows = rows or slice(None)
+    if not parts:
+        raise ValueError(f"{type(producer).__name__} has no weight to fold into; {len(factor)} outputs are needed")
     for part in parts:
         turned = part.T if part.dim() == 2 and type(producer).__name__ == "Conv1D" else part
         if len(turned[rows]) != len(factor):
