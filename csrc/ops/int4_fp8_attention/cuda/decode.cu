@@ -8,7 +8,7 @@ namespace {
 template <int D, class Step, int kTerms>
 void launch_decode(const Attention& p, hopper::Stream stream) {
   const int64_t items = most_row_blocks(p, kDecodeRows) * p.cache.heads * most_chunks(p.cache.capacity);
-  const int64_t blocks = smaller<int64_t>(items, int64_t{kDecodeBlocks<D, Step>} * hopper::multiprocessors());
+  const int64_t blocks = smaller<int64_t>(items, int64_t{kDecodeBlocks<D, Step, kTerms>} * hopper::multiprocessors());
   hopper::launch(decode_attention<D, Step, kTerms>,
                  hopper::Grid{.blocks = {blocks},
                               .threads = kDecodeThreads,

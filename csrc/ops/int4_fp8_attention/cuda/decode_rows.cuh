@@ -2,10 +2,10 @@
 // Rows of the cache as operands of mma.sync, straight from global memory into registers: 16 keys at a time, each lane
 // loading whole vectors of the rows whose elements it holds in the products.
 //
-// Lane l = 4 g + t. Scores: the lane holds key g of two blocks of 8 and a quarter of its row (any order of the depth will
-// do, as long as the query comes in the same one). Values: the lane holds the keys 2t, 2t+1 of each block and an eighth
-// of their rows, elements D/8 g to D/8 (g+1) - 1; two keys must meet in one word, so rows are interleaved while their
-// codes are still 4 bits wide: one byte permutation for each 4 pairs.
+// Lane l = 4 g + t. Scores: the lane holds keys g and g + 8 and a quarter of their rows (any order of the depth will do,
+// as long as the query comes in the same one). Values: the lane holds the keys 2t, 2t+1, 2t+8, 2t+9 and an eighth of their
+// rows, elements D/8 g to D/8 (g+1) - 1; two keys must meet in one word, so rows are interleaved while their codes are
+// still 4 bits wide: one byte permutation for each 4 pairs.
 #pragma once
 
 #include "ops/int4_fp8_attention/cuda/codes.cuh"
@@ -14,22 +14,11 @@
 namespace tilewright::int4_fp8_attention::cuda {
 
 inline constexpr int kStepKeys = 16;
-inline constexpr int kLaneKeys = 4;  // keys whose values (and scores) a lane holds
+inline constexpr int kLaneValues = 4;  // keys whose values a lane holds
+inline constexpr int kLaneKeys = 2;  // keys whose scores it holds: g and g + 8
 
-// Key i of those, within the step.
-TILEWRIGHT_DEVICE int lane_key(int lane, int i) { return 8 * (i / 2) + 2 * (lane % 4) + i % 2; }
-
-template <int kWords>
-struct alignas(4 * kWords) Vector {
-  uint32_t word[kWords];
-};
-
-template <int kWords>
-TILEWRIGHT_DEVICE void load_words(const uint8_t* from, uint32_t* to) {
-  const auto vector = *reinterpret_cast<const Vector<kWords>*>(from);
-#pragma unroll
-  for (int i = 0; i < kWords; ++i) to[i] = vector.word[i];
-}
+// Key i of the former, within the step.
+TILEWRIGHT_DEVICE int value_key(int lane, int i) { return 8 * (i / 2) + 2 * (lane % 4) + i % 2; }
 
 inline constexpr unsigned kLowHalves = 0x5410, kHighHalves = 0x7632;  // of two words, by __byte_perm
 
@@ -39,7 +28,6 @@ struct Source {
   int64_t stride, scale_stride;  // bytes from token to token
   int row_bytes;
   bool wide_scales;  // float32, not bfloat16
-  bool paired_scales;  // bfloat16, dense and aligned: those of two keys are one word
   int begin, end;  // keys that may be read
 
   TILEWRIGHT_DEVICE bool has(int key) const { return key >= begin && key < end; }
@@ -47,27 +35,18 @@ struct Source {
   TILEWRIGHT_DEVICE bool has_step(int key) const { return key >= begin && key + kStepKeys <= end; }
 };
 
-// Scales of the lane's keys, as they are stored; value() when they are needed, so that nothing waits for the load.
+// Scales of keys g and g + 8, as they are stored; value() when they are needed, so that nothing waits for the load.
 struct Scales {
   uint32_t stored[kLaneKeys];
 
   template <bool kAll>
   TILEWRIGHT_DEVICE void load(const Source& from, const uint8_t* scales, int key, int lane) {
-    const uint8_t* at = scales + (key + 2 * (lane % 4)) * from.scale_stride;
-    if (kAll && from.paired_scales) {
-#pragma unroll
-      for (int block = 0; block < 2; ++block) {
-        const uint32_t pair = *reinterpret_cast<const uint32_t*>(at + 8 * block * static_cast<int>(sizeof(bf16)));
-        stored[2 * block] = pair;
-        stored[2 * block + 1] = pair >> 16;
-      }
-      return;
-    }
+    const uint8_t* at = scales + (key + lane / 4) * from.scale_stride;
 #pragma unroll
     for (int i = 0; i < kLaneKeys; ++i) {
       stored[i] = 0;
-      if (!kAll && !from.has(key + lane_key(lane, i))) continue;
-      const uint8_t* scale = at + (8 * (i / 2) + i % 2) * from.scale_stride;
+      if (!kAll && !from.has(key + lane / 4 + 8 * i)) continue;
+      const uint8_t* scale = at + 8 * i * from.scale_stride;
       stored[i] =
           from.wide_scales ? *reinterpret_cast<const uint32_t*>(scale) : *reinterpret_cast<const uint16_t*>(scale);
     }
@@ -82,7 +61,7 @@ template <int D>
 struct Int4Step {
   static constexpr bool kScaled = true;
   static constexpr int kKeyWords = D / 32, kValueWords = D / 64;
-  uint32_t k[2][kKeyWords], v[kLaneKeys][kValueWords];
+  uint32_t k[2][kKeyWords], v[kLaneValues][kValueWords];
   Scales key_scales, value_scales;
 
   TILEWRIGHT_DEVICE void load(const Source& from, int key, int lane) {
@@ -105,24 +84,26 @@ struct Int4Step {
     }
     const uint8_t* values = from.v + (key + 2 * (lane % 4)) * from.stride + value_at;
 #pragma unroll
-    for (int i = 0; i < kLaneKeys; ++i) {
+    for (int i = 0; i < kLaneValues; ++i) {
 #pragma unroll
       for (uint32_t& word : v[i]) word = 0;
-      const bool present = kAll || (from.has(key + lane_key(lane, i)) && value_at < from.row_bytes);
+      const bool present = kAll || (from.has(key + value_key(lane, i)) && value_at < from.row_bytes);
       if (present) load_words<kValueWords>(values + (8 * (i / 2) + i % 2) * from.stride, v[i]);
     }
     key_scales.load<kAll>(from, from.k_scales, key, lane);
     value_scales.load<kAll>(from, from.v_scales, key, lane);
   }
 
-  // Element e (0, 1) of word `half` of the operand at a step of the depth.
-  TILEWRIGHT_DEVICE static int depth(int step, int t, int half, int e) {
-    return D / 4 * t + 8 * (step / 2) + 2 * (step % 2) + half + 4 * e;
-  }
-  TILEWRIGHT_DEVICE void key_operand(int block, int step, uint32_t (&b)[2]) const {
-    const uint32_t word = k[block][step / 2] >> (8 * (step % 2));
-    b[0] = decode_pair(word);
-    b[1] = decode_pair(word >> 4);
+  // Two steps of the depth take 8 adjacent elements of the row, from here on; word `half` of step % 2 holds two of them.
+  TILEWRIGHT_DEVICE static int piece_at(int piece, int t) { return D / 4 * t + 8 * piece; }
+  TILEWRIGHT_DEVICE static int in_piece(int parity, int half, int e) { return 2 * parity + half + 4 * e; }
+  TILEWRIGHT_DEVICE void key_operand(int step, uint32_t (&a)[4]) const {
+#pragma unroll
+    for (int i = 0; i < kLaneKeys; ++i) {
+      const uint32_t word = k[i][step / 2] >> (8 * (step % 2));
+      a[i] = decode_pair(word);
+      a[2 + i] = decode_pair(word >> 4);
+    }
   }
   // Elements 2i and 2i+1 of the lane's eighth: keys 0, 1 in words 0 and 1, keys 2, 3 in words 2 and 3.
   TILEWRIGHT_DEVICE void value_operand(int i, uint32_t (&a)[4]) const {
@@ -146,7 +127,7 @@ struct BFloat16Step {
   static constexpr bool kScaled = false;
   static constexpr int kKeyWords = D / 8, kValueWords = D / 16;
   static constexpr int kVectorWords = 4;
-  uint32_t k[2][kKeyWords], v[kLaneKeys][kValueWords];
+  uint32_t k[2][kKeyWords], v[kLaneValues][kValueWords];
   float spoiled[kLaneKeys];  // NaN where a value has an element that is not finite, else 1
 
   TILEWRIGHT_DEVICE void load(const Source& from, int key, int lane) {
@@ -160,10 +141,10 @@ struct BFloat16Step {
       }
     }
 #pragma unroll
-    for (int i = 0; i < kLaneKeys; ++i) {
+    for (int i = 0; i < kLaneValues; ++i) {
 #pragma unroll
       for (int c = 0; c < kValueWords; c += kVectorWords) {
-        load_present(from, from.v, key + lane_key(lane, i), 4 * (kValueWords * (lane / 4) + c), &v[i][c]);
+        load_present(from, from.v, key + value_key(lane, i), 4 * (kValueWords * (lane / 4) + c), &v[i][c]);
       }
     }
   }
@@ -175,12 +156,14 @@ struct BFloat16Step {
     if (present) load_words<kVectorWords>(data + at * from.stride + offset, to);
   }
 
-  TILEWRIGHT_DEVICE static int depth(int step, int t, int half, int e) {
-    return 32 * (step / 2) + 8 * t + 4 * (step % 2) + 2 * half + e;
-  }
-  TILEWRIGHT_DEVICE void key_operand(int block, int step, uint32_t (&b)[2]) const {
-    b[0] = k[block][2 * step];
-    b[1] = k[block][2 * step + 1];
+  TILEWRIGHT_DEVICE static int piece_at(int piece, int t) { return 32 * piece + 8 * t; }
+  TILEWRIGHT_DEVICE static int in_piece(int parity, int half, int e) { return 4 * parity + 2 * half + e; }
+  TILEWRIGHT_DEVICE void key_operand(int step, uint32_t (&a)[4]) const {
+#pragma unroll
+    for (int i = 0; i < kLaneKeys; ++i) {
+      a[i] = k[i][2 * step];
+      a[2 + i] = k[i][2 * step + 1];
+    }
   }
   TILEWRIGHT_DEVICE void value_operand(int i, uint32_t (&a)[4]) const {
 #pragma unroll
@@ -196,9 +179,10 @@ struct BFloat16Step {
   // would reach queries that do not see the key.
   TILEWRIGHT_DEVICE void settle() {
     constexpr uint32_t kLowExponent = 0x7f80u, kHighExponent = 0x7f800000u;
+    const int g = static_cast<int>(threadIdx.x) % kWarp / 4;
     uint32_t bad = 0;
 #pragma unroll
-    for (int i = 0; i < kLaneKeys; ++i) {
+    for (int i = 0; i < kLaneValues; ++i) {
 #pragma unroll
       for (const uint32_t word : v[i]) {
         if ((word & kLowExponent) == kLowExponent || (word & kHighExponent) == kHighExponent) bad |= 1u << i;
@@ -206,12 +190,13 @@ struct BFloat16Step {
     }
     for (int step = 4; step < kWarp; step *= 2) bad |= __shfl_xor_sync(kAllLanes, bad, step);
 #pragma unroll
-    for (int i = 0; i < kLaneKeys; ++i) {
-      const bool is_bad = (bad >> i & 1u) != 0;
-      spoiled[i] = is_bad ? not_a_number() : 1.0f;
+    for (int i = 0; i < kLaneValues; ++i) {
 #pragma unroll
-      for (uint32_t& word : v[i]) word = is_bad ? 0 : word;
+      for (uint32_t& word : v[i]) word = (bad >> i & 1u) != 0 ? 0 : word;
     }
+    const uint32_t mine = __shfl_sync(kAllLanes, bad, g / 2) >> (g % 2);  // of key g, and of g + 8 two bits on
+    spoiled[0] = (mine & 1u) != 0 ? not_a_number() : 1.0f;
+    spoiled[1] = (mine & 4u) != 0 ? not_a_number() : 1.0f;
   }
 };
 
