@@ -174,7 +174,7 @@ def test_few_queries_match_float64(
 @pytest.mark.sanitize
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
-    ("head_dim", "heads", "kv_heads"), [(32, 4, 4), (64, 9, 3), (96, 8, 2), (128, 8, 2), (128, 7, 1)]
+    ("head_dim", "heads", "kv_heads"), [(32, 8, 4), (64, 9, 3), (96, 8, 2), (128, 8, 2), (128, 7, 1)]
 )
 def test_many_queries_match_float64(
     device: Any, head_dim: int, heads: int, kv_heads: int, scale_dtype: torch.dtype
