@@ -2,8 +2,8 @@
 """Attention over an INT4 cache beside torch's flash attention over bfloat16 keys and values.
 
 Decoding is bound by the bytes of the cache, codes and scales once; a case takes its caches in turn, more of them than
-the last-level cache holds. A prompt is bound by operations: the scores at the FP8 rate and the sums at bfloat16's, stated
-as three quarters of the operations at bfloat16's rate.
+the last-level cache holds. A prompt is bound by operations: the scores at the FP8 rate and the sums at bfloat16's,
+stated as three quarters of the operations at bfloat16's rate.
 """
 
 from __future__ import annotations

@@ -24,9 +24,10 @@ struct ChannelPrepareShared {
   static constexpr int kFactors = kInverse + All::Pairs::kBytes;
   static constexpr int kSums = kFactors + kFactorBytes;
   static constexpr int kPairs = kSums + kChunk * kSumLeading * 4;
-  static constexpr int kScaled = kPairs + kChunk * kLeading * 4;
-  static constexpr int kBarrier = kScaled + kChunk * kChunk * 4;
+  static constexpr int kBarrier = kPairs + kChunk * kLeading * 4;
   static constexpr int kBytes = kBarrier + 16;
+  static constexpr int kScaled = kQueries;  // once all products are made
+  static_assert(kChunk * kChunk * 4 <= All::Keys::kBytes, "what the solve scales fits where the queries were");
 };
 
 // Running sums of g in base 2 by token and channel; behind the chunk's end they stay what they were.
@@ -221,7 +222,7 @@ TILEWRIGHT_DEVICE void clear_products(const ChannelProducts<T, kKey, kDelta>& to
 }
 
 template <class T, int kKey, bool kDelta>
-__global__ void __launch_bounds__(kGroup, 1) prepare_channel_kernel(const __grid_constant__ Params params) {
+__global__ void __launch_bounds__(kGroup, 2) prepare_channel_kernel(const __grid_constant__ Params params) {
   using Shared = ChannelPrepareShared<T, kKey>;
   using All = Tiles<T, kKey>;
   const ChunkBackward& p = params.p;

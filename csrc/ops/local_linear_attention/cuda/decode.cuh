@@ -77,8 +77,8 @@ struct Pieces {
 // Shared memory of a block, floats.
 template <int Rows>
 struct DecodeMemory {
-  int64_t* at;  // [Rows], index into [N, HQ]; -1: none
   Range* seen;  // [Rows], keys
+  int64_t* at;  // [Rows], index into [N, HQ]; -1: none
   float *direction, *x, *left, *mean, *right;  // [Rows, K]
   float* sums;  // [Rows, width + 2]: of the cluster
   float* warps;  // [kDecodeWarps, Rows, width + 2]
@@ -91,9 +91,9 @@ struct DecodeMemory {
     return Rows * (kPlaces + 5 * key_size + (kDecodeWarps + 1) * (width + 2) + kNumbers);
   }
   TILEWRIGHT_DEVICE DecodeMemory(int key_size, int width) {
-    at = reinterpret_cast<int64_t*>(hopper::shared_memory());
-    seen = reinterpret_cast<Range*>(at + Rows);
-    direction = reinterpret_cast<float*>(seen + Rows);
+    seen = reinterpret_cast<Range*>(hopper::shared_memory());
+    at = reinterpret_cast<int64_t*>(seen + Rows);
+    direction = reinterpret_cast<float*>(at + Rows);
     x = direction + Rows * key_size;
     left = x + Rows * key_size;
     mean = left + Rows * key_size;
@@ -146,27 +146,36 @@ TILEWRIGHT_DEVICE float sum_of_warp(float x) {
   return x;
 }
 
-// For each of the thread's keys: work(key, its elements), some keys under way at a time. The last call of a thread may be for
-// a key behind the end, whose elements are zero: lanes stay together.
-template <class T, int Rows, class Work>
+// A batch of the thread's rows of keys or values; rows behind the end are zero.
+template <class T, int Rows, int Batch>
+TILEWRIGHT_DEVICE void load_batch(const Decoder<T, Rows>& c, const T* from, int64_t step, int size, int64_t first,
+                                  Pieces<T> (&pieces)[Batch]) {
+#pragma unroll
+  for (int b = 0; b < Batch; ++b) {
+    const int64_t key = first + b * c.groups;
+    if (key < c.end) {
+      pieces[b].load(from + key * step, size, c.lane, c.p.lanes);
+    } else {
+      pieces[b].clear();
+    }
+  }
+}
+
+// For each of the thread's keys: work(key, its elements, those of its value, or of nothing), a batch under way at a time. The
+// last call of a thread may be for a key behind the end, whose elements are zero: lanes stay together.
+template <bool Values, class T, int Rows, class Work>
 TILEWRIGHT_DEVICE void walk_cache(const Decoder<T, Rows>& c, const Work& work) {
   constexpr int kBatch = (sizeof(T) == 2 ? 4 : 2) / (Rows == 1 ? 1 : 2);
-  for (int64_t first = c.begin; first < c.end; first += kBatch * c.groups) {
-    Pieces<T> pieces[kBatch];
+  for (int64_t first = c.begin + c.group; first - c.group < c.end; first += kBatch * c.groups) {
+    Pieces<T> keys[kBatch], values[kBatch];
+    load_batch(c, c.keys, c.key_step, c.key_size, first, keys);
+    if constexpr (Values) load_batch(c, c.values, c.value_step, c.value_size, first, values);
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      const int64_t key = first + b * c.groups + c.group;
-      if (key < c.end) {
-        pieces[b].load(c.keys + key * c.key_step, c.key_size, c.lane, c.p.lanes);
-      } else {
-        pieces[b].clear();
-      }
-    }
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      float elements[kOwnElements];
-      pieces[b].unpack(elements);
-      work(first + b * c.groups + c.group, elements);
+      float elements[kOwnElements], value[kOwnElements];
+      keys[b].unpack(elements);
+      if constexpr (Values) values[b].unpack(value);
+      work(first + b * c.groups, elements, value);
     }
   }
 }
@@ -234,7 +243,7 @@ TILEWRIGHT_DEVICE void weigh_cache(Decoder<T, Rows>& c) {
 #pragma unroll
     for (int e = 0; e < kOwnElements; ++e) own[r][e] = 0.0f;
   }
-  walk_cache(c, [&](int64_t key, const float (&elements)[kOwnElements]) {
+  walk_cache<false>(c, [&](int64_t key, const float (&elements)[kOwnElements], const float (&)[kOwnElements]) {
 #pragma unroll
     for (int r = 0; r < Rows; ++r) {
       float score = 0.0f;
@@ -292,7 +301,7 @@ TILEWRIGHT_DEVICE void apply_to_cache(Decoder<T, Rows>& c, const float* from) {
 #pragma unroll
     for (int e = 0; e < kOwnElements; ++e) own[r][e] = 0.0f;
   }
-  walk_cache(c, [&](int64_t key, const float (&elements)[kOwnElements]) {
+  walk_cache<false>(c, [&](int64_t key, const float (&elements)[kOwnElements], const float (&)[kOwnElements]) {
 #pragma unroll
     for (int r = 0; r < Rows; ++r) {
       float along = 0.0f;
@@ -321,15 +330,7 @@ TILEWRIGHT_DEVICE void read_cache(Decoder<T, Rows>& c) {
 #pragma unroll
     for (int e = 0; e < kOwnElements; ++e) own[r][e] = 0.0f;
   }
-  walk_cache(c, [&](int64_t key, const float (&elements)[kOwnElements]) {
-    Pieces<T> piece;
-    float value[kOwnElements];
-    if (key < c.end) {
-      piece.load(c.values + key * c.value_step, c.value_size, c.lane, c.p.lanes);
-    } else {
-      piece.clear();
-    }
-    piece.unpack(value);
+  walk_cache<true>(c, [&](int64_t key, const float (&elements)[kOwnElements], const float (&value)[kOwnElements]) {
 #pragma unroll
     for (int r = 0; r < Rows; ++r) {
       float along = 0.0f;
