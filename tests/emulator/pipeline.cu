@@ -184,7 +184,7 @@ std::vector<Case> pipeline_cases() {
       {"ring without init", "there is no barrier at shared byte", run_ring<Ring::kNoInit>},
       {"ring without __syncthreads after init", "init()", run_ring<Ring::kNoSyncAfterInit>},
       {"ring without fence_barrier_init", "not followed by fence_barrier_init()", run_ring<Ring::kNoInitFence>},
-      {"ring, a barrier never armed", "deadlock", run_ring<Ring::kNeverArmed>},
+      {"ring, a barrier never armed", "never armed in this phase", run_ring<Ring::kNeverArmed>},
       {"ring, too few bytes announced", "16 more bytes came to the barrier", run_ring<Ring::kTooFewBytes>},
       {"ring, too many bytes announced", "16 announced bytes never came", run_ring<Ring::kTooManyBytes>},
       {"ring, arrival that announces nothing", "reads shared byte", run_ring<Ring::kArriveWithoutBytes>},
