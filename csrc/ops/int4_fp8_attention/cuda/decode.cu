@@ -33,8 +33,10 @@ void launch_format(const Attention& p, hopper::Stream stream) {
 void attend_decode(const Attention& p, hopper::Stream stream) {
   if (p.cache.head_dim <= 64) {
     launch_format<64>(p, stream);
-  } else {
+  } else if (p.cache.head_dim <= 128) {
     launch_format<128>(p, stream);
+  } else {
+    launch_terms<256, Int4Step<256>>(p, stream);
   }
   if (workspace_floats(p) == 0) return;
   hopper::launch(combine_chunks,
