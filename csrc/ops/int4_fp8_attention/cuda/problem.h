@@ -38,7 +38,7 @@ struct Attention {
   const int64_t* cu_seqlens;  // [S+1]
   const int64_t* lengths;  // [S]
   Tokens q;
-  int64_t heads;  // H, a multiple of H_kv; T H and the capacity are below 2^31
+  int64_t heads;  // H, a multiple of H_kv; T H and the capacity are at most 2^28
   float scale;
   bool causal;
   int64_t window;

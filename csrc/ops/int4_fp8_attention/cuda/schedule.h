@@ -52,7 +52,8 @@ constexpr int most_chunks(int64_t capacity) {
   return capacity >= int64_t{kMaxChunks} * kLeastChunk ? kMaxChunks : chunks_of(static_cast<int>(capacity));
 }
 
-// One sequence as the kernels see it. Rows (T H) and the capacity are below 2^31.
+// One sequence as the kernels see it. Rows (T H) and the capacity are at most 2^28, and
+// items at most 4 T H + 32 S.
 struct Sequence {
   int first;  // row of q
   int queries;
