@@ -11,6 +11,7 @@ from small_models import small_model, tokens
 from torch import nn
 
 from tilewright.formats import Int4Weight
+from tilewright.quantize import method
 from tilewright.quantize.crossquant import (
     CrossQuantConfig,
     CrossQuantLinear,
@@ -272,6 +273,12 @@ def test_checkpoint_gets_folded_int4_weights():
 def test_checkpoints_take_what_the_engine_has(config, message):
     with pytest.raises(ValueError, match=message):
         quantize_model(small_model(), config, [tokens()])
+
+
+def test_the_quantizer_is_found_by_name_and_its_defaults_run():
+    found = method("crossquant")
+    small = found.quantize_model(small_model(), found.config.from_dict({}), [tokens()])
+    assert found.config.from_dict(small.settings["config"]) == found.config()
 
 
 def test_checkpoint_needs_calibration_and_is_quantized_once():

@@ -220,7 +220,7 @@ TILEWRIGHT_DEVICE void exchange(Decoder<T, Rows>& c, const float (&own)[Rows][kO
     const float base = most == hopper::bits_float(0xff800000u) ? 0.0f : most;
     for (int b = 0; b < kDecodeCluster; ++b) {
       const float* from = all + (b * Rows + r) * row_floats;
-      sum += __ldcg(from + d) * exp2f(__ldcg(from + size + 1) - base);
+      sum += __ldcg(from + d) * hopper::exp2_flushed(__ldcg(from + size + 1) - base);
     }
     c.m.sums[r * row_floats + d] = sum;
     if (d == size) c.m.sums[r * row_floats + size + 1] = base;
@@ -253,13 +253,13 @@ TILEWRIGHT_DEVICE void weigh_cache(Decoder<T, Rows>& c) {
       if (key >= c.end || !c.sees(r, key)) continue;
       if (c.lane == 0) c.scores(r)[key] = score;
       if (score > peak[r]) {
-        const float shrink = exp2f(peak[r] - score);
+        const float shrink = hopper::exp2_flushed(peak[r] - score);
         peak[r] = score;
         omega[r] *= shrink;
 #pragma unroll
         for (int e = 0; e < kOwnElements; ++e) own[r][e] *= shrink;
       }
-      const float w = exp2f(score - peak[r]);
+      const float w = hopper::exp2_flushed(score - peak[r]);
       omega[r] += w;
 #pragma unroll
       for (int e = 0; e < kOwnElements; ++e) own[r][e] = fmaf(w, elements[e], own[r][e]);
@@ -280,7 +280,7 @@ TILEWRIGHT_DEVICE void weigh_cache(Decoder<T, Rows>& c) {
 #pragma unroll
   for (int r = 0; r < Rows; ++r) {
     for (int w = 0; w < kDecodeWarps; ++w) most[r] = fmaxf(most[r], c.m.sums[w * Rows + r]);
-    const float shrink = peak[r] == lowest ? 0.0f : exp2f(peak[r] - most[r]);
+    const float shrink = peak[r] == lowest ? 0.0f : hopper::exp2_flushed(peak[r] - most[r]);
     // A row whose scores are not numbers has no peak, but it has seen keys: its omega says so.
     omega[r] = omega[r] == 0.0f ? 0.0f : omega[r] * (omega[r] == omega[r] ? shrink : 1.0f);
 #pragma unroll
@@ -309,7 +309,8 @@ TILEWRIGHT_DEVICE void apply_to_cache(Decoder<T, Rows>& c, const float* from) {
       for (int e = 0; e < kOwnElements; ++e) along = fmaf(vector[r][e], elements[e], along);
       along = c.group_sum(along);
       if (key >= c.end || !c.sees(r, key)) continue;
-      const float factor = exp2f(c.scores(r)[key] - c.m.number(r, M::kPeak)) * (along - c.m.number(r, M::kShift));
+      const float factor =
+          hopper::exp2_flushed(c.scores(r)[key] - c.m.number(r, M::kPeak)) * (along - c.m.number(r, M::kShift));
       drift[r] += factor;
 #pragma unroll
       for (int e = 0; e < kOwnElements; ++e) own[r][e] = fmaf(factor, elements[e], own[r][e]);
@@ -338,7 +339,8 @@ TILEWRIGHT_DEVICE void read_cache(Decoder<T, Rows>& c) {
       for (int e = 0; e < kOwnElements; ++e) along = fmaf(vector[r][e], elements[e], along);
       along = c.group_sum(along);
       if (key >= c.end || !c.sees(r, key)) continue;
-      const float weight = exp2f(c.scores(r)[key] - c.m.number(r, M::kPeak)) * c.m.number(r, M::kInverse);
+      const float weight =
+          hopper::exp2_flushed(c.scores(r)[key] - c.m.number(r, M::kPeak)) * c.m.number(r, M::kInverse);
       const float tilted = weight * (1.0f + c.m.number(r, M::kShift) - along);
       total[r] += tilted;
 #pragma unroll

@@ -222,7 +222,7 @@ TILEWRIGHT_DEVICE void add_step(KeysConsumer<T, D>& c, int step, float (&dk)[D /
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int i = column + 2 * h, query = step * S::kRows + c.col(i);
-      float weight = exp2f(fmaf(s[i], scale, -peak)) * inverse;
+      float weight = hopper::exp2_flushed(fmaf(s[i], scale, -peak)) * inverse;
       if (!whole) weight = c.begin[h] <= query && query < c.end[h] ? weight : 0.0f;
       const float a = weight * (level - along_x[i]), e = gamma[i] - off;
       s[i] = natural * (e * a - weight * mean);

@@ -100,7 +100,7 @@ TILEWRIGHT_DEVICE void gather_both(Consumer<T, D>& c, RowNumbers& n, float (&y)[
     for (int h = 0; h < 2; ++h) {
       most[h] = quad_max(most[h]);
       base[h] = most[h] == lowest ? 0.0f : most[h];
-      shrink[h] = exp2f(n.peak[h] - base[h]);
+      shrink[h] = hopper::exp2_flushed(n.peak[h] - base[h]);
       n.peak[h] = most[h];
       omega[h] *= shrink[h];
       rounded[h] *= shrink[h];
@@ -108,7 +108,7 @@ TILEWRIGHT_DEVICE void gather_both(Consumer<T, D>& c, RowNumbers& n, float (&y)[
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      s[i] = exp2f(s[i] - base[i / 2 % 2]);
+      s[i] = hopper::exp2_flushed(s[i] - base[i / 2 % 2]);
       omega[i / 2 % 2] += s[i];
       value[i / 2 % 2] = fmaf(s[i], gamma[i], value[i / 2 % 2]);
     }

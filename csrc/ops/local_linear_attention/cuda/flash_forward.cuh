@@ -49,14 +49,14 @@ TILEWRIGHT_DEVICE void gather_statistics(Consumer<T, D>& c, RowNumbers& n, float
     for (int h = 0; h < 2; ++h) {
       most[h] = quad_max(most[h]);
       base[h] = most[h] == hopper::bits_float(0xff800000u) ? 0.0f : most[h];
-      shrink[h] = exp2f(n.peak[h] - base[h]);
+      shrink[h] = hopper::exp2_flushed(n.peak[h] - base[h]);
       n.peak[h] = most[h];
       omega[h] *= shrink[h];
       rounded[h] *= shrink[h];
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      s[i] = exp2f(s[i] - base[i / 2 % 2]);
+      s[i] = hopper::exp2_flushed(s[i] - base[i / 2 % 2]);
       omega[i / 2 % 2] += s[i];
     }
 #pragma unroll

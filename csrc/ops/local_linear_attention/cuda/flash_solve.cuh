@@ -31,7 +31,7 @@ struct RowNumbers {
 template <class T, int D, int Count>
 TILEWRIGHT_DEVICE void weigh_tile(const Consumer<T, D>& c, const RowNumbers& n, int tile, float (&s)[Count]) {
 #pragma unroll
-  for (int i = 0; i < Count; ++i) s[i] = exp2f(fmaf(s[i], n.scale, -n.peak[i / 2 % 2]));
+  for (int i = 0; i < Count; ++i) s[i] = hopper::exp2_flushed(fmaf(s[i], n.scale, -n.peak[i / 2 % 2]));
   if (c.whole(tile)) return;
   const Seen seen = c.seen();
 #pragma unroll

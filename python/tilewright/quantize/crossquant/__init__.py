@@ -11,7 +11,7 @@ from tilewright.quantize.crossquant.apply import (
     apply_crossquant_,
     calibrate,
 )
-from tilewright.quantize.crossquant.config import CrossQuantConfig
+from tilewright.quantize.crossquant.config import CrossQuantCheckpointConfig, CrossQuantConfig
 from tilewright.quantize.crossquant.fold import Fold, folds_of
 from tilewright.quantize.crossquant.linear import CrossQuantLinear
 from tilewright.quantize.crossquant.method import quantize_model
@@ -29,14 +29,17 @@ from tilewright.quantize.crossquant.scales import (
 from tilewright.quantize.crossquant.smoothquant import smoothquant_choice
 
 METHOD = Method(
-    "crossquant", "INT4 weights with columns folded by activation maxima, INT8 activations", CrossQuantConfig,
+    "crossquant",
+    "INT4 weights with columns folded by activation maxima, INT8 activations",
+    CrossQuantCheckpointConfig,
     quantize_model,
-)  # fmt: skip
+)
 
 __all__ = [
     "METHOD",
     "Choice",
     "ColumnAbsMaxObserver",
+    "CrossQuantCheckpointConfig",
     "CrossQuantConfig",
     "CrossQuantLinear",
     "Fold",

@@ -69,6 +69,13 @@ class CrossQuantConfig:
         return cls(**values)
 
 
+@dataclass(frozen=True)
+class CrossQuantCheckpointConfig(CrossQuantConfig):
+    """The same with what the decode engine has as defaults: INT4 weights, INT8 activations."""
+
+    w_bits: int = 4
+
+
 def require_alpha(what: str, alpha: Any) -> None:
     """Raise ValueError unless alpha is a number in [0, 1]."""
     if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 <= alpha <= 1:

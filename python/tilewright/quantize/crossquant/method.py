@@ -11,7 +11,7 @@ from tilewright.formats import quantize_int4
 from tilewright.models.language_model import LINEARS, LanguageModel, Weight
 from tilewright.quantize._model import quantized, require_unquantized
 from tilewright.quantize.crossquant.apply import LinearInput, crossquant_choice
-from tilewright.quantize.crossquant.config import CrossQuantConfig
+from tilewright.quantize.crossquant.config import CrossQuantCheckpointConfig, CrossQuantConfig
 from tilewright.quantize.crossquant.fold import Fold, Group
 from tilewright.quantize.fireq.channels import CONSUMERS, scale_channels
 from tilewright.reducers import AbsMax, Reservoir, Several
@@ -33,7 +33,7 @@ def quantize_model(
         ValueError: the config asks for other bits or no folding, calibration is missing or holds NaN, or the model is
             already quantized by a method.
     """
-    config = config or CrossQuantConfig(w_bits=4)
+    config = config or CrossQuantCheckpointConfig()
     if (config.w_bits, config.a_bits, config.fold, config.mode) != (4, 8, True, "tight"):
         raise ValueError(
             "crossquant on a checkpoint: the engine has INT4 weights, INT8 activations and folded tight scales; set "
