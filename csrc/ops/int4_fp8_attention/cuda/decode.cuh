@@ -343,8 +343,8 @@ TILEWRIGHT_DEVICE Source source_of(const Attention& p, const DecodeItem& item) {
           seen_of_chunk(p, item, item.rows - 1).end};
 }
 
-// The steps of a chunk that are on their way from memory: two while a third is worked on, where registers allow it. Longer
-// rows bring more bytes in one, and other warps of the multiprocessor are enough.
+// The steps of a chunk that are on their way from memory: two while a third is worked on, where registers allow it.
+// Longer rows bring more bytes in one, and other warps of the multiprocessor are enough.
 template <class Step>
 struct Window {
   static constexpr int kStride = kDecodeWarps * kStepKeys;
@@ -372,8 +372,8 @@ struct Window {
   }
 };
 
-// Blocks of a multiprocessor: as many as registers allow. 16 keys of 128 bfloat16 take 64 of each lane, and a query of two
-// terms 32.
+// Blocks of a multiprocessor: as many as registers allow. 16 keys of 128 bfloat16 take 64 of each lane, and a query of
+// two terms 32.
 template <int D, class Step, int kTerms>
 inline constexpr int kDecodeBlocks = D == 64 || (D == 128 && Step::kAhead == 2 && kTerms == 1) ? 3 : 2;
 

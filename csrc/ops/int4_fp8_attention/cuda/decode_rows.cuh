@@ -3,9 +3,9 @@
 // loading whole vectors of the rows whose elements it holds in the products.
 //
 // Lane l = 4 g + t. Scores: the lane holds keys g and g + 8 and a quarter of their rows (any order of the depth will do,
-// as long as the query comes in the same one). Values: the lane holds the keys 2t, 2t+1, 2t+8, 2t+9 and an eighth of their
-// rows, elements D/8 g to D/8 (g+1) - 1; two keys must meet in one word, so rows are interleaved while their codes are
-// still 4 bits wide: one byte permutation for each 4 pairs.
+// as long as the query comes in the same one). Values: the lane holds the keys 2t, 2t+1, 2t+8, 2t+9 and an eighth of
+// their rows, elements D/8 g to D/8 (g+1) - 1; two keys must meet in one word, so rows are interleaved while their codes
+// are still 4 bits wide: one byte permutation for each 4 pairs.
 #pragma once
 
 #include "ops/int4_fp8_attention/cuda/codes.cuh"

@@ -19,9 +19,9 @@ inline constexpr int kTiledHeadDim = 128;  // of the prefill kernel: above it a 
 inline constexpr int64_t kVectorBytes = 16;
 
 // Tiles of 128 rows pay from so many rows a sequence on, on average, and when there are enough of them for the device:
-// the decode kernel spends 4.5 cycles of a multiprocessor on a key for 8 rows, and may cut along the keys; a block of the
-// prefill kernel spends about 1100 on 64 keys for 128 rows, and may not. They meet at 28 rows times KV heads for each
-// multiprocessor.
+// the decode kernel issues 5.4 cycles of a multiprocessor for a key and 8 rows, and may cut along the keys; a block of the
+// prefill kernel takes about 1120 for 64 keys and 128 rows, and may not. They meet near 26 rows times KV heads for each
+// multiprocessor. Counted from the disassembly, not timed.
 inline constexpr int64_t kPrefillFrom = 48;
 inline constexpr int64_t kPrefillLoad = 28;
 
