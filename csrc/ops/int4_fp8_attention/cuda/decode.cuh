@@ -6,8 +6,8 @@
 //   weights  2^(x - maximum) times the scale of the value, as bfloat16; four shuffles transpose the 16 x 8 of them
 //   sums     O^T[D, 8] += v^T p^T
 //
-// The maximum of a row is raised only when a score exceeds it by 2^8: weights may be up to 2^8 instead of 1, which costs
-// no accuracy, and sums are rescaled a few times in all instead of once a step.
+// The maximum of a row is raised only when a score exceeds it by 2^8: weights may be up to 2^8 instead of 1, which
+// costs no accuracy, and sums are rescaled a few times in all instead of once a step.
 #pragma once
 
 #include "ops/int4_fp8_attention/cuda/decode_rows.cuh"
@@ -394,8 +394,8 @@ struct ItemWalk {
   }
 };
 
-// A block has a contiguous share of the items: chunks of one sequence and head follow each other, so that their query is
-// read once.
+// A block has a contiguous share of the items: chunks of one sequence and head follow each other, so that their query
+// is read once.
 template <int D, class Step, int kTerms>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, Step, kTerms>)
     decode_attention(const __grid_constant__ Attention p) {
