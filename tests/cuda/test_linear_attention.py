@@ -241,12 +241,6 @@ def test_a_long_sequence_of_few_heads_is_cut(device: Device) -> None:
     assert relative(final, state.cpu()) <= 2 * BOUNDS[torch.bfloat16]
 
 
-@pytest.mark.parametrize("decay", DECAYS)
-@pytest.mark.parametrize("rule", RULES)
-def test_more_chunks_than_the_ring_has_stages_and_a_short_last_one(device: Device, rule: str, decay: str) -> None:
-    assert_agrees(device, make(rule, decay, 10 * CHUNK + 9, seed=5))
-
-
 def test_long_sequences_go_in_stretches(device: Device) -> None:
     if device.is_emulator:
         pytest.skip("a stretch has a gigabyte of memory")

@@ -294,12 +294,10 @@ struct Helper {
     TokenGates next{};
     if (!kChannel && chunks > 0) next = gates_of(0);
     for (int c = 0; c < chunks; ++c, making.advance()) {
-      const TokenGates gates = next;
-      if (!kChannel && c + 1 < chunks) next = gates_of(c + 1);
-      // Also where nothing is made: threads that have no copy to start must not run ahead to the last chunk, which all of
-      // them bring. A barrier's phases are told apart by their parity, so a wait for one is only right close to it.
-      hopper::wait(barriers.full[making.stage], making.phase);
       if constexpr (!kChannel) {
+        const TokenGates gates = next;
+        if (c + 1 < chunks) next = gates_of(c + 1);
+        hopper::wait(barriers.full[making.stage], making.phase);
         make_scores(stage_at(making.stage), gates);
         hopper::arrive(barriers.ready[making.stage]);
       }
