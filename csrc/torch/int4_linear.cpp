@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // int4_int8_linear, int4_fp8_linear, their packer and their activation quantizers as torch operators.
 #include <atomic>
+#include <tuple>
 
 #include "format/int4_hopper.h"
 #include "ops/int4_linear/kernels.h"
@@ -267,6 +268,16 @@ Tensor int4_fp8_linear(const Tensor& x, const Tensor& weight, const std::optiona
                 {Activation::kFp8, fold ? Mode::kFold : Mode::kExact, 0, false, "int4_fp8_linear"});
 }
 
+// Rounding tokens ahead of the product is for CUDA, where it is a kernel of its own.
+std::tuple<Tensor, Tensor, Tensor> fp8_quantize_tokens(const Tensor& /*x*/, int64_t /*sub*/,
+                                                       const std::optional<Tensor>& /*gate*/,
+                                                       const std::optional<Tensor>& /*norm*/, double /*eps*/) {
+  fail(
+      "fp8_quantize_tokens: x is on the CPU, where int4_fp8_linear rounds the tokens itself; pass x to it, or move x "
+      "with "
+      ".to('cuda')");
+}
+
 // The same functions computed by the C++ oracle, in float64.
 Tensor int4_linear_reference(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
                              int64_t out_features, int64_t scale_group, bool fp8, bool fold) {
@@ -288,7 +299,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tilewright, m) {
       "int4_fp8_linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features, bool fold, int layout=0) -> Tensor");
   m.def("int4_repack(Tensor blob, bool hopper) -> Tensor");
   m.def("int4_blob_layout(Tensor blob) -> int");
-  m.def("fp8_quantize_tokens(Tensor x, int sub) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "fp8_quantize_tokens(Tensor x, int sub, Tensor? gate=None, Tensor? norm=None, float eps=1e-6) -> (Tensor, "
+      "Tensor, "
+      "Tensor)");
   m.def(
       "int4_fp8_linear_quantized(Tensor codes, Tensor scales, Tensor sums, Tensor weight, Tensor? bias, SymInt "
       "in_features, bool fold, int layout, Tensor(a!) y) -> ()");
@@ -296,6 +310,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tilewright, m) {
 
 STABLE_TORCH_LIBRARY_IMPL(tilewright, CPU, m) {
   m.impl("int4_pack", TORCH_BOX(&int4_pack));
+  m.impl("fp8_quantize_tokens", TORCH_BOX(&fp8_quantize_tokens));
   m.impl("int4_repack", TORCH_BOX(&int4_repack));
   m.impl("int4_blob_layout", TORCH_BOX(&int4_blob_layout));
   m.impl("int4_int8_linear", TORCH_BOX(&int4_int8_linear));

@@ -112,10 +112,10 @@ def test_scales_of_every_type(device: Any, dtype: torch.dtype, offset: str) -> N
 
 @pytest.mark.parametrize("tokens", [1, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 300])
 def test_every_tile_of_tokens(device: Any, tokens: int) -> None:
-    rows, columns = (200, 1300) if device.is_emulator else (1000, 4096)
-    columns = 256 if device.is_emulator and tokens > 64 else columns
+    """In the emulator, 129 tokens by 300 rows make clusters with tiles of 256 rows, and 300 tokens tiles of 128."""
+    rows, columns = (1000, 4096) if not device.is_emulator else (200, 1300) if tokens <= 64 else (300, 256)
     weight = random_weight(rows, columns, 128)
-    for seed in device.seeds if tokens in (1, 129) else (0,):
+    for seed in device.seeds if tokens in (1, 17, 129) else (0,):
         device.seed(seed)
         check(device, torch.randn(tokens, columns), weight)
 
@@ -170,6 +170,22 @@ def test_a_token_that_is_not_finite_spoils_only_itself(device: Any, offset: str,
         others = [0, *range(2, tokens)]
         assert got[1].isnan().all()
         assert torch.equal(got[others], clean[others])
+
+
+@pytest.mark.sanitize
+@pytest.mark.parametrize(
+    ("tokens", "rows", "columns", "group", "offset"),
+    [
+        (3, 70, 300, 128, "none"),
+        (12, 70, 300, 32, "minimum"),
+        (140, 300, 384, 128, "none"),
+        (70, 130, 300, 128, "zero"),
+    ],
+)
+def test_small_problems_that_touch_every_kind_of_kernel(
+    device: Any, tokens: int, rows: int, columns: int, group: int, offset: str
+) -> None:
+    check(device, torch.randn(tokens, columns), random_weight(rows, columns, group, offset), torch.randn(rows))
 
 
 @pytest.mark.parametrize("offset", OFFSETS)
@@ -230,6 +246,31 @@ def test_tokens_are_rounded_as_on_the_cpu(device: Any, columns: int, dtype: torc
     assert_within(got, sums, sub * UNIT_ROUNDOFF * padded.double().abs().view(6, -1, sub).sum(-1), "sums of codes")
 
 
+@pytest.mark.parametrize("columns", [7, 300, 4500])
+@pytest.mark.parametrize(("gated", "normed"), [(True, False), (False, True), (True, True)])
+def test_gate_and_norm_on_the_way(device: Any, columns: int, gated: bool, normed: bool) -> None:
+    """Each code is the nearest to what float64 gives, or beside it where rounding in float32 tips it over."""
+    x, gate, norm = torch.randn(3, columns), torch.randn(3, columns) * 3, torch.rand(columns) + 0.5
+    exact = x.double()
+    if normed:
+        exact = exact / (exact.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * norm.double()
+    if gated:
+        exact = exact * torch.nn.functional.silu(gate.double())
+    tokens = ops.fp8_tokens(
+        device.tensor(x),
+        on(device, random_weight(8, columns, 128)),
+        gate=device.tensor(gate) if gated else None,
+        norm=device.tensor(norm) if normed else None,
+    )
+    codes = tokens.data.cpu().view(torch.float8_e4m3fn).double()[:, :columns]
+    scale = tokens.scales.cpu().double()
+    wanted = exact.abs().amax(-1) / 448
+    slack = (columns + 20) * UNIT_ROUNDOFF  # the sum of squares, and a dozen roundings more
+    assert_within(scale, wanted, slack * wanted, "scales")
+    step = torch.clamp(2.0 ** (exact.abs() / scale[:, None]).clamp(min=2.0**-6).log2().floor(), min=2.0**-6) / 8
+    assert_within(codes * scale[:, None], exact, scale[:, None] * step / 2 * (1 + 1e-3) + slack * exact.abs(), "codes")
+
+
 @pytest.mark.parametrize("offset", ["none", "minimum"])
 def test_tokens_rounded_once_serve_several_layers(device: Any, offset: str) -> None:
     weights = [on(device, random_weight(rows, 300, 128, offset)) for rows in (70, 130)]
@@ -265,6 +306,8 @@ def test_bad_input_is_an_error_that_names_it(device: Any) -> None:
         ops.int4_fp8_linear(x, on(device, random_weight(8, 32, 16, "minus8")), mode="fold")
     with pytest.raises(RuntimeError, match="act='fp8'"):
         ops.int4_int8_linear(x, packed)
+    with pytest.raises(RuntimeError, match="gate has shape"):
+        ops.fp8_tokens(x, packed, gate=x[:1])
     tokens = ops.fp8_tokens(x, packed)
     with pytest.raises(RuntimeError, match="sums has 0 elements"):
         ops.int4_fp8_linear(tokens, on(device, random_weight(8, 32, 16, "minimum")))
@@ -312,6 +355,21 @@ def test_error_is_at_most_twice_that_of_the_same_sums_in_torch_on_cuda(
 
     floor = 4 * UNIT_ROUNDOFF * float(exact.pow(2).mean().sqrt())
     assert error(got) <= 2 * error(grouped_in_torch(x, weight)) + floor
+
+
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(1024, 14336, 4096), (600, 6144, 2048), (300, 1000, 11008)])
+def test_large_products_on_cuda(gpu: str, tokens: int, rows: int, columns: int) -> None:
+    """Clusters, their split tiles, and rows and tokens that do not fill a tile; twice, for the same bits."""
+    weight, x = quantize_int4(torch.randn(rows, columns, device=gpu)), torch.randn(tokens, columns, device=gpu)
+    packed = weight.pack()
+    got = ops.int4_fp8_linear(x, packed)
+    dense = weight.dequantize(torch.float64)
+    terms = rounded(x).abs() @ dense.abs().T
+    chain = 3 * (columns // 32) + 38
+    limit = (chain * UNIT_ROUNDOFF / (1 - chain * UNIT_ROUNDOFF) + 4 * 33 * SHORT) * terms
+    assert_within(got, rounded(x) @ dense.T, limit, f"{tokens} x {rows} x {columns}")
+    for _ in range(20):
+        assert torch.equal(ops.int4_fp8_linear(x, packed), got)
 
 
 def test_layers_follow_their_device_on_cuda(gpu: str) -> None:

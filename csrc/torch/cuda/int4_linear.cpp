@@ -53,12 +53,22 @@ struct Tokens {
   std::optional<Tensor> given;
 };
 
+// What the layer before makes of x; see QuantizeProblem.
+struct Before {
+  std::optional<Tensor> gate, norm;
+  double eps = 0.0;
+};
+
 // `sub` 0: no sums.
-Tokens quantize(const Tensor& x, int64_t m, int64_t k, int sub, const Tensor& counters, const char* op) {
+Tokens quantize(const Tensor& x, const Before& before, int64_t m, int64_t k, int sub, const Tensor& counters,
+                const char* op) {
   const int64_t padded_k = round_up(k, Int4Hopper::kCols), stride = round_up(m, 128);
   Tokens out{empty_on(x, {m, padded_k}, ScalarType::Byte), empty_on(x, {m}, ScalarType::Float),
              empty_on(x, {sub == 0 ? 0 : padded_k / sub, sub == 0 ? 0 : stride}, ScalarType::Float)};
   int4_linear::quantize_tokens({.x = data<char>(x),
+                                .gate = before.gate.has_value() ? data<char>(*before.gate) : nullptr,
+                                .norm = before.norm.has_value() ? data<char>(*before.norm) : nullptr,
+                                .eps = static_cast<float>(before.eps),
                                 .type = number_of(x, op, "x"),
                                 .m = m,
                                 .k = k,
@@ -140,7 +150,7 @@ Tensor int4_fp8_linear(const Tensor& x, const Tensor& weight, const std::optiona
       multiply({.codes = {}, .scales = {}, .sums = {}, .given = input}, weight, view, bias, y, counters, plan, false,
                kOp);
     } else {
-      const Tokens tokens = quantize(input, m, k, needs_sums(plan) ? view.sub : 0, counters, kOp);
+      const Tokens tokens = quantize(input, {}, m, k, needs_sums(plan) ? view.sub : 0, counters, kOp);
       multiply(tokens, weight, view, bias, y, counters, plan, true, kOp);
     }
   }
@@ -148,17 +158,33 @@ Tensor int4_fp8_linear(const Tensor& x, const Tensor& weight, const std::optiona
 }
 
 // Tokens rounded once for several layers: codes [M, Kp], scales [M], and sums of every `sub` codes if that is not 0.
-std::tuple<Tensor, Tensor, Tensor> fp8_quantize_tokens(const Tensor& x, int64_t sub) {
+std::tuple<Tensor, Tensor, Tensor> fp8_quantize_tokens(const Tensor& x, int64_t sub, const std::optional<Tensor>& gate,
+                                                       const std::optional<Tensor>& norm, double eps) {
   constexpr const char* kOp = "fp8_quantize_tokens";
   require_device(x, kOp, "x");
   require(x.dim() >= 1 && x.size(x.dim() - 1) > 0, kOp, ": x has shape ", shape_of(x), ", needed [..., K]");
+  require(is_floating(x.scalar_type()), kOp, ": x has dtype ", dtype_name(x.scalar_type()),
+          ", needed float32, bfloat16, float16 or float64");
   require(sub == 0 || sub == 16 || sub == 32 || sub == 64 || sub == 128, kOp, ": sub = ", sub,
           ", needed 0, 16, 32, 64 or 128");
   const OnDevice guard(x);
   const Tensor input = as_read(x);
   const int64_t k = input.size(input.dim() - 1);
+  Before before{.eps = eps};
+  if (gate.has_value()) {
+    require_same_device(*gate, x, kOp, "gate");
+    require(shape_of(*gate) == shape_of(x), kOp, ": gate has shape ", shape_of(*gate), ", needed that of x, ",
+            shape_of(x));
+    before.gate = torch::stable::contiguous(torch::stable::to(*gate, input.scalar_type()));
+  }
+  if (norm.has_value()) {
+    require_same_device(*norm, x, kOp, "norm");
+    require_dim(*norm, 1, kOp, "norm", "[K]");
+    require_size(*norm, 0, k, kOp, "norm", "K");
+    before.norm = torch::stable::contiguous(torch::stable::to(*norm, input.scalar_type()));
+  }
   const Tensor counters = empty_on(input, {0}, ScalarType::Int);
-  Tokens out = quantize(input, input.numel() / k, k, static_cast<int>(sub), counters, kOp);
+  Tokens out = quantize(input, before, input.numel() / k, k, static_cast<int>(sub), counters, kOp);
   return {out.codes, out.scales, out.sums};
 }
 

@@ -111,13 +111,29 @@ class Fp8Tokens:
     dtype: torch.dtype
 
 
-def fp8_tokens(x: Tensor, weight: PackedInt4) -> Fp8Tokens:
+def fp8_tokens(
+    x: Tensor,
+    weight: PackedInt4,
+    *,
+    gate: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Fp8Tokens:
     """Round each token of x `[..., K]`, on a CUDA device, for `int4_fp8_linear` with that weight or others like it.
 
+    What comes between two layers can be done on the way, in float32, instead of in a kernel of its own:
+
+    Args:
+        x: `[..., K]`, any floating type.
+        weight: of the layer that follows, or one with the same group and kind.
+        gate: of x's shape; `x * silu(gate)` is rounded, as in a gated MLP.
+        norm: `[K]`; `x / sqrt(mean(x^2) + eps) * norm` is rounded (RMSNorm), before the gate if both are given.
+        eps: of the norm.
+
     Raises:
-        RuntimeError: x is not floating or not on a CUDA device.
+        RuntimeError: x is not floating or not on a CUDA device, or a shape does not fit.
     """
-    data, scales, sums = _ops.fp8_quantize_tokens(x, _columns_of_a_sum(weight))
+    data, scales, sums = _ops.fp8_quantize_tokens(x, _columns_of_a_sum(weight), gate, norm, eps)
     return Fp8Tokens(data, scales, sums, tuple(x.shape), x.dtype)
 
 
@@ -183,7 +199,9 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, fold: b
 
 
 @torch.library.register_fake("tilewright::fp8_quantize_tokens")
-def _(x: Tensor, sub: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor, sub: int, gate: Tensor | None = None, norm: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
     tokens = x.numel() // x.shape[-1]
     padded = (x.shape[-1] + _TILE_COLUMNS - 1) // _TILE_COLUMNS * _TILE_COLUMNS
     sums = (padded // sub, (tokens + 127) // 128 * 128) if sub else (0, 0)

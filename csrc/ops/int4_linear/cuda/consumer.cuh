@@ -227,7 +227,7 @@ TILEWRIGHT_DEVICE void issue_products(float (&part)[C::kRegisters], uint32_t (&a
 #pragma unroll
   for (int step = 0; step < 4; ++step) {
     C::Product::run(part, a[step], first.advanced(32 * step), step != 0);
-    if (step % 2 == 1) hopper::wgmma_commit();
+    if (step == C::kEarly - 1 || step == 3) hopper::wgmma_commit();
   }
 }
 
@@ -267,11 +267,11 @@ TILEWRIGHT_DEVICE void multiply_rows(const MatrixParams& p, const Shared<C>& sha
       hopper::wgmma_wait<1>();
       pass_turn(shared, turns);
 #pragma unroll
-      for (int step = 0; step < 2; ++step) hopper::keep(a[step]);  // read until here
-      decode_steps<C, 0, 2>(a, words, ahead_scale);
+      for (int step = 0; step < C::kEarly; ++step) hopper::keep(a[step]);  // read until here
+      decode_steps<C, 0, C::kEarly>(a, words, ahead_scale);
       hopper::wgmma_wait<0>();
       hopper::keep(part);
-      decode_steps<C, 2, 4>(a, words, ahead_scale);
+      decode_steps<C, C::kEarly, 4>(a, words, ahead_scale);
       take_up<C>(totals[b], part, scale, shared.sums_of(ring.stage), thread);
     }
     release(shared, ring.stage);
@@ -310,9 +310,6 @@ TILEWRIGHT_DEVICE void pass_segment(const MatrixParams& p, const Shared<C>& shar
 }
 
 // --- Taking turns: few tokens, so that the way through a chunk is long and its work short. Several chunks go it together.
-
-template <class C>
-inline constexpr int kBatch = C::kTokens <= 16 ? 4 : 2;
 
 // The partial sums of chunk J of a batch, and then those of the next ones, in order.
 template <class C, int Count, int J = 0>
@@ -380,7 +377,7 @@ template <class C>
 TILEWRIGHT_DEVICE void multiply_turns(const MatrixParams& p, const Shared<C>& shared, const Segment& segment, Ring ring,
                                       float (&total)[C::kRegisters], int consumer) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
-  constexpr int kCount = C::kFine ? 1 : kBatch<C>;
+  constexpr int kCount = C::kBatch;
   const int batches = (segment.last - segment.first) / kCount;
   int k = segment.first;
   for (int batch = 0; batch < batches; ++batch) {

@@ -29,6 +29,8 @@ struct Config {
   static constexpr bool kTurns = takes_turns(N);
   static constexpr int kTileBlocks = tile_blocks(N, Blocks);
   static constexpr bool kOrdered = !kTurns && !Fine;  // consumers multiply one after the other
+  static constexpr int kEarly = 2;  // products of four after which the turn is passed on
+  static constexpr int kBatch = Fine ? 1 : N <= 16 ? 4 : 2;  // chunks that a consumer that takes turns has at once
   static constexpr int kCluster = cluster_blocks(Blocks);
   static constexpr int kReleases = (kTurns ? 4 : 4 * kConsumers) * kCluster;  // warps that use a stage
   static constexpr int kStagingTokens = N < int4_linear::kStagingTokens ? N : int4_linear::kStagingTokens;
