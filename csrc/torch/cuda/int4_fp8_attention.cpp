@@ -124,8 +124,9 @@ Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, 
                              .query = fp8_query ? int4_fp8_attention::Query::kFp8 : int4_fp8_attention::Query::kFloat32,
                              .out = mutable_data<void>(out),
                              .partials = nullptr};
-  const Tensor partials = empty_on(queries, {kernels::partials_needed(problem)}, ScalarType::Float);
-  problem.partials = mutable_data<float>(partials);
+  const int64_t needed = kernels::partials_needed(problem);
+  const Tensor partials = empty_on(queries, {needed}, ScalarType::Float);
+  problem.partials = needed > 0 ? mutable_data<float>(partials) : nullptr;
   kernels::attend(problem, stream_of(q));
   return torch::stable::to(out, q.scalar_type());
 }

@@ -20,7 +20,7 @@ inline constexpr float kRaise = 8.0f;  // in base-2 units
 
 struct DecodeCount {
   static TILEWRIGHT_DEVICE int of(const Attention& p, const Sequence& s) {
-    return ceil_of(s.queries * p.group(), kDecodeRows) * static_cast<int>(p.cache.heads) * decode_chunks(s);
+    return ceil_of(s.queries * p.group(), kDecodeRows) * static_cast<int>(p.cache.heads) * decode_chunks(p, s);
   }
 };
 
@@ -41,14 +41,14 @@ TILEWRIGHT_DEVICE DecodeItem decode_item(const Attention& p, const Place& place)
   item.sequence = sequence_at(p, place.sequence);
   item.index = place.sequence;
   item.group = p.group();
-  item.chunks = decode_chunks(item.sequence);
+  item.chunks = decode_chunks(p, item.sequence);
   item.chunk = place.index % item.chunks;
   const int rest = place.index / item.chunks, heads = static_cast<int>(p.cache.heads);
   item.kv_head = rest % heads;
   item.first_row = rest / heads * kDecodeRows;
   item.rows = smaller(kDecodeRows, item.sequence.queries * item.group - item.first_row);
   if (!item.sequence.valid()) return item;
-  const int chunk = chunk_keys(item.sequence.keys());
+  const int chunk = decode_chunk_keys(p, item.sequence);
   item.key_begin = item.sequence.key_begin + item.chunk * chunk;
   item.keys = smaller(chunk, item.sequence.length - item.key_begin);
   return item;
@@ -465,7 +465,7 @@ __global__ void __launch_bounds__(kCombineWarps* kWarp) combine_chunks(const __g
   const int t = row / heads, h = row % heads;
   if (t >= smaller(p.tokens, p.cu_seqlens[p.sequences])) return;
   const Sequence sequence = sequence_at(p, sequence_with(p.cu_seqlens, p.sequences, t));
-  const int chunks = decode_chunks(sequence);
+  const int chunks = decode_chunks(p, sequence);
   if (chunks == 1) return;
   const int64_t first = partial_index(p, t, h, 0);
   const float maximum = lane < chunks ? partial_numbers(p, first + lane)[0] : lowest();

@@ -44,7 +44,7 @@ struct Attention {
   int64_t window;
   Query query;
   void* out;  // [T, H, D], dense, in the type of q; rows past the last offset become zero
-  float* partials;  // workspace_floats(); may be null when that is 0
+  float* partials;  // partials_needed(), null when that is 0
 
   constexpr int group() const { return static_cast<int>(heads) / static_cast<int>(cache.heads); }
 };
