@@ -28,6 +28,7 @@ void launch_matrix(const MatrixProblem& problem, const DevicePlan& plan, hopper:
       .x_scales = problem.scales,
       .x_sums = problem.sums,
       .bias = problem.bias,
+      .residual = problem.residual,
       .y = problem.y,
       .pieces = problem.pieces,
       .counters = problem.counters,

@@ -43,6 +43,7 @@ struct MatrixProblem {
   int64_t sums_stride;
   const void* bias;  // [N] or null
   Number bias_type;
+  const void* residual;     // null, or [M, N] of y_type, added before the one rounding of y
   void* y;  // [M, N]
   Number y_type;
   float* pieces;  // plan.piece_slots() * plan.piece_floats()

@@ -51,6 +51,7 @@ struct MatrixParams {
   const float* x_scales;
   const float* x_sums;  // [k_tiles * subs, sums_stride]
   const void* bias;
+  const void* residual;  // null, or [M, N] of y_type, added
   void* y;
   float* pieces;
   int32_t* counters;
