@@ -38,6 +38,7 @@ SHAPES = (
     Shape("gated_delta", "delta", "token", 1, 8192, 16, 64),
     Shape("gated_delta", "delta", "token", 1, 4096, 16, 32, (0, 410, 841, 1135, 2126, 2512, 4096)),
     Shape("lightning", "additive", "head", 1, 8192, 64, 64),
+    Shape("kimi_delta", "delta", "channel", 1, 8192, 32, 32),
     # Last: compiling the peer takes its time. Its gated gradient refuses the Triton of current releases on Hopper.
     Shape("delta", "delta", "none", 4, 2048, 16, 16, peer=True),
 )
@@ -49,7 +50,9 @@ def inputs_of(s: Shape) -> dict[str, Any]:
 
     keys = torch.nn.functional.normalize(normal(s.batch, s.tokens, s.heads, KEY), dim=-1)
     gates = torch.rand(s.batch, s.tokens, s.value_heads, device="cuda")
+    channels = torch.rand(s.batch, s.tokens, s.value_heads, KEY, device="cuda") if s.decay == "channel" else gates
     decays = {"none": None, "head": -0.1 * torch.rand(s.value_heads, device="cuda"), "token": -0.1 * gates}
+    decays["channel"] = -0.1 * channels
     return {
         "q": normal(s.batch, s.tokens, s.heads, KEY),
         "k": keys,

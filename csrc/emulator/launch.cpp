@@ -23,9 +23,15 @@ namespace {
 Settings settings;
 std::vector<std::unique_ptr<Fiber>> spare_fibers;
 
-std::string kernel_name(const void* kernel) {
+// The kernel's own name where the library exports it, else that of its parameter, which the launch's signature ends in.
+std::string kernel_name(const void* kernel, const char* signature) {
   Dl_info info{};
-  if (dladdr(kernel, &info) == 0 || info.dli_sname == nullptr || info.dli_saddr != kernel) return "a kernel";
+  if (dladdr(kernel, &info) == 0 || info.dli_sname == nullptr || info.dli_saddr != kernel) {
+    const std::string text = signature;
+    const size_t from = text.find("Params = "), end = text.rfind(']');
+    if (from == std::string::npos || end == std::string::npos) return "a kernel";
+    return "the kernel of " + text.substr(from + 9, end - from - 9);
+  }
   int status = 0;
   char* demangled = abi::__cxa_demangle(info.dli_sname, nullptr, nullptr, &status);
   std::string name = status == 0 ? demangled : info.dli_sname;
@@ -50,14 +56,34 @@ void check_shape(const GridShape& shape) {
   }
 }
 
+// The one grid that runs, and what it leaves behind however it ends.
+class Running {
+ public:
+  explicit Running(Machine& grid) : grid_(grid) {
+    grid_.spare_fibers = std::exchange(spare_fibers, {});
+    machine = &grid_;
+  }
+  ~Running() {
+    grid_.running.clear();
+    machine = nullptr;
+    forget_joins();
+    spare_fibers = std::move(grid_.spare_fibers);
+  }
+  Running(const Running&) = delete;
+  Running& operator=(const Running&) = delete;
+
+ private:
+  Machine& grid_;
+};
+
 }  // namespace
 
 Settings& current_settings() { return settings; }
 
 int multiprocessors() { return settings.multiprocessors; }
 
-void run_grid(const GridShape& shape, Body body, const void* call, const void* kernel, const void* params,
-              size_t param_bytes) {
+void run_grid(const GridShape& shape, Body body, const void* call, const void* kernel, const char* signature,
+              const void* params, size_t param_bytes) {
   static std::mutex one_grid;
   const std::scoped_lock lock(one_grid);
   check_shape(shape);
@@ -65,12 +91,10 @@ void run_grid(const GridShape& shape, Body body, const void* call, const void* k
   grid.shape = shape;
   grid.body = body;
   grid.call = call;
-  grid.kernel_address = kernel;
   grid.params = static_cast<const char*>(params);
   grid.param_bytes = param_bytes;
   grid.random.seed(settings.seed);
-  grid.spare_fibers = std::exchange(spare_fibers, {});
-  machine = &grid;
+  const Running running(grid);
   blockDim = {static_cast<unsigned>(shape.threads), 1, 1};
   gridDim = {static_cast<unsigned>(shape.blocks_x), static_cast<unsigned>(shape.blocks_y),
              static_cast<unsigned>(shape.blocks_z)};
@@ -79,15 +103,8 @@ void run_grid(const GridShape& shape, Body body, const void* call, const void* k
   if (settings.seed != 0) std::shuffle(order.begin(), order.end(), grid.random);
   ++settings.launches;
   run_clusters(std::move(order));
-  for (auto& cluster : grid.running) {  // only after an error
-    for (auto& block : cluster->blocks) give_shared(block->shared);
-  }
-  grid.running.clear();
-  machine = nullptr;
-  forget_joins();
-  spare_fibers = std::move(grid.spare_fibers);
   if (!grid.error.empty()) {
-    throw std::runtime_error("emulator: " + kernel_name(kernel) + ": " + grid.error + " (seed " +
+    throw std::runtime_error("emulator: " + kernel_name(kernel, signature) + ": " + grid.error + " (seed " +
                              std::to_string(settings.seed) + ")");
   }
 }

@@ -22,8 +22,8 @@ struct GridShape {
 };
 using Body = void (*)(const void* call);
 // Runs the grid to its end; throws std::runtime_error with kernel, block, thread and reason.
-void run_grid(const GridShape& shape, Body body, const void* call, const void* kernel, const void* params,
-              size_t param_bytes);
+void run_grid(const GridShape& shape, Body body, const void* call, const void* kernel, const char* signature,
+              const void* params, size_t param_bytes);
 int multiprocessors();
 
 void block_sync();                       // __syncthreads

@@ -209,7 +209,6 @@ std::unique_ptr<Cluster> new_cluster(int64_t serial) {
 
 void end_cluster(Cluster& cluster) {
   for (auto& block : cluster.blocks) {
-    give_shared(block->shared);
     for (auto& fiber : block->fibers) machine->spare_fibers.push_back(std::move(fiber));
   }
 }

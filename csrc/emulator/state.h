@@ -29,6 +29,8 @@ inline constexpr size_t kSlotMargin = size_t{128} << 10;   // before the first b
 inline constexpr int kSlots = 512;
 
 struct Block;
+struct SharedMemory;
+void give_shared(SharedMemory& shared);
 struct Cluster;
 struct Fiber;
 
@@ -49,6 +51,11 @@ struct ByteHistory {
 };
 
 struct SharedMemory {
+  SharedMemory() = default;
+  ~SharedMemory() { give_shared(*this); }
+  SharedMemory(const SharedMemory&) = delete;
+  SharedMemory& operator=(const SharedMemory&) = delete;
+
   char* base = nullptr;
   int slot = -1;
   uint32_t bytes = 0;
@@ -211,8 +218,6 @@ struct Machine {
   GridShape shape;
   Body body = nullptr;
   const void* call = nullptr;
-  std::string kernel;
-  const void* kernel_address = nullptr;
   const char* params = nullptr;
   size_t param_bytes = 0;
   std::mt19937_64 random;
@@ -263,7 +268,6 @@ void thread_ends();
 
 // memory.cpp
 void take_shared(SharedMemory& shared, uint32_t bytes);
-void give_shared(SharedMemory& shared);
 uint32_t shared_offset(const Block& block, const void* pointer, size_t bytes, const char* what);
 void mark_flight(Block& block, uint32_t offset, uint32_t bytes, const char* what);
 void land_bytes(Block& block, uint32_t offset, const char* data, uint32_t bytes, const MBarrier* barrier);

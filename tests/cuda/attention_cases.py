@@ -59,10 +59,15 @@ def gamma(n: float) -> float:
 
 
 def quantized_query(q: Tensor) -> Tensor:
-    """q [T, H, D] after e4m3(q / s) * s with s = max|q| / 448 in float32, as float64."""
-    scale = q.float().abs().amax(-1, keepdim=True) / 448.0
+    """q [T, H, D] after e4m3(q / s) * s with s = max|q| / 448 in float32, as float64.
+
+    On the CPU: on CUDA torch divides by a number by multiplying with its reciprocal, and another last bit of s rounds
+    some quotients to another e4m3 value.
+    """
+    q, device = q.float().cpu(), q.device
+    scale = q.abs().amax(-1, keepdim=True) / 448.0
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    return round_e4m3((q.float() / scale).double().cpu()).to(q.device) * scale.double()
+    return (round_e4m3((q / scale).double()) * scale.double()).to(device)
 
 
 def lost_in_scores(q: Tensor, k: Tensor) -> Tensor:

@@ -29,6 +29,23 @@ def stored_codes(data: Tensor, head_dim: int) -> Tensor:
     return torch.stack((data & 15, data >> 4), -1).flatten(-2)[..., :head_dim].float() - 8
 
 
+def multiprocessors(device: Any) -> int:
+    """What the choice of the kernel is told."""
+    return 4 if device.is_emulator else torch.cuda.get_device_properties(0).multi_processor_count
+
+
+def fast_path(device: Any, counts: list[int], heads: int, kv_heads: int) -> str:
+    """Which of the fast kernels takes an INT4 cache and FP8 queries."""
+    tokens = sum(counts)
+    many = tokens * heads // kv_heads >= 48 * len(counts) and tokens * heads >= 28 * multiprocessors(device)
+    return PREFILL if many else DECODE
+
+
+def many_heads(device: Any, heads: int) -> int:
+    """Enough heads that a short prompt is many rows for the device."""
+    return heads if device.is_emulator else 32 * heads
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
@@ -128,7 +145,7 @@ CASES: list[tuple[str, int, str, int, int]] = [
     (PLAIN, 1, "int4", 3, 3),
     (PLAIN, 80, "int4", 4, 2),
     (PLAIN, 129, "int4", 6, 2),
-    (PLAIN, 256, "int4", 4, 1),
+    (PLAIN, 200, "int4", 4, 1),
     (PLAIN, 36, "bf16", 4, 2),
     (PLAIN, 256, "bf16", 4, 2),
     (DECODE, 32, "int4", 4, 2),
@@ -136,6 +153,8 @@ CASES: list[tuple[str, int, str, int, int]] = [
     (DECODE, 96, "int4", 3, 3),
     (DECODE, 128, "int4", 8, 2),
     (DECODE, 128, "int4", 13, 1),
+    (DECODE, 160, "int4", 4, 2),
+    (DECODE, 256, "int4", 4, 1),
     (DECODE, 8, "bf16", 2, 2),
     (DECODE, 64, "bf16", 6, 2),
     (DECODE, 104, "bf16", 8, 2),
@@ -157,12 +176,14 @@ def test_few_queries_match_float64(
 @pytest.mark.sanitize
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
-    ("head_dim", "heads", "kv_heads"), [(32, 4, 4), (64, 9, 3), (96, 8, 2), (128, 8, 2), (128, 7, 1)]
+    ("head_dim", "heads", "kv_heads"), [(32, 8, 4), (64, 9, 3), (96, 8, 2), (128, 8, 2), (128, 7, 1)]
 )
 def test_many_queries_match_float64(
     device: Any, head_dim: int, heads: int, kv_heads: int, scale_dtype: torch.dtype
 ) -> None:
     counts, lengths = [50, 1, 0, 70], [131, 64, 9, 70]
+    heads, kv_heads = many_heads(device, heads), many_heads(device, kv_heads)
+    assert fast_path(device, counts, heads, kv_heads) == PREFILL
     cache = filled_cache(lengths, kv_heads, head_dim, device.torch_device, scale_dtype=scale_dtype)
     check(device, torch.randn(sum(counts), heads, head_dim), cache, counts, PREFILL)
 
@@ -172,9 +193,10 @@ def test_every_kind_of_length(device: Any, length: int) -> None:
     for head_dim in (64, 128):
         cache = filled_cache([length], 2, head_dim, device.torch_device)
         check(device, torch.randn(1, 4, head_dim), cache, [1], DECODE)
-        count = min(length, 100)
-        path = PREFILL if count * 2 >= 48 else DECODE
-        check(device, torch.randn(count, 4, head_dim), cache, [count], path)
+        count, kv_heads = min(length, 100), many_heads(device, 1)
+        cache = filled_cache([length], kv_heads, head_dim, device.torch_device)
+        path = fast_path(device, [count], 4 * kv_heads, kv_heads)
+        check(device, torch.randn(count, 4 * kv_heads, head_dim), cache, [count], path)
 
 
 @pytest.mark.parametrize("window", [1, 63, 64, 65, 1000])
@@ -183,36 +205,42 @@ def test_windows(device: Any, window: int, causal: bool) -> None:
     options = Options(window=window, causal=causal)
     cache = filled_cache([600, 90, 30], 2, 64, device.torch_device)
     check(device, torch.randn(3, 4, 64), cache, [1, 0, 2], DECODE, options)
-    check(device, torch.randn(120, 4, 64), cache, [1, 90, 29], PREFILL, options)
+    kv_heads = many_heads(device, 2)
+    cache = filled_cache([600, 90, 30], kv_heads, 64, device.torch_device)
+    check(device, torch.randn(120, 2 * kv_heads, 64), cache, [1, 90, 29], PREFILL, options)
     plain = filled_cache([150, 90], 2, 36, device.torch_device, "bf16")
     check(device, torch.randn(31, 4, 36), plain, [1, 30], PLAIN, options)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.125, 3.0])
 def test_any_softmax_scale(device: Any, scale: float) -> None:
+    kv_heads = many_heads(device, 2)
+    cache = filled_cache([80], kv_heads, 64, device.torch_device)
+    check(device, torch.randn(80, 2 * kv_heads, 64), cache, [80], PREFILL, Options(scale=scale))
     cache = filled_cache([80], 2, 64, device.torch_device)
-    for count, path in ((3, DECODE), (40, PREFILL)):
-        check(device, torch.randn(count, 4, 64), cache, [count], path, Options(scale=scale))
+    check(device, torch.randn(3, 4, 64), cache, [3], DECODE, Options(scale=scale))
     check(device, torch.randn(3, 4, 64), cache, [3], DECODE, Options(scale=scale, query="float32"))
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 def test_same_sign_extremes(device: Any, sign: float) -> None:
     """All products of a score have one sign and the largest size; the softmax then picks one key."""
-    cache = KVCache.allocate(1, 1, 128, 70, device=device.torch_device)
-    k = torch.ones(70, 1, 128) * torch.linspace(1, 50, 70)[:, None, None]
-    kv_append_(cache, device.tensor(k), device.tensor(torch.randn(70, 1, 128)), offsets([70], device.torch_device))
-    for count, path in ((3, DECODE), (70, PREFILL)):
+    for count, heads, path in ((3, 1, DECODE), (70, many_heads(device, 2), PREFILL)):
+        cache = KVCache.allocate(1, heads, 128, 70, device=device.torch_device)
+        k = torch.ones(70, heads, 128) * torch.linspace(1, 50, 70)[:, None, None]
+        v = torch.randn(70, heads, 128)
+        kv_append_(cache, device.tensor(k), device.tensor(v), offsets([70], device.torch_device))
         scale = 1.0 if path == DECODE else 2.0**-14  # of sums of 2^21, 13 bits leave nothing to compare
-        check(device, torch.full((count, 1, 128), 448.0 * sign), cache, [count], path, Options(scale=scale))
+        check(device, torch.full((count, heads, 128), 448.0 * sign), cache, [count], path, Options(scale=scale))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
-@pytest.mark.parametrize("count", [2, 40])
+@pytest.mark.parametrize("count", [2, 80])
 def test_queries_of_any_floating_type_and_layout(device: Any, dtype: torch.dtype, count: int) -> None:
     where = device.torch_device
-    cache = filled_cache([90], 2, 64, where)
-    q = device.tensor(torch.randn(64, 4, count).to(dtype).permute(2, 1, 0))
+    kv_heads = many_heads(device, 2)
+    cache = filled_cache([90], kv_heads, 64, where)
+    q = device.tensor(torch.randn(64, 2 * kv_heads, count).to(dtype).permute(2, 1, 0))
     got = int4_fp8_attention(q, cache, offsets([count], where))
     assert got.dtype == dtype
     exact = int4_fp8_attention(q.float().contiguous(), cache, offsets([count], where))
@@ -222,13 +250,14 @@ def test_queries_of_any_floating_type_and_layout(device: Any, dtype: torch.dtype
 @pytest.mark.parametrize(("format", "scale_dtype"), FORMATS, ids=FORMAT_NAMES)
 def test_a_cache_that_is_a_view(device: Any, format: str, scale_dtype: torch.dtype) -> None:
     where = device.torch_device
-    cache = filled_cache([100, 37], 2, 64, where, format, scale_dtype, room=0)
+    kv_heads = many_heads(device, 2)
+    cache = filled_cache([100, 37], kv_heads, 64, where, format, scale_dtype, room=0)
 
     def spread(t: Tensor | None) -> Tensor | None:
         return None if t is None else torch.stack((t, t), 3).select(3, 0)
 
     wide = KVCache(*(spread(t) for t in (cache.k, cache.v, cache.k_scales, cache.v_scales)), cache.lengths, 64)  # type: ignore[arg-type]
-    q = device.tensor(torch.randn(80, 6, 64))
+    q = device.tensor(torch.randn(80, 3 * kv_heads, 64))
     for counts in ([1, 2], [70, 10]):
         rows = q[: sum(counts)]
         dense, strided = (int4_fp8_attention(rows, c, offsets(counts, where)) for c in (cache, wide))
@@ -239,12 +268,16 @@ def test_a_cache_that_is_a_view(device: Any, format: str, scale_dtype: torch.dty
 @pytest.mark.parametrize("counts", [[1, 2, 1], [40, 3, 30]])
 def test_packing_changes_no_bit(device: Any, counts: list[int], format: str) -> None:
     where = device.torch_device
-    cache = filled_cache([500, 90, 41], 2, 64, where, format)
-    q = device.tensor(torch.randn(sum(counts), 16, 64))
+    kv_heads = many_heads(device, 2)
+    heads = 8 * kv_heads
+    cache = filled_cache([500, 90, 41], kv_heads, 64, where, format)
+    q = device.tensor(torch.randn(sum(counts), heads, 64))
     together = int4_fp8_attention(q, cache, offsets(counts, where))
     for s, count in enumerate(counts):
         first = sum(counts[:s])
-        if format == "int4" and (count * 8 >= 48) != (sum(counts) * 8 >= 48 * len(counts)):
+        if format == "int4" and fast_path(device, [count], heads, kv_heads) != fast_path(
+            device, counts, heads, kv_heads
+        ):
             continue  # the other kernel would take it
         rows = [None if t is None else t[s : s + 1] for t in (cache.k, cache.v, cache.k_scales, cache.v_scales)]
         alone = KVCache(*rows, cache.lengths[s : s + 1].clone(), 64)  # type: ignore[arg-type]
@@ -258,9 +291,9 @@ def test_packing_changes_no_bit(device: Any, counts: list[int], format: str) -> 
 def test_rows_past_a_length_or_before_a_window_are_never_read(
     device: Any, format: str, head_dim: int, counts: list[int]
 ) -> None:
-    where, lengths, window = device.torch_device, [401, 64, 7], 40
-    cache = filled_cache(lengths, 2, head_dim, where, format)
-    q = device.tensor(torch.randn(sum(counts), 6, head_dim))
+    where, lengths, window, kv_heads = device.torch_device, [401, 64, 7], 40, many_heads(device, 2)
+    cache = filled_cache(lengths, kv_heads, head_dim, where, format)
+    q = device.tensor(torch.randn(sum(counts), 3 * kv_heads, head_dim))
     got = int4_fp8_attention(q, cache, offsets(counts, where), window=window)
     assert not got.isnan().any()
     poisoned = copy.deepcopy(cache)
@@ -276,10 +309,10 @@ def test_rows_past_a_length_or_before_a_window_are_never_read(
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("query", ["fp8", "float32"])
 def test_a_query_that_is_not_finite_spoils_its_own_row(device: Any, bad: float, query: str) -> None:
-    where = device.torch_device
-    cache = filled_cache([150, 20], 2, 64, where)
+    where, kv_heads = device.torch_device, many_heads(device, 2)
+    cache = filled_cache([150, 20], kv_heads, 64, where)
     for counts in ([2, 1], [45, 5]):
-        q = torch.randn(sum(counts), 6, 64)
+        q = torch.randn(sum(counts), 3 * kv_heads, 64)
         clean = int4_fp8_attention(device.tensor(q), cache, offsets(counts, where), query=query)
         q[1, 4, 7] = bad
         got = int4_fp8_attention(device.tensor(q), cache, offsets(counts, where), query=query)
@@ -296,20 +329,20 @@ def test_a_query_that_is_not_finite_spoils_its_own_row(device: Any, bad: float, 
 def test_a_token_that_is_not_finite_reaches_only_queries_that_see_it(
     device: Any, which: str, bad: float, format: str, head_dim: int, count: int
 ) -> None:
-    length, window, where = 140, 20, device.torch_device
+    length, window, where, kv_heads = 140, 20, device.torch_device, many_heads(device, 2)
     spoiled = length - count + 1
-    kv = {name: torch.randn(length, 2, head_dim) for name in ("k", "v")}
-    q = device.tensor(torch.randn(count, 4, head_dim))
+    kv = {name: torch.randn(length, kv_heads, head_dim) for name in ("k", "v")}
+    q = device.tensor(torch.randn(count, 2 * kv_heads, head_dim))
     results = []
     for spoil in (False, True):
         if spoil:
             kv[which][spoiled, 1, 5 if which == "v" else slice(None)] = bad
-        cache = KVCache.allocate(1, 2, head_dim, length, format, device=where)
+        cache = KVCache.allocate(1, kv_heads, head_dim, length, format, device=where)
         kv_append_(cache, device.tensor(kv["k"]), device.tensor(kv["v"]), offsets([length], where))
         results.append(int4_fp8_attention(q, cache, offsets([count], where), window=window))
     clean, got = results
-    sees = torch.zeros(count, 4, dtype=torch.bool, device=where)
-    sees[1 : 1 + window, 2:] = True
+    sees = torch.zeros(count, 2 * kv_heads, dtype=torch.bool, device=where)
+    sees[1 : 1 + window, 2:4] = True
     assert got[sees].isnan().all(-1).all()
     assert torch.equal(got[~sees], clean[~sees])
 
@@ -344,8 +377,9 @@ def test_offsets_and_lengths_that_do_not_fit_stay_within_memory(device: Any) -> 
 @pytest.mark.parametrize("count", [1, 96])
 def test_the_same_bits_every_time(device: Any, count: int) -> None:
     where = device.torch_device
-    cache = filled_cache([700, 300], 2, 128, where)
-    q = device.tensor(torch.randn(2 * count, 8, 128))
+    kv_heads = many_heads(device, 2) // (1 if device.is_emulator else 4)
+    cache = filled_cache([700, 300], kv_heads, 128, where)
+    q = device.tensor(torch.randn(2 * count, 4 * kv_heads, 128))
     first = int4_fp8_attention(q, cache, offsets([count, count], where))
     for seed in range(3 if device.is_emulator else 1000):
         device.seed(seed)

@@ -84,6 +84,19 @@ def test_the_sizes_above_take_every_kernel() -> None:
     assert not missing, plans
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(1100, 1300), (600, 1670)])
+def test_tiles_that_a_block_takes_in_turn(device, rows: int, columns: int) -> None:
+    """More tiles than blocks and more chunks than stages: the warpgroups run one behind the other."""
+    tokens = 260
+    plan = _host.ternary_linear_device_plan(tokens, rows, columns, 4)
+    assert "tokens=128 splits=1" in plan, plan
+    weight, x = random_weight(rows, columns), random_codes(tokens, columns)
+    packed, on_device = packed_on(device, weight), device.tensor(x)
+    for seed in device.seeds:
+        device.seed(seed)
+        assert torch.equal(ops.ternary_matmul(on_device, packed).cpu().long(), oracle(x, weight))
+
+
 @pytest.mark.sanitize
 @pytest.mark.parametrize("splits", [True, False])
 def test_sums_of_split_columns(device, splits: bool) -> None:

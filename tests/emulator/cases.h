@@ -40,6 +40,7 @@ struct Case {
   std::function<bool()> run;
 };
 
+void run_layouts(const std::string& tables);  // prints like main
 std::vector<Case> simple_cases();
 std::vector<Case> pipeline_cases();
 std::vector<Case> product_cases();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// emulator_tests SEED: runs every case, prints name, outcome, message, separated by tabs. The outcome is "right", "wrong"
+// emulator_tests layouts FILE: compares with CuTe's tables in the file (cute_tables.cpp). emulator_tests SEED: runs every case, prints name, outcome, message, separated by tabs. The outcome is "right", "wrong"
 // (no error, wrong results), "caught" (the expected error) or "missed" (no error, or another one).
 #include <algorithm>
 #include <cstdio>
@@ -38,6 +38,10 @@ void run_case(const Case& test) {
 }  // namespace
 
 int main(int count, char** arguments) {
+  if (count == 3 && std::string(arguments[1]) == "layouts") {
+    run_layouts(arguments[2]);
+    return 0;
+  }
   auto& settings = tilewright::emulator::current_settings();
   settings.seed = count > 1 ? std::strtoull(arguments[1], nullptr, 10) : 0;
   settings.strict = true;

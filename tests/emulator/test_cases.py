@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Kernels with a fault each, of which the emulator must catch every one, and the same kernels without (the .cu files)."""
+"""Kernels with a fault each, of which the emulator must catch every one, and the same kernels without (*.cu)."""
 
 from __future__ import annotations
 
 import functools
 import re
 import subprocess
-from pathlib import Path
 
 import pytest
+from emulator_programs import FOLDER, NOT_BUILT, emulator_tests
 
-FOLDER = Path(__file__).resolve().parent
 SEEDS = (0, 1, 2)
 NAMES = [
     name
@@ -20,21 +19,15 @@ NAMES = [
 
 
 @functools.cache
-def _program() -> Path | None:
-    built = sorted(FOLDER.parents[1].glob("build/*/emulator_tests"), key=lambda path: path.stat().st_mtime)
-    return built[-1] if built else None
-
-
-@functools.cache
 def _outcomes(seed: int) -> dict[str, tuple[str, str]]:
-    program = _program()
+    program = emulator_tests()
     assert program is not None
     done = subprocess.run([str(program), str(seed)], capture_output=True, text=True, timeout=300, check=True)
     rows = [line.split("\t") for line in done.stdout.splitlines()]
     return {name: (outcome, message) for name, outcome, message in rows}
 
 
-@pytest.mark.skipif(_program() is None, reason="emulator_tests was not built; run `make build`")
+@pytest.mark.skipif(emulator_tests() is None, reason=NOT_BUILT)
 @pytest.mark.parametrize("name", NAMES)
 def test_faults_are_caught_and_right_kernels_pass(name: str) -> None:
     for seed in SEEDS:
@@ -44,7 +37,7 @@ def test_faults_are_caught_and_right_kernels_pass(name: str) -> None:
             assert re.search(r"block \(\d+, \d+, \d+\)|deadlock|tensor map|clusters of", message), message
 
 
-@pytest.mark.skipif(_program() is None, reason="emulator_tests was not built; run `make build`")
+@pytest.mark.skipif(emulator_tests() is None, reason=NOT_BUILT)
 def test_every_case_of_the_program_is_listed() -> None:
     assert sorted(_outcomes(0)) == sorted(NAMES)
     outcomes = [outcome for outcome, _ in _outcomes(0).values()]

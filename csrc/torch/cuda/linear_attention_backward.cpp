@@ -147,7 +147,10 @@ class Memory {
   const Tensor& boxes(const Tensor& tensor, ScalarType type) {
     const Tensor converted = torch::stable::to(tensor, type);
     bool fits = converted.stride(3) == 1 && reinterpret_cast<uintptr_t>(converted.const_data_ptr()) % 16 == 0;
-    for (int64_t d = 0; d < 3; ++d) fits = fits && (converted.size(d) == 1 || converted.stride(d) % 8 == 0);
+    for (int64_t d = 0; d < 3; ++d) {
+      const int64_t step = converted.stride(d);
+      fits = fits && (converted.size(d) == 1 || (step > 0 && step % 8 == 0));
+    }
     tensors_.push_back(fits ? converted : torch::stable::contiguous(converted));
     return tensors_.back();
   }
@@ -206,6 +209,12 @@ void place_scratch(ChunkBackward& p, const Shape& s, ScalarType type, Memory& me
   const std::vector<int64_t> values{s.places, s.value_heads, p.slices(), kRows, ChunkBackward::kSlice};
   const std::vector<int64_t> states{s.places, s.value_heads, p.slices(), ChunkBackward::kSlice,
                                     ChunkBackward::kMaxKeySize};
+  if (s.decay == Decay::kChannel) {
+    const std::vector<int64_t> keys{s.places, s.value_heads, kRows, ChunkBackward::kMaxKeySize};
+    p.keys_into = memory.take<uint16_t>(keys, type);
+    p.keys_onto = memory.take<uint16_t>(keys, type);
+    p.queries_into = memory.take<uint16_t>(keys, type);
+  }
   p.factors = memory.take<float>({s.places, s.value_heads, ChunkBackward::kFactors, kRows});
   p.attention = memory.take<uint16_t>(pairs, type);
   p.states = memory.take<uint16_t>(states, type);
@@ -284,18 +293,28 @@ SixTensors by_chunk(const Inputs& in, const Shape& s, double scale, bool delta) 
   p.d_final_state = memory.whole<float>(in.d_state);
   place_scratch(p, s, type, memory);
 
-  const Tensor dq = output(in, s.by_query(), type), dk = output(in, s.by_query(), type);
+  const bool channel = s.decay == Decay::kChannel;
+  // Decays a channel come by value head: so do the parts of dq and dk, which the caller sums in float32.
+  const Tensor dq = channel ? output(in, s.by_key(), kWide) : output(in, s.by_query(), type);
+  const Tensor dk = channel ? output(in, s.by_key(), kWide) : output(in, s.by_query(), type);
   const Tensor dv = output(in, s.by_value(), type);
   const Tensor d_beta = delta ? output(in, s.by_token(), kWide) : empty_on(in.q, {0}, kWide);
-  const Tensor dg = s.decay == Decay::kNone ? empty_on(in.q, {0}, kWide) : output(in, s.by_token(), kWide);
+  const Tensor dg =
+      s.decay == Decay::kNone ? empty_on(in.q, {0}, kWide) : output(in, channel ? s.by_key() : s.by_token(), kWide);
   const Tensor d_initial = empty_on(in.q, s.states(s.sequences), kWide);
-  p.dq = mutable_data<uint16_t>(dq);
-  p.dk = mutable_data<uint16_t>(dk);
   p.dv = mutable_data<uint16_t>(dv);
   p.d_beta = mutable_data<float>(d_beta);
   p.dg = mutable_data<float>(dg);
   p.d_initial_state = mutable_data<float>(d_initial);
-  linear_attention::cuda::launch_chunk_backward(p, stream_of(in.q));
+  if (channel) {
+    p.dq_wide = mutable_data<float>(dq);
+    p.dk_wide = mutable_data<float>(dk);
+    linear_attention::cuda::launch_channel_backward(p, stream_of(in.q));
+  } else {
+    p.dq = mutable_data<uint16_t>(dq);
+    p.dk = mutable_data<uint16_t>(dk);
+    linear_attention::cuda::launch_chunk_backward(p, stream_of(in.q));
+  }
   return {dq, dk, dv, d_beta, dg, d_initial};
 }
 
@@ -303,8 +322,8 @@ SixTensors by_chunk(const Inputs& in, const Shape& s, double scale, bool delta) 
 bool fits_tensor_cores(const Inputs& in, const Shape& s) {
   const ScalarType type = in.q.scalar_type();
   return (type == ScalarType::BFloat16 || type == ScalarType::Half) && in.k.scalar_type() == type &&
-         in.v.scalar_type() == type && s.decay != Decay::kChannel && s.batch > 0 && s.tokens > 0 &&
-         s.key_size % 8 == 0 && s.key_size <= ChunkBackward::kMaxKeySize && s.value_size % 8 == 0 &&
+         in.v.scalar_type() == type && s.batch > 0 && s.tokens > 0 && s.key_size % 8 == 0 &&
+         s.key_size <= ChunkBackward::kMaxKeySize && s.value_size % 8 == 0 &&
          s.value_size <= ChunkBackward::kMaxValueSize;
 }
 

@@ -77,6 +77,10 @@ Tensor for_copies(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(rows.const_data_ptr()) % 16 == 0 ? rows : torch::stable::clone(rows);
 }
 
+// Of whatever type.
+const void* address(const Tensor& tensor) { return data<char>(tensor); }
+void* mutable_address(const Tensor& tensor) { return mutable_data<char>(tensor); }
+
 // The tensor-core form: 16-bit tensors as they are.
 bool takes_flash(const Call& call, const Options& options) {
   const ScalarType type = call.q.scalar_type();
@@ -109,11 +113,11 @@ ForwardResult run_flash_forward(const Call& call, const Options& options, const 
   problem.options = options;
   problem.half = type == ScalarType::Half;
   problem.key_rows = k.size(0) * k.size(1);
-  problem.q = data<uint16_t>(q);
-  problem.k = data<uint16_t>(k);
-  problem.v = data<uint16_t>(v);
+  problem.q = address(q);
+  problem.k = address(k);
+  problem.v = address(v);
   problem.given = given == nullptr ? nullptr : data<float>(*given);
-  problem.o = mutable_data<uint16_t>(result.o);
+  problem.o = mutable_address(result.o);
   lla::cuda::flash_forward(problem, call.sequences, call.stream);
   return result;
 }
@@ -150,6 +154,41 @@ ForwardResult run_forward(const Call& call, const Options& options, const Tensor
   return result;
 }
 
+ForwardResult run_decode(const Call& call, const Options& options, const lla::cuda::DecodePlan& plan,
+                         const Tensor& ridge, const Tensor* start) {
+  const ScalarType type = call.q.scalar_type();
+  std::vector<int64_t> sizes = sizes_of(call.q);
+  const Tensor q = for_copies(call.q), k = for_copies(call.k), v = for_copies(call.v);
+  const ForwardResult result{
+      empty_on(q, {sizes[0], sizes[1], sizes[2], call.shape.value_size}, type),
+      empty_on(q, sizes, ScalarType::Float),
+      empty_on(q, {sizes[0], sizes[1], sizes[2], lla::RowRecord::kSize}, ScalarType::Float),
+      empty_on(q, {sizes[0], sizes[1], sizes[2]}, ScalarType::Int),
+  };
+  const Tensor scores = empty_on(q, {sizes[0] * sizes[1] * sizes[2], k.size(1)}, ScalarType::Float);
+  const Tensor partials = empty_on(q, {plan.partials}, ScalarType::Float);
+  const lla::cuda::Decode problem{
+      .shape = call.shape,
+      .options = options,
+      .type = type == ScalarType::Float  ? lla::cuda::Storage::kFloat
+              : type == ScalarType::Half ? lla::cuda::Storage::kHalf
+                                         : lla::cuda::Storage::kBfloat16,
+      .q = address(q),
+      .k = address(k),
+      .v = address(v),
+      .ridge = data<float>(ridge),
+      .start = start == nullptr ? nullptr : data<float>(*start),
+      .o = mutable_address(result.o),
+      .x = mutable_data<float>(result.x),
+      .rows = mutable_data<float>(result.rows),
+      .iterations = mutable_data<int32_t>(result.iterations),
+      .scores = mutable_data<float>(scores),
+      .partials = mutable_data<float>(partials),
+  };
+  lla::cuda::decode(problem, plan, call.sequences, call.stream);
+  return result;
+}
+
 std::tuple<Tensor, Tensor, Tensor, Tensor> lla_forward(const Tensor& q, const Tensor& k, const Tensor& v,
                                                        const Tensor& ridge, const std::optional<Tensor>& start,
                                                        const std::optional<Tensor>& cu_seqlens,
@@ -166,6 +205,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lla_forward(const Tensor& q, const Te
   const Tensor lambda = checked_ridge(ridge, q, op);
   Tensor begin;
   if (start.has_value()) begin = checked_like_q(require_device, *start, q, call.shape.key_size, op, "rho_init");
+  if (lengths.has_value()) {
+    const lla::cuda::DecodePlan plan =
+        lla::cuda::plan_decode(call.shape, options, call.sequences, static_cast<int>(q.element_size()));
+    if (plan.takes) {
+      const ForwardResult result = run_decode(call, options, plan, lambda, start.has_value() ? &begin : nullptr);
+      return {result.o, result.x, result.rows, result.iterations};
+    }
+  }
   if (!start.has_value() && takes_flash(call, options)) {
     const ForwardResult result = run_flash_forward(call, options, &lambda, nullptr);
     return {result.o, result.x, result.rows, result.iterations};
@@ -251,20 +298,20 @@ BackwardResult run_flash_backward(const Call& call, const Options& options, cons
       .shape = call.shape,
       .options = options,
       .key_rows = k.size(0) * k.size(1),
-      .q = data<uint16_t>(q),
-      .k = data<uint16_t>(k),
-      .v = data<uint16_t>(v),
-      .grad = data<uint16_t>(of_o),
+      .q = address(q),
+      .k = address(k),
+      .v = address(v),
+      .grad = address(of_o),
       .ridge = given ? nullptr : data<float>(*ridge),
       .x = data<float>(x),
-      .dq = mutable_data<uint16_t>(result.dq),
-      .dk = mutable_data<uint16_t>(result.dk),
-      .dv = mutable_data<uint16_t>(result.dv),
+      .dq = mutable_address(result.dq),
+      .dk = mutable_address(result.dk),
+      .dv = mutable_address(result.dv),
       .dridge = given ? nullptr : mutable_data<float>(result.other),
       .dx = given ? mutable_data<float>(result.other) : nullptr,
       .u = given ? nullptr : mutable_data<float>(u),
-      .rounded_x = mutable_data<uint16_t>(rounded_x),
-      .rounded_u = mutable_data<uint16_t>(rounded_u),
+      .rounded_x = mutable_address(rounded_x),
+      .rounded_u = mutable_address(rounded_u),
       .records = mutable_data<float>(records),
   };
   lla::cuda::flash_backward(problem, call.sequences, call.stream);

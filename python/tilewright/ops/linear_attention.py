@@ -223,13 +223,12 @@ def state_transition(
     return state[..., -key_size:], state[..., :-key_size]
 
 
-def _sums_groups(q: Tensor, k: Tensor, v: Tensor, g: Tensor | None) -> bool:
-    """Whether the device's kernel for tensor cores takes the gradient: dq and dk come summed, in the dtype of q."""
+def _on_tensor_cores(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the device's kernel for tensor cores takes the gradient: dv has the dtype of v."""
     return (
         q.device.type == "cuda"
         and q.dtype in (torch.bfloat16, torch.float16)
         and k.dtype == v.dtype == q.dtype
-        and (g is None or g.dim() < 4)
         and q.numel() > 0
         and q.shape[3] % 8 == 0
         and q.shape[3] <= 128
@@ -293,8 +292,13 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     wide = _wide(q, k, v)
     by_token = v.shape[:3]
-    narrow = _sums_groups(q, k, v, g)
-    keys = q.new_empty(q.shape) if narrow else q.new_empty((*by_token, q.shape[3]), dtype=wide)
+    narrow = _on_tensor_cores(q, k, v)
+    # Without a decay a channel, dq and dk come summed over the heads of a group.
+    keys = (
+        q.new_empty(q.shape)
+        if narrow and (g is None or g.dim() < 4)
+        else q.new_empty((*by_token, q.shape[3]), dtype=wide)
+    )
     d_beta = q.new_empty(by_token if delta else (0,), dtype=wide)
     d_g: tuple[int, ...] = (0,)
     if g is not None:

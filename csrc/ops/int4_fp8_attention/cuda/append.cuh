@@ -25,68 +25,96 @@ TILEWRIGHT_DEVICE int rounded_code(float x, float scale) {
   return code < -kMax ? -kMax : code > kMax ? kMax : code;
 }
 
-// One group of one row: lane i holds bytes i and i + 32 of its 64.
-TILEWRIGHT_DEVICE void quantize_group(const Append& a, const Tokens& x, int64_t from, int first, uint8_t* row,
+inline constexpr int kLaneCodes = 4;  // adjacent ones that a lane has of a group of 128
+
+// One group of one row. The lane's four elements become two bytes, the group's scale one number.
+TILEWRIGHT_DEVICE void quantize_group(const Cache& c, const float (&value)[kLaneCodes], int first, uint8_t* row,
                                       uint8_t* scales) {
-  constexpr int kBytes = format::Int4Kv::kGroup / 2 / kWarp;
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, head_dim = static_cast<int>(a.cache.head_dim);
-  float value[kBytes][2];
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, head_dim = static_cast<int>(c.head_dim);
   uint32_t largest = 0;
-  for (int i = 0; i < kBytes; ++i) {
-    for (int e = 0; e < 2; ++e) {
-      const int d = first + 2 * (lane + kWarp * i) + e;
-      value[i][e] = d < head_dim ? element(x.data, x.type, from + d) : 0.0f;
-      const uint32_t bits = magnitude_bits(value[i][e]);
-      largest = bits > largest ? bits : largest;
-    }
-  }
+#pragma unroll
+  for (const float x : value) largest = larger(largest, magnitude_bits(x));
   largest = warp_max(largest);
   float scale = fmaxf(hopper::bits_float(largest), format::Int4Kv::kLeastAbsmax) / format::Int4Kv::kMaxCode;
   if (largest >= kInfinity) scale = not_a_number();
   const int group = first / format::Int4Kv::kGroup;
-  if (a.cache.scale_type == format::ScaleType::kFloat32) {
+  if (c.scale_type == format::ScaleType::kFloat32) {
     if (lane == 0) reinterpret_cast<float*>(scales)[group] = scale;
   } else {
     const bf16 stored{rounded_bf16(scale)};
     if (lane == 0) reinterpret_cast<bf16*>(scales)[group] = stored;
     scale = hopper::to_float(stored);
   }
-  for (int i = 0; i < kBytes; ++i) {
-    const int d = first + 2 * (lane + kWarp * i);
-    const int even = rounded_code(value[i][0], scale), odd = rounded_code(value[i][1], scale);
-    if (d < head_dim) row[d / 2] = format::Int4Kv::pair(even, odd);
-  }
-}
-
-TILEWRIGHT_DEVICE void append_row(const Append& a, const Tokens& x, uint8_t* data, uint8_t* scales, int64_t from,
-                                  int64_t data_offset, int64_t scale_offset) {
-  const int lane = static_cast<int>(threadIdx.x) % kWarp, head_dim = static_cast<int>(a.cache.head_dim);
-  if (a.cache.format == CacheFormat::kBFloat16) {
-    auto* row = reinterpret_cast<bf16*>(data + data_offset);
-    for (int d = lane; d < head_dim; d += kWarp) row[d] = bf16{rounded_bf16(element(x.data, x.type, from + d))};
+  const int d = first + kLaneCodes * lane;
+  const uint8_t pair[2] = {format::Int4Kv::pair(rounded_code(value[0], scale), rounded_code(value[1], scale)),
+                           format::Int4Kv::pair(rounded_code(value[2], scale), rounded_code(value[3], scale))};
+  uint8_t* to = row + d / 2;
+  if (d + 2 < head_dim && reinterpret_cast<uintptr_t>(to) % 2 == 0) {
+    *reinterpret_cast<uint16_t*>(to) = static_cast<uint16_t>(pair[0] | pair[1] << 8);
     return;
   }
-  for (int first = 0; first < head_dim; first += format::Int4Kv::kGroup) {
-    quantize_group(a, x, from, first, data + data_offset, scales + scale_offset);
+  if (d < head_dim) to[0] = pair[0];
+  if (d + 2 < head_dim) to[1] = pair[1];
+}
+
+// Where one row of k or v comes from and goes to.
+struct AppendRow {
+  Tokens x;
+  int64_t from;  // elements
+  uint8_t *data, *scales;
+};
+
+// The lane's elements of the whole row: piece g of 4 are those of group g.
+using RowPieces = RawRow<kMaxGroups, kLaneCodes>;
+
+TILEWRIGHT_DEVICE void load_row(const Cache& c, const AppendRow& row, RowPieces& raw) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, head_dim = static_cast<int>(c.head_dim);
+  const bool aligned = in_vectors(row.x) && head_dim % kLaneCodes == 0;
+#pragma unroll
+  for (int g = 0; g < kMaxGroups; ++g) {
+    const int d = format::Int4Kv::kGroup * g + kLaneCodes * lane;
+    raw.load(row.x, aligned, g, smaller(kLaneCodes, head_dim - d), row.from + d);
   }
 }
 
-// A grid of one warp for each token, head, and k or v.
+TILEWRIGHT_DEVICE void store_row(const Cache& c, const AppendRow& row, const RowPieces& raw) {
+  const int lane = static_cast<int>(threadIdx.x) % kWarp, head_dim = static_cast<int>(c.head_dim);
+#pragma unroll
+  for (int g = 0; g < kMaxGroups; ++g) {
+    const int first = format::Int4Kv::kGroup * g;
+    if (first >= head_dim) return;
+    float value[kLaneCodes];
+    raw.values(row.x.type, g, value);
+    if (c.format == CacheFormat::kInt4) {
+      quantize_group(c, value, first, row.data, row.scales);
+      continue;
+    }
+#pragma unroll
+    for (int e = 0; e < kLaneCodes; ++e) {
+      const int d = first + kLaneCodes * lane + e;
+      if (d < head_dim) reinterpret_cast<bf16*>(row.data)[d] = bf16{rounded_bf16(value[e])};
+    }
+  }
+}
+
+// A grid of one warp for each token and head; k and v are read together.
 __global__ void __launch_bounds__(kAppendWarps* kWarp) append_rows(const __grid_constant__ Append a) {
-  const int64_t warp = static_cast<int64_t>(blockIdx.x) * kAppendWarps + threadIdx.x / kWarp;
-  const int row = static_cast<int>(warp / 2), heads = static_cast<int>(a.cache.heads);
-  const int head = row % heads, t = row / heads;
+  const int row = static_cast<int>(blockIdx.x * kAppendWarps + threadIdx.x / kWarp);
+  const int heads = static_cast<int>(a.cache.heads), head = row % heads, t = row / heads;
   if (t >= smaller(a.tokens, a.cu_seqlens[a.sequences])) return;
   const int s = sequence_with(a.cu_seqlens, a.sequences, t);
-  const int64_t held = a.lengths[s], fresh = a.cu_seqlens[s + 1] - a.cu_seqlens[s];
-  if (held < 0 || held + fresh > a.cache.capacity) return;
-  const int64_t position = held + t - a.cu_seqlens[s];
-  if (position < 0 || position >= a.cache.capacity) return;  // offsets that fall
-  const bool is_k = warp % 2 == 0;
-  const Tokens& x = is_k ? a.k : a.v;
-  append_row(a, x, is_k ? a.cache.k : a.cache.v, is_k ? a.cache.k_scales : a.cache.v_scales,
-             t * x.token_stride + head * x.head_stride, data_at(a.cache, s, head) + position * a.cache.data.token,
-             scales_at(a.cache, s, head) + position * a.cache.scales.token);
+  const int64_t held = a.lengths[s], start = a.cu_seqlens[s], fresh = a.cu_seqlens[s + 1] - start;
+  const int64_t position = held + t - start;
+  if (held < 0 || held + fresh > a.cache.capacity || position < 0 || position >= a.cache.capacity) return;
+  const int64_t data = data_at(a.cache, s, head) + position * a.cache.data.token;
+  const int64_t scales = scales_at(a.cache, s, head) + position * a.cache.scales.token;
+  const AppendRow k{a.k, t * a.k.token_stride + head * a.k.head_stride, a.cache.k + data, a.cache.k_scales + scales};
+  const AppendRow v{a.v, t * a.v.token_stride + head * a.v.head_stride, a.cache.v + data, a.cache.v_scales + scales};
+  RowPieces raw_k, raw_v;
+  load_row(a.cache, k, raw_k);
+  load_row(a.cache, v, raw_v);
+  store_row(a.cache, k, raw_k);
+  store_row(a.cache, v, raw_v);
 }
 
 __global__ void __launch_bounds__(kWarp* kAppendWarps) advance_lengths(const __grid_constant__ Append a) {

@@ -2,9 +2,9 @@
 // Few queries against a long cache. An item is up to 8 rows (a row is a query of one head) of one KV head against one
 // chunk of a sequence's keys; its warps take 16 keys in turn, with no barrier until the chunk is done.
 //
-//   scores   S[8, 16] = q k^T            m16n8k16: rows 0-7 are q, or its upper bfloat16 half; rows 8-15 the lower half
-//   weights  2^(x - maximum) times the scale of the value, as bfloat16
-//   sums     O^T[D, 8] += v^T p^T        the accumulator layout of S is the operand layout of p^T, so nothing moves
+//   scores   S^T[16, 8] = k q^T          m16n8k16; a float query is the sum of two bfloat16, hence two products
+//   weights  2^(x - maximum) times the scale of the value, as bfloat16; four shuffles transpose the 16 x 8 of them
+//   sums     O^T[D, 8] += v^T p^T
 //
 // The maximum of a row is raised only when a score exceeds it by 2^8: weights may be up to 2^8 instead of 1, which costs
 // no accuracy, and sums are rescaled a few times in all instead of once a step.
@@ -62,49 +62,56 @@ TILEWRIGHT_DEVICE Seen seen_of_chunk(const Attention& p, const DecodeItem& item,
           larger(0, smaller(item.keys, seen.end - item.key_begin))};
 }
 
-TILEWRIGHT_DEVICE int over_rows_min(int x) {
-  for (int step = 4; step < kWarp; step *= 2) {
-    const int other = __shfl_xor_sync(kAllLanes, x, step);
-    x = other < x ? other : x;
-  }
-  return x;
-}
-
-// One warp's work on an item. Step is how 16 keys are read; kTerms 2: the query is the sum of two bfloat16.
+// One warp's work on an item. Step is how 16 keys are read; kTerms 2: the query is the sum of two bfloat16. Lane 4g + t
+// has query row g as operand, and the scores, weights and sums of rows 2t and 2t + 1.
 template <int D, class Step, int kTerms>
 struct DecodeWarp {
   static constexpr int kDepthSteps = D / 16;
   static constexpr int kValueBlocks = D / 16;
+  static constexpr int kRows = 2;
   uint32_t q[kDepthSteps][2 * kTerms];
-  float factor, maximum = lowest(), total = 0.0f;
-  float sums[kValueBlocks][4] = {};
-  Seen seen;
+  float factor[kRows], maximum[kRows], total[kRows];
+  float sums[kValueBlocks][4];
+  Seen seen[kRows];
   int whole_begin, whole_end;  // keys that every row sees
 
   TILEWRIGHT_DEVICE static int lane() { return static_cast<int>(threadIdx.x) % kWarp; }
 
   // The lane's quarter of row lane / 4.
   TILEWRIGHT_DEVICE void load_query(const Attention& p, const DecodeItem& item) {
+    constexpr int kPieces = D / 32, kLength = 8;
     const int row = lane() / 4, t = lane() % 4;
-    const bool exists = row < item.rows;
-    const int token = exists ? item.token(row) : 0, head = exists ? item.head(row) : 0;
-    float value[kDepthSteps][4];
+    const bool exists = row < item.rows, aligned = in_vectors(p.q);
+    const int64_t at = exists ? item.token(row) * p.q.token_stride + item.head(row) * p.q.head_stride : 0;
+    RawRow<kPieces, kLength> raw;
+#pragma unroll
+    for (int i = 0; i < kPieces; ++i) {
+      const int d = Step::piece_at(i, t);
+      raw.load(p.q, aligned, i, exists && d < p.cache.head_dim ? kLength : 0, at + d);
+    }
+    float value[kPieces][kLength];
     uint32_t largest = 0;
+    const float sign = p.scale < 0.0f ? -1.0f : 1.0f;
 #pragma unroll
-    for (int s = 0; s < kDepthSteps; ++s) {
+    for (int i = 0; i < kPieces; ++i) {
+      raw.values(p.q.type, i, value[i]);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        value[s][i] = exists ? query_element(p, token, head, Step::depth(s, t, i / 2, i % 2)) : 0.0f;
-        const uint32_t bits = magnitude_bits(value[s][i]);
-        largest = bits > largest ? bits : largest;
+      for (float& x : value[i]) {
+        x *= sign;
+        largest = larger(largest, magnitude_bits(x));
       }
     }
     const QueryScale scale = fp8_query_scale(warp_max(largest, 4));
-    factor = score_factor(p, kTerms == 1 ? scale.scale : 1.0f);
+    const float of_row = score_factor(p, kTerms == 1 ? scale.scale : 1.0f);
+#pragma unroll
+    for (int e = 0; e < kRows; ++e) factor[e] = __shfl_sync(kAllLanes, of_row, 4 * (2 * t + e));
 #pragma unroll
     for (int s = 0; s < kDepthSteps; ++s) {
 #pragma unroll
-      for (int half = 0; half < 2; ++half) pack_query(scale, value[s][2 * half], value[s][2 * half + 1], s, half);
+      for (int half = 0; half < 2; ++half) {
+        const float a = value[s / 2][Step::in_piece(s % 2, half, 0)], b = value[s / 2][Step::in_piece(s % 2, half, 1)];
+        pack_query(scale, a, b, s, half);
+      }
     }
   }
   TILEWRIGHT_DEVICE void pack_query(const QueryScale& scale, float a, float b, int s, int half) {
@@ -116,84 +123,135 @@ struct DecodeWarp {
       const uint32_t upper = hopper::pack_bf16x2(a, b);
       float upper_a, upper_b;
       hopper::unpack_bf16x2(upper, upper_a, upper_b);
-      q[s][2 * half] = upper;
-      q[s][2 * half + 1] = hopper::pack_bf16x2(a - upper_a, b - upper_b);
+      q[s][half] = upper;
+      q[s][2 + half] = hopper::pack_bf16x2(a - upper_a, b - upper_b);
     }
   }
 
+  // Before the first key of a chunk.
+  TILEWRIGHT_DEVICE void start(const Attention& p, const DecodeItem& item) {
+    int begin = 0, end = item.keys;
+#pragma unroll
+    for (int e = 0; e < kRows; ++e) {
+      maximum[e] = lowest();
+      total[e] = 0.0f;
+      seen[e] = seen_of_chunk(p, item, 2 * (lane() % 4) + e);
+      begin = larger(begin, seen[e].begin);
+      end = smaller(end, seen[e].end);
+    }
+    for (int step = 1; step < 4; step *= 2) {
+      begin = larger(begin, __shfl_xor_sync(kAllLanes, begin, step));
+      end = smaller(end, __shfl_xor_sync(kAllLanes, end, step));
+    }
+    whole_begin = begin;
+    whole_end = end;
+#pragma unroll
+    for (auto& block : sums) {
+#pragma unroll
+      for (float& x : block) x = 0.0f;
+    }
+  }
+
+  // Index i of scores and weights: key lane / 4 + 8 (i / 2), row 2 (lane % 4) + i % 2.
   TILEWRIGHT_DEVICE void step(const Source& from, Step& rows, int key) {
     rows.settle();
-    float x[kLaneKeys];
+    float x[4];
     scores(from, rows, x);
     const bool whole = key >= whole_begin && key + kStepKeys <= whole_end;
     if (!whole) hide(key, x, lowest());
     raise(x);
-    float weight[kLaneKeys];
-    const float shift = maximum == lowest() ? 0.0f : maximum;
 #pragma unroll
-    for (int i = 0; i < kLaneKeys; ++i) {
-      const float w = hopper::exp2_flushed(fmaf(x[i], factor, -shift));
-      total += w;
-      weight[i] = w * rows.value_scale(from, i);
+    for (int i = 0; i < 4; ++i) {
+      const float shift = maximum[i % 2] == lowest() ? 0.0f : maximum[i % 2];
+      x[i] = hopper::exp2_flushed(fmaf(x[i], factor[i % 2], -shift));
+      total[i % 2] += x[i];
     }
-    if (!whole) hide(key, weight, 0.0f);
-    const uint32_t p[2] = {hopper::pack_bf16x2(weight[0], weight[1]), hopper::pack_bf16x2(weight[2], weight[3])};
+    uint32_t p[Step::kGroups][2];
+#pragma unroll
+    for (int group = 0; group < Step::kGroups; ++group) {
+      float weight[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) weight[i] = x[i] * rows.value_scale(from, group, i / 2);
+      if (!whole) hide(key, weight, 0.0f);
+      transpose(weight, p[group]);
+    }
 #pragma unroll
     for (int i = 0; i < kValueBlocks; ++i) {
       uint32_t v[4];
       rows.value_operand(i, v);
-      hopper::mma_m16n8k16(sums[i], v, p, bf16{});
+      hopper::mma_m16n8k16(sums[i], v, p[Step::value_group(i)], bf16{});
     }
   }
 
-  // Products of row lane / 4 with the lane's keys, their scales included.
-  TILEWRIGHT_DEVICE void scores(const Source& from, const Step& rows, float (&x)[kLaneKeys]) {
-    float s[2][4] = {};
+  TILEWRIGHT_DEVICE void scores(const Source& from, const Step& rows, float (&x)[4]) {
+    float products[Step::kGroups][4] = {};
 #pragma unroll
     for (int d = 0; d < kDepthSteps; ++d) {
-      uint32_t a[4] = {q[d][0], 0, q[d][kTerms], 0};
-      if constexpr (kTerms == 2) {
-        a[1] = q[d][1];
-        a[3] = q[d][3];
-      }
+      uint32_t k[4];
+      rows.key_operand(d, k);
 #pragma unroll
-      for (int block = 0; block < 2; ++block) {
-        uint32_t b[2];
-        rows.key_operand(block, d, b);
-        hopper::mma_m16n8k16(s[block], a, b, bf16{});
+      for (int term = 0; term < kTerms; ++term) {
+        const uint32_t b[2] = {q[d][2 * term], q[d][2 * term + 1]};
+        hopper::mma_m16n8k16(products[Step::key_group(d)], k, b, bf16{});
       }
     }
 #pragma unroll
-    for (int i = 0; i < kLaneKeys; ++i) {
-      const float sum = kTerms == 2 ? s[i / 2][i % 2] + s[i / 2][2 + i % 2] : s[i / 2][i % 2];
-      x[i] = sum * rows.key_scale(from, i);
+    for (int i = 0; i < 4; ++i) {
+      x[i] = products[0][i] * rows.key_scale(from, 0, i / 2);
+#pragma unroll
+      for (int group = 1; group < Step::kGroups; ++group) {
+        x[i] = fmaf(products[group][i], rows.key_scale(from, group, i / 2), x[i]);
+      }
     }
   }
 
-  TILEWRIGHT_DEVICE void hide(int key, float (&x)[kLaneKeys], float otherwise) const {
+  TILEWRIGHT_DEVICE void hide(int key, float (&x)[4], float otherwise) const {
 #pragma unroll
-    for (int i = 0; i < kLaneKeys; ++i) {
-      const int at = key + lane_key(lane(), i);
-      x[i] = at >= seen.begin && at < seen.end ? x[i] : otherwise;
+    for (int i = 0; i < 4; ++i) {
+      const int at = key + lane() / 4 + 8 * (i / 2);
+      x[i] = at >= seen[i % 2].begin && at < seen[i % 2].end ? x[i] : otherwise;
     }
   }
 
   // A row's maximum depends on its own scores alone, whatever rows share the block.
-  TILEWRIGHT_DEVICE void raise(const float (&x)[kLaneKeys]) {
-    float largest = fmaxf(fmaxf(x[0], x[1]), fmaxf(x[2], x[3]));
-    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 1));
-    largest = fmaxf(largest, __shfl_xor_sync(kAllLanes, largest, 2)) * factor;
-    const bool raised = largest > maximum + kRaise;
-    if (__any_sync(kAllLanes, raised) == 0) return;
-    const float correction = raised ? hopper::exp2_flushed(maximum - largest) : 1.0f;
-    if (raised) maximum = largest;
-    total *= correction;
-    const int t = lane() % 4;
-    const float column[2] = {__shfl_sync(kAllLanes, correction, 8 * t), __shfl_sync(kAllLanes, correction, 8 * t + 4)};
+  TILEWRIGHT_DEVICE void raise(const float (&x)[4]) {
+    float largest[kRows];
+    bool raised[kRows];
+#pragma unroll
+    for (int e = 0; e < kRows; ++e) largest[e] = fmaxf(x[e], x[2 + e]);
+    for (int step = 4; step < kWarp; step *= 2) {
+#pragma unroll
+      for (float& best : largest) best = fmaxf(best, __shfl_xor_sync(kAllLanes, best, step));
+    }
+#pragma unroll
+    for (int e = 0; e < kRows; ++e) {
+      largest[e] *= factor[e];
+      raised[e] = largest[e] > maximum[e] + kRaise;
+    }
+    if (__any_sync(kAllLanes, raised[0] || raised[1]) == 0) return;
+    float correction[kRows];
+#pragma unroll
+    for (int e = 0; e < kRows; ++e) {
+      correction[e] = raised[e] ? hopper::exp2_flushed(maximum[e] - largest[e]) : 1.0f;
+      maximum[e] = raised[e] ? largest[e] : maximum[e];
+      total[e] *= correction[e];
+    }
 #pragma unroll
     for (auto& block : sums) {
 #pragma unroll
-      for (int i = 0; i < 4; ++i) block[i] *= column[i % 2];
+      for (int i = 0; i < 4; ++i) block[i] *= correction[i % 2];
+    }
+  }
+
+  // The weights of row lane / 4 for keys 2t, 2t+1 and 2t+8, 2t+9, from the lanes that have them for two rows.
+  TILEWRIGHT_DEVICE void transpose(const float (&x)[4], uint32_t (&p)[2]) const {
+    const int g = lane() / 4, source = 8 * (lane() % 4) + g / 2;
+    const unsigned halves = g % 2 == 0 ? kLowHalves : kHighHalves;
+#pragma unroll
+    for (int block = 0; block < 2; ++block) {
+      const uint32_t word = hopper::pack_bf16x2(x[2 * block], x[2 * block + 1]);
+      const uint32_t even = __shfl_sync(kAllLanes, word, source), odd = __shfl_sync(kAllLanes, word, source + 4);
+      p[block] = __byte_perm(even, odd, halves);
     }
   }
 };
@@ -207,18 +265,22 @@ struct DecodeShared {
   DecodeItem item;  // out of the registers while keys are walked
 };
 
-template <int D, class Warp>
+template <int D, class Step, class Warp>
 TILEWRIGHT_DEVICE void leave_sums(const Warp& warp, DecodeShared<D>& shared) {
   const int lane = Warp::lane(), w = static_cast<int>(threadIdx.x) / kWarp, g = lane / 4, t = lane % 4;
-  const float total = warp_sum(warp.total, 4);
-  if (t == 0) {
-    shared.maximum[w][g] = warp.maximum;
-    shared.total[w][g] = total;
+#pragma unroll
+  for (int e = 0; e < Warp::kRows; ++e) {
+    float total = warp.total[e];
+    for (int step = 4; step < kWarp; step *= 2) total += __shfl_xor_sync(kAllLanes, total, step);
+    if (g == 0) {
+      shared.maximum[w][2 * t + e] = warp.maximum[e];
+      shared.total[w][2 * t + e] = total;
+    }
   }
 #pragma unroll
   for (int i = 0; i < Warp::kValueBlocks; ++i) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) shared.sums[w][2 * t + e % 2][D / 8 * g + 2 * i + e / 2] = warp.sums[i][e];
+    for (int e = 0; e < 4; ++e) shared.sums[w][2 * t + e % 2][Step::value_at(i, g) + e / 2] = warp.sums[i][e];
   }
 }
 
@@ -264,70 +326,135 @@ TILEWRIGHT_DEVICE void combine_warps(const Attention& p, const DecodeShared<D>& 
   }
 }
 
-template <int D, class Step, int kTerms>
-TILEWRIGHT_DEVICE void decode_one(const Attention& p, const DecodeItem& item, DecodeShared<D>& shared) {
-  constexpr int kStride = kDecodeWarps * kStepKeys;
-  using Warp = DecodeWarp<D, Step, kTerms>;
+// Where the keys of an item's chunk lie.
+TILEWRIGHT_DEVICE Source source_of(const Attention& p, const DecodeItem& item) {
   const Cache& c = p.cache;
-  if (threadIdx.x == 0) shared.item = item;
-  Warp warp;
-  warp.seen = seen_of_chunk(p, item, Warp::lane() / 4);
-  warp.whole_begin = -over_rows_min(-warp.seen.begin);
-  warp.whole_end = over_rows_min(warp.seen.end);
-  const int begin = seen_of_chunk(p, item, 0).begin, end = seen_of_chunk(p, item, item.rows - 1).end;
   const int64_t data = data_at(c, item.index, item.kv_head) + item.key_begin * c.data.token;
   const int64_t scales = scales_at(c, item.index, item.kv_head) + item.key_begin * c.scales.token;
-  const bool wide = c.scale_type == format::ScaleType::kFloat32;
-  const uint8_t *k_scales = c.k_scales + scales, *v_scales = c.v_scales + scales;
-  const bool paired = !wide && c.scales.token == static_cast<int64_t>(sizeof(bf16)) &&
-                      (reinterpret_cast<uintptr_t>(k_scales) | reinterpret_cast<uintptr_t>(v_scales)) % 4 == 0;
-  const int bytes = static_cast<int>(row_bytes(c.format, c.head_dim));
-  const Source from{c.k + data, c.v + data, k_scales, v_scales, c.data.token, c.scales.token,
-                    bytes,      wide,       paired,   begin,    end};
-  int key = begin / kStride * kStride + static_cast<int>(threadIdx.x) / kWarp * kStepKeys;
-  Step even;
-  even.load(from, key, Warp::lane());
-  if constexpr (Step::kScaled) {
-    Step odd;  // two loads are under way while a third is worked on
-    odd.load(from, key + kStride, Warp::lane());
-    warp.load_query(p, item);
-    for (; key < end; key += 2 * kStride) {
-      warp.step(from, even, key);
-      even.load(from, key + 2 * kStride, Warp::lane());
-      if (key + kStride < end) warp.step(from, odd, key + kStride);
-      odd.load(from, key + 3 * kStride, Warp::lane());
-    }
-  } else {  // four times the bytes: other warps of the processor are enough
-    warp.load_query(p, item);
-    for (; key < end; key += kStride) {
-      warp.step(from, even, key);
-      even.load(from, key + kStride, Warp::lane());
-    }
-  }
-  leave_sums<D>(warp, shared);
-  __syncthreads();
-  combine_warps<D>(p, shared);
-  __syncthreads();
+  return {c.k + data,
+          c.v + data,
+          c.k_scales + scales,
+          c.v_scales + scales,
+          c.data.token,
+          c.scales.token,
+          static_cast<int>(row_bytes(c.format, c.head_dim)),
+          c.scale_type == format::ScaleType::kFloat32,
+          seen_of_chunk(p, item, 0).begin,
+          seen_of_chunk(p, item, item.rows - 1).end};
 }
 
-// Blocks of a multiprocessor: 16 keys of 128 bfloat16 take 64 registers of each lane.
-template <int D, class Step>
-inline constexpr int kDecodeBlocks = Step::kScaled || D == 64 ? 3 : 2;
+// The steps of a chunk that are on their way from memory: two while a third is worked on, where registers allow it. Longer
+// rows bring more bytes in one, and other warps of the multiprocessor are enough.
+template <class Step>
+struct Window {
+  static constexpr int kStride = kDecodeWarps * kStepKeys;
+  static constexpr int kSteps = Step::kAhead;
+  Step steps[kSteps];
 
+  TILEWRIGHT_DEVICE static int first_key(const Source& from) {
+    return from.begin / kStride * kStride + static_cast<int>(threadIdx.x) / kWarp * kStepKeys;
+  }
+  TILEWRIGHT_DEVICE void open(const Source& from) {
+    const int key = first_key(from), lane = static_cast<int>(threadIdx.x) % kWarp;
+#pragma unroll
+    for (int i = 0; i < kSteps; ++i) steps[i].load(from, key + i * kStride, lane);
+  }
+  template <class Warp>
+  TILEWRIGHT_DEVICE void walk(const Source& from, Warp& warp) {
+    const int lane = static_cast<int>(threadIdx.x) % kWarp;
+    for (int key = first_key(from); key < from.end; key += kSteps * kStride) {
+#pragma unroll
+      for (int i = 0; i < kSteps; ++i) {
+        if (i == 0 || key + i * kStride < from.end) warp.step(from, steps[i], key + i * kStride);
+        steps[i].load(from, key + (kSteps + i) * kStride, lane);
+      }
+    }
+  }
+};
+
+// Blocks of a multiprocessor: as many as registers allow. 16 keys of 128 bfloat16 take 64 of each lane, and a query of two
+// terms 32.
 template <int D, class Step, int kTerms>
-__global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, Step>)
+inline constexpr int kDecodeBlocks = D == 64 || (D == 128 && Step::kAhead == 2 && kTerms == 1) ? 3 : 2;
+
+// Items one after the other.
+struct ItemWalk {
+  Place place{-1, 0};
+  int left = 0;  // items of the sequence that are to come
+
+  TILEWRIGHT_DEVICE DecodeItem next(const Attention& p, int index) {
+    if (left == 0) {
+      place = find_item<DecodeCount>(p, index);
+      left = DecodeCount::of(p, sequence_at(p, place.sequence)) - place.index;
+    } else {
+      ++place.index;
+    }
+    --left;
+    return decode_item(p, place);
+  }
+};
+
+// A block has a contiguous share of the items: chunks of one sequence and head follow each other, so that their query is
+// read once.
+template <int D, class Step, int kTerms>
+__global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, Step, kTerms>)
     decode_attention(const __grid_constant__ Attention p) {
   auto& shared = *reinterpret_cast<DecodeShared<D>*>(hopper::shared_memory());
   clear_tail(p);
-  for (int index = static_cast<int>(blockIdx.x);; index += static_cast<int>(gridDim.x)) {
-    const Place place = find_item<DecodeCount>(p, index);
-    if (place.sequence < 0) break;
-    decode_one<D, Step, kTerms>(p, decode_item(p, place), shared);
+  const int items = count_items<DecodeCount>(p);
+  const int first = share_of(items, static_cast<int>(blockIdx.x), static_cast<int>(gridDim.x));
+  const int end = share_of(items, static_cast<int>(blockIdx.x) + 1, static_cast<int>(gridDim.x));
+  ItemWalk walk;
+  DecodeWarp<D, Step, kTerms> warp;
+  Window<Step> window;
+  DecodeItem item{};
+  Source from{};
+  if (first < end) {
+    item = walk.next(p, first);
+    from = source_of(p, item);
+    window.open(from);
+  }
+  for (int index = first; index < end; ++index) {
+    if (threadIdx.x == 0) shared.item = item;
+    if (index == first || item.chunk == 0) warp.load_query(p, item);
+    warp.start(p, item);
+    window.walk(from, warp);
+    if (index + 1 < end) {  // the next chunk's first keys come while this one's warps are combined
+      item = walk.next(p, index + 1);
+      from = source_of(p, item);
+      window.open(from);
+    }
+    leave_sums<D, Step>(warp, shared);
+    __syncthreads();
+    combine_warps<D>(p, shared);
+    __syncthreads();
   }
   hopper::allow_next_kernel();
 }
 
 inline constexpr int kCombineWarps = 4;
+
+// Elements d to d + 3 of the chunks' sums, each times the weight that lane c has for chunk c.
+TILEWRIGHT_DEVICE void add_chunks(const Attention& p, int64_t first, int chunks, float weight, int d, float (&sum)[4]) {
+  constexpr int kAtOnce = 8;  // loads under way
+  for (int c = 0; c < chunks; c += kAtOnce) {
+    U128 part[kAtOnce];
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      part[i] = U128{0, 0, 0, 0};
+      const bool present = c + i < chunks && d < p.cache.head_dim;
+      if (present) part[i] = hopper::load_16(partial_sums(p, first + c + i) + d);
+    }
+#pragma unroll
+    for (int i = 0; i < kAtOnce; ++i) {
+      const float of_chunk = __shfl_sync(kAllLanes, weight, c + i);  // 0 past the last
+      sum[0] = fmaf(of_chunk, hopper::bits_float(part[i].x), sum[0]);
+      sum[1] = fmaf(of_chunk, hopper::bits_float(part[i].y), sum[1]);
+      sum[2] = fmaf(of_chunk, hopper::bits_float(part[i].z), sum[2]);
+      sum[3] = fmaf(of_chunk, hopper::bits_float(part[i].w), sum[3]);
+    }
+  }
+}
 
 // One warp adds up the chunks of one row, in the order of the keys; lane c weighs chunk c.
 __global__ void __launch_bounds__(kCombineWarps* kWarp) combine_chunks(const __grid_constant__ Attention p) {
@@ -347,15 +474,12 @@ __global__ void __launch_bounds__(kCombineWarps* kWarp) combine_chunks(const __g
   const float weight = hopper::exp2_flushed(maximum - (largest == lowest() ? 0.0f : largest));
   const float all = warp_sum(weight * total);
   const float normalizer = all == 0.0f ? 0.0f : 1.0f / all;
-  for (int first_d = 0; first_d < p.cache.head_dim; first_d += kWarp) {
-    const int d = first_d + lane;
-    const bool present = d < p.cache.head_dim;
-    float sum = 0.0f;
-    for (int c = 0; c < chunks; ++c) {
-      const float of_chunk = present ? partial_sums(p, first + c)[d] : 0.0f;
-      sum = fmaf(__shfl_sync(kAllLanes, weight, c), of_chunk, sum);
-    }
-    if (present) set_element(p.out, p.q.type, out_row(p, t, h) + d, sum * normalizer);
+  for (int d = 4 * lane; d - 4 * lane < p.cache.head_dim; d += 4 * kWarp) {
+    float sum[4] = {};
+    add_chunks(p, first, chunks, weight, d, sum);
+#pragma unroll
+    for (float& x : sum) x *= normalizer;
+    if (d < p.cache.head_dim) store_four(p, out_row(p, t, h) + d, sum);
   }
 }
 

@@ -6,7 +6,7 @@
 namespace tilewright::int4_fp8_attention::cuda {
 
 void append(const Append& problem, hopper::Stream stream) {
-  const int64_t rows = 2 * problem.tokens * problem.cache.heads;
+  const int64_t rows = problem.tokens * problem.cache.heads;
   constexpr int kThreads = kAppendWarps * kWarp;
   hopper::launch(append_rows,
                  hopper::Grid{.blocks = {ceil_div(rows, kAppendWarps)}, .threads = kThreads, .stream = stream},
@@ -19,7 +19,7 @@ void append(const Append& problem, hopper::Stream stream) {
 }
 
 int64_t partials_needed(const Attention& problem) {
-  return path_of(problem) == Path::kDecode ? workspace_floats(problem) : 0;
+  return path_of(problem, hopper::multiprocessors()) == Path::kDecode ? workspace_floats(problem) : 0;
 }
 
 void attend_plain(const Attention& problem, hopper::Stream stream) {
@@ -32,7 +32,7 @@ void attend_plain(const Attention& problem, hopper::Stream stream) {
 }
 
 void attend(const Attention& problem, hopper::Stream stream) {
-  switch (path_of(problem)) {
+  switch (path_of(problem, hopper::multiprocessors())) {
     case Path::kPlain: return attend_plain(problem, stream);
     case Path::kDecode: return attend_decode(problem, stream);
     case Path::kPrefill: return attend_prefill(problem, stream);

@@ -9,7 +9,6 @@ namespace tilewright::int4_fp8_attention::cuda {
 
 inline constexpr int kPlainWarps = 4;
 inline constexpr int kLaneElements = static_cast<int>(kMaxHeadDim) / kWarp;
-inline constexpr int kMaxGroups = static_cast<int>(kMaxHeadDim) / format::Int4Kv::kGroup;
 inline constexpr int kPlainSharedBytes = kPlainWarps * static_cast<int>(kMaxHeadDim) * 4;
 
 // Element d of a cached row, without its scale.

@@ -12,6 +12,8 @@ namespace tilewright::int4_fp8_attention::cuda {
 using hopper::bf16;
 using hopper::f16;
 
+inline constexpr int kMaxGroups = static_cast<int>(kMaxHeadDim) / format::Int4Kv::kGroup;  // scales of a row
+
 inline constexpr unsigned kAllLanes = 0xffffffffu;
 inline constexpr int kWarp = 32;
 inline constexpr float kLog2e = 1.44269504088896341f;
@@ -66,6 +68,22 @@ TILEWRIGHT_DEVICE Place find_item(const Attention& p, int index) {
   return {-1, 0};
 }
 
+// All of them.
+template <class Count>
+TILEWRIGHT_DEVICE int count_items(const Attention& p) {
+  int count = 0;
+  for (int s = static_cast<int>(threadIdx.x) % kWarp; s < p.sequences; s += kWarp) {
+    count += Count::of(p, sequence_at(p, s));
+  }
+  for (int step = kWarp / 2; step > 0; step /= 2) count += __shfl_xor_sync(kAllLanes, count, step);
+  return count;
+}
+
+// Where share `index` of so many equal contiguous ones begins.
+TILEWRIGHT_DEVICE int share_of(int items, int index, int shares) {
+  return static_cast<int>(static_cast<int64_t>(items) * index / shares);
+}
+
 TILEWRIGHT_DEVICE float element(const void* data, Element type, int64_t at) {
   if (type == Element::kFloat32) return static_cast<const float*>(data)[at];
   if (type == Element::kBFloat16) return hopper::to_float(static_cast<const bf16*>(data)[at]);
@@ -89,38 +107,74 @@ TILEWRIGHT_DEVICE float query_element(const Attention& p, int64_t t, int64_t h, 
   return p.scale < 0.0f ? -q : q;
 }
 
-// Whether four elements of q may be read at once.
-TILEWRIGHT_DEVICE bool has_aligned_queries(const Tokens& q) {
-  const uint64_t all = static_cast<uint64_t>(q.token_stride | q.head_stride);
-  return reinterpret_cast<uintptr_t>(q.data) % kVectorBytes == 0 && all % 4 == 0;
+// Whether rows may be read in vectors.
+TILEWRIGHT_DEVICE bool in_vectors(const Tokens& x) {
+  const int64_t strides = (x.token_stride | x.head_stride) * element_bytes(x.type);
+  return reinterpret_cast<uintptr_t>(x.data) % kVectorBytes == 0 && strides % kVectorBytes == 0;
 }
+
+template <int kWords>
+struct alignas(4 * kWords) Vector {
+  uint32_t word[kWords];
+};
+
+template <int kWords>
+TILEWRIGHT_DEVICE void load_words(const uint8_t* from, uint32_t* to) {
+  const auto vector = *reinterpret_cast<const Vector<kWords>*>(from);
+#pragma unroll
+  for (int i = 0; i < kWords; ++i) to[i] = vector.word[i];
+}
+
+// Pieces of kLength (4 or 8) adjacent elements of one row, as they are stored. Loading and converting are apart, so that
+// all loads are under way before the first is waited for.
+template <int kPieces, int kLength>
+struct RawRow {
+  uint32_t words[kPieces][kLength];  // of 16-bit elements the first half
+
+  // Piece i, from element `at` of x on: `count` elements, then zeros. aligned: pieces are whole vectors, or not there.
+  TILEWRIGHT_DEVICE void load(const Tokens& x, bool aligned, int i, int count, int64_t at) {
+#pragma unroll
+    for (uint32_t& word : words[i]) word = 0;
+    if (count <= 0) return;
+    const auto* from = static_cast<const uint8_t*>(x.data) + at * element_bytes(x.type);
+    if (x.type == Element::kFloat32) {
+      if (aligned) {
+#pragma unroll
+        for (int w = 0; w < kLength; w += 4) load_words<4>(from + 4 * w, &words[i][w]);
+      } else {
+#pragma unroll
+        for (int w = 0; w < kLength; ++w) {
+          if (w < count) load_words<1>(from + 4 * w, &words[i][w]);
+        }
+      }
+    } else if (aligned) {
+      load_words<kLength / 2>(from, words[i]);
+    } else {
+#pragma unroll
+      for (int w = 0; w < kLength; ++w) {
+        if (w >= count) continue;
+        words[i][w / 2] |= static_cast<uint32_t>(reinterpret_cast<const uint16_t*>(from)[w]) << (16 * (w % 2));
+      }
+    }
+  }
+  TILEWRIGHT_DEVICE void values(Element type, int i, float (&value)[kLength]) const {
+#pragma unroll
+    for (int w = 0; w < kLength; w += 2) {
+      if (type == Element::kFloat32) {
+        value[w] = hopper::bits_float(words[i][w]);
+        value[w + 1] = hopper::bits_float(words[i][w + 1]);
+      } else if (type == Element::kBFloat16) {
+        hopper::unpack_bf16x2(words[i][w / 2], value[w], value[w + 1]);
+      } else {
+        hopper::unpack_f16x2(words[i][w / 2], value[w], value[w + 1]);
+      }
+    }
+  }
+};
 
 struct alignas(8) Word2 {
   uint32_t low, high;
 };
-
-// query_element of d to d + 3, d a multiple of 4; zeros where there is no such row.
-TILEWRIGHT_DEVICE void load_four(const Attention& p, bool exists, int64_t t, int64_t h, int d, float (&value)[4]) {
-  const int64_t at = t * p.q.token_stride + h * p.q.head_stride + d;
-  const bool narrow = p.q.type != Element::kFloat32;
-  if (exists && narrow && d + 4 <= p.cache.head_dim && has_aligned_queries(p.q)) {
-    const Word2 words = *reinterpret_cast<const Word2*>(static_cast<const bf16*>(p.q.data) + at);
-    if (p.q.type == Element::kBFloat16) {
-      hopper::unpack_bf16x2(words.low, value[0], value[1]);
-      hopper::unpack_bf16x2(words.high, value[2], value[3]);
-    } else {
-      hopper::unpack_f16x2(words.low, value[0], value[1]);
-      hopper::unpack_f16x2(words.high, value[2], value[3]);
-    }
-    if (p.scale < 0.0f) {
-#pragma unroll
-      for (float& x : value) x = -x;
-    }
-    return;
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) value[i] = exists ? query_element(p, t, h, d + i) : 0.0f;
-}
 
 // Four elements of the output, at a multiple of 4.
 TILEWRIGHT_DEVICE void store_four(const Attention& p, int64_t at, const float* value) {

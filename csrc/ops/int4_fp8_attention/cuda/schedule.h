@@ -13,13 +13,17 @@ enum class Path : uint8_t { kPlain, kDecode, kPrefill };
 inline constexpr int kDecodeRows = 8;  // query tokens times heads of a KV head, in one block
 inline constexpr int kPrefillRows = 128;
 inline constexpr int kPrefillKeys = 64;  // keys of a tile
-inline constexpr int kFastHeadDim = 128;  // above it a row has two scales
+inline constexpr int kTiledHeadDim = 128;  // of the prefill kernel: above it a row has two scales
 
 // A row of the cache (and of the scales behind it) is read in vectors of this many bytes.
 inline constexpr int64_t kVectorBytes = 16;
 
-// Rows per sequence, on average, from which tiles of 128 rows pay.
+// Tiles of 128 rows pay from so many rows a sequence on, on average, and when there are enough of them for the device:
+// the decode kernel spends 4.5 cycles of a multiprocessor on a key for 8 rows, and may cut along the keys; a block of the
+// prefill kernel spends about 1100 on 64 keys for 128 rows, and may not. They meet at 28 rows times KV heads for each
+// multiprocessor.
 inline constexpr int64_t kPrefillFrom = 48;
+inline constexpr int64_t kPrefillLoad = 28;
 
 // Long sequences are cut along their keys. The chunk grows with the sequence, so that partial results stay a few percent
 // of the cache's bytes: 8 (D + 2) * 4 bytes a head and chunk beside chunk * D bytes of codes.
@@ -104,16 +108,19 @@ inline bool in_vectors(const Strides& s) {
   return s.sequence % kVectorBytes == 0 && s.head % kVectorBytes == 0 && s.token % kVectorBytes == 0;
 }
 
-// Rows of whole vectors at aligned addresses, one scale a row.
+// Rows of whole vectors at aligned addresses, and few enough of them for a lane's registers.
 inline bool has_fast_cache(const Cache& c) {
-  return c.head_dim <= kFastHeadDim && row_bytes(c.format, c.head_dim) % kVectorBytes == 0 && in_vectors(c.k) &&
-         in_vectors(c.v) && in_vectors(c.data);
+  return (c.head_dim <= kTiledHeadDim || c.format == CacheFormat::kInt4) &&
+         row_bytes(c.format, c.head_dim) % kVectorBytes == 0 && in_vectors(c.k) && in_vectors(c.v) &&
+         in_vectors(c.data);
 }
 
-inline Path path_of(const Attention& p) {
+inline Path path_of(const Attention& p, int multiprocessors) {
   if (!has_fast_cache(p.cache)) return Path::kPlain;
-  const bool many = p.tokens * p.group() >= kPrefillFrom * p.sequences;
-  const bool tiled = p.cache.format == CacheFormat::kInt4 && p.query == Query::kFp8 && p.group() <= kPrefillRows;
+  const bool many =
+      p.tokens * p.group() >= kPrefillFrom * p.sequences && p.tokens * p.heads >= kPrefillLoad * multiprocessors;
+  const bool tiled = p.cache.format == CacheFormat::kInt4 && p.query == Query::kFp8 && p.group() <= kPrefillRows &&
+                     p.cache.head_dim <= kTiledHeadDim;
   return many && tiled ? Path::kPrefill : Path::kDecode;
 }
 

@@ -174,10 +174,10 @@ TILEWRIGHT_DEVICE void add_pairs(char* left, char* errors, bool accumulate, floa
 }
 
 // What a slice adds to the sums: its part of E or N, and what goes through the states.
-template <class T, int kKey, bool kDelta>
+template <class T, int kKey, bool kDelta, class F>
 TILEWRIGHT_DEVICE void add_slice(float scale, char* slice, int group, int thread, bool first, Sums<kKey>& sums) {
   using Shared = CollectShared<T, kKey>;
-  const Factors f{reinterpret_cast<const float*>(slice + Shared::kFactors)};
+  const F f{reinterpret_cast<const float*>(slice + Shared::kFactors)};
   const int row = hopper::accumulator_row(thread, 0);
   const float read[2] = {scale * f.into(row), scale * f.into(row + 8)};
   const float error[2] = {-f.into(row) * f.beta(row), -f.into(row + 8) * f.beta(row + 8)};
@@ -245,8 +245,8 @@ TILEWRIGHT_DEVICE float state_product(const char* slice) {
 }
 
 // E of the first group and N of the second, as operands; the second also has dbeta, on the diagonal.
-template <class T, int kKey, bool kDelta>
-TILEWRIGHT_DEVICE void store_pairs(const ChunkBackward& p, const Chunk& chunk, int head, const Factors& f, int group,
+template <class T, int kKey, bool kDelta, class F>
+TILEWRIGHT_DEVICE void store_pairs(const ChunkBackward& p, const Chunk& chunk, int head, const F& f, int group,
                                    int thread, float (&d)[kChunk / 2], char* tile) {
 #pragma unroll
   for (int r = 0; r < kChunk / 2; ++r) {
@@ -438,7 +438,7 @@ class Collector {
       hopper::keep(sums.dk_write);
       store_d_values<T, kKey, kDelta>(p_, chunk, head, slice, from);
       if (p_.decay != Decay::kNone) product += state_product<T, kKey>(from);
-      add_slice<T, kKey, kDelta>(p_.scale, from, group(), in_group(), slice == 0, sums);
+      add_slice<T, kKey, kDelta, Factors>(p_.scale, from, group(), in_group(), slice == 0, sums);
       hopper::wgmma_wait<0>();
       hopper::keep(sums.dq);
       hopper::keep(sums.dk_read);

@@ -100,8 +100,8 @@ TILEWRIGHT_DEVICE void store_products(float scale, const Factors& f, int rows, c
 }
 
 // Rows 16 block to 16 block + 15 of this lane's column; x: its 8 of them.
-template <int kLeading>
-TILEWRIGHT_DEVICE void solve_rows(const float* pairs, float* scaled, const Factors& f, int block, float (&x)[8]) {
+template <int kLeading, class F>
+TILEWRIGHT_DEVICE void solve_rows(const float* pairs, float* scaled, const F& f, int block, float (&x)[8]) {
   const int lane = static_cast<int>(threadIdx.x) % 32, first = static_cast<int>(threadIdx.x) / 32 * 16;
   const int column = first + lane % 16, half = lane / 16, row = 16 * block + 8 * half;
 #pragma unroll
@@ -127,8 +127,8 @@ TILEWRIGHT_DEVICE void solve_rows(const float* pairs, float* scaled, const Facto
   __syncwarp();
 }
 
-template <class T, int kKey>
-TILEWRIGHT_DEVICE void solve(const float* pairs, float* scaled, const Factors& f, char* tile) {
+template <class T, int kKey, class F>
+TILEWRIGHT_DEVICE void solve(const float* pairs, float* scaled, const F& f, char* tile) {
   using Shared = PrepareShared<T, kKey>;
   using Pairs = typename Tiles<T, kKey>::Pairs;
   const int lane = fresh_thread() % 32, warp = fresh_thread() / 32;

@@ -10,12 +10,13 @@
 
 namespace tilewright::linear_attention::cuda::backward {
 
-template <class T, int kKey>
+template <class T, int kKey, bool kChannel>
 struct ReverseShared {
   using All = Tiles<T, kKey>;
-  // Of a stage.
+  // Of a stage. Keys that read the state, and keys that write to it: with a decay a token the same.
   static constexpr int kKeys = 0;
-  static constexpr int kQueries = kKeys + All::Keys::kBytes;
+  static constexpr int kWriters = kChannel ? kKeys + All::Keys::kBytes : kKeys;
+  static constexpr int kQueries = kWriters + All::Keys::kBytes;
   static constexpr int kAttention = kQueries + All::Keys::kBytes;
   static constexpr int kInverse = kAttention + All::Pairs::kBytes;
   static constexpr int kDOut = kInverse + All::Pairs::kBytes;
@@ -29,9 +30,9 @@ struct ReverseShared {
   static constexpr int kBytes = kRing + static_cast<int>(sizeof(Ring));
 };
 
-template <class T, int kKey, bool kDelta>
+template <class T, int kKey, bool kDelta, bool kChannel>
 TILEWRIGHT_DEVICE void load_reverse_stages(const Params& params, const Column& at, char* shared, Ring& ring) {
-  using Shared = ReverseShared<T, kKey>;
+  using Shared = ReverseShared<T, kKey, kChannel>;
   using All = Tiles<T, kKey>;
   const ChunkBackward& p = params.p;
   const int key_head = at.head / (p.value_heads / p.heads);
@@ -40,14 +41,20 @@ TILEWRIGHT_DEVICE void load_reverse_stages(const Params& params, const Column& a
     char* stage = shared + state.stage * Shared::kStageBytes;
     Barrier& full = ring.full[state.stage];
     hopper::wait(ring.empty[state.stage], state.phase ^ 1);
-    hopper::arrive_expect(full, 2 * All::Keys::kBytes + All::Values::kBytes + All::Pairs::kBytes + kFactorBytes +
-                                    (kDelta ? All::Pairs::kBytes : 0));
+    hopper::arrive_expect(full, (kChannel ? 3 : 2) * All::Keys::kBytes + All::Values::kBytes + All::Pairs::kBytes +
+                                    kFactorBytes + (kDelta ? All::Pairs::kBytes : 0));
     const int64_t pair = pair_of(p, at.sequence.place + c, at.head), token = at.token(c), batch = at.sequence.batch;
     load_rows<typename All::Values>(stage + Shared::kDOut, params.d_out, full, at.slice * kSlice, at.head, token,
                                     batch);
     hopper::load_bulk(stage + Shared::kAttention, pairs_of(p.attention, pair), All::Pairs::kBytes, full);
-    load_rows<typename All::Keys>(stage + Shared::kKeys, params.k, full, 0, key_head, token, batch);
-    load_rows<typename All::Keys>(stage + Shared::kQueries, params.q, full, 0, key_head, token, batch);
+    if constexpr (kChannel) {
+      hopper::load_bulk(stage + Shared::kWriters, keys_of(p.keys_onto, pair), All::Keys::kBytes, full);
+      hopper::load_bulk(stage + Shared::kKeys, keys_of(p.keys_into, pair), All::Keys::kBytes, full);
+      hopper::load_bulk(stage + Shared::kQueries, keys_of(p.queries_into, pair), All::Keys::kBytes, full);
+    } else {
+      load_rows<typename All::Keys>(stage + Shared::kKeys, params.k, full, 0, key_head, token, batch);
+      load_rows<typename All::Keys>(stage + Shared::kQueries, params.q, full, 0, key_head, token, batch);
+    }
     if constexpr (kDelta) {
       hopper::load_bulk(stage + Shared::kInverse, pairs_of(p.inverse, pair), All::Pairs::kBytes, full);
     }
@@ -65,16 +72,19 @@ TILEWRIGHT_DEVICE void load_d_out(char* tile, int thread, uint32_t (&a)[kChunk /
 }
 
 // Times scale into, by token.
-template <class T>
-TILEWRIGHT_DEVICE void scale_d_out(const Factors& f, float scale, int thread, uint32_t (&a)[kChunk / 16][4]) {
+template <class T, class F>
+TILEWRIGHT_DEVICE void scale_d_out(const F& f, float scale, int thread, uint32_t (&a)[kChunk / 16][4]) {
 #pragma unroll
   for (int step = 0; step < kChunk / 16; ++step) {
 #pragma unroll
-    for (int j = 0; j < 4; ++j) {
-      const int token = hopper::accumulator_col(thread, 8 * step + 2 * j);
-      float low, high;
-      hopper::unpack_pair<T>(a[step][j], low, high);
-      a[step][j] = hopper::pack_pair<T>(scale * f.into(token) * low, scale * f.into(token + 1) * high);
+    for (int half = 0; half < 2; ++half) {
+      const float2 into = f.intos(hopper::accumulator_col(thread, 8 * step + 4 * half));
+#pragma unroll
+      for (int j = 2 * half; j < 2 * half + 2; ++j) {
+        float low, high;
+        hopper::unpack_pair<T>(a[step][j], low, high);
+        a[step][j] = hopper::pack_pair<T>(scale * into.x * low, scale * into.y * high);
+      }
     }
   }
 }
@@ -91,35 +101,34 @@ TILEWRIGHT_DEVICE void through_attention(const uint32_t (&d_out)[kChunk / 16][4]
   }
 }
 
-// dU^T of a chunk.
-template <class T, int kKey>
-TILEWRIGHT_DEVICE void differentiate_writes(const Factors& f, const uint32_t (&behind)[kKey / 16][4],
-                                            const uint32_t (&d_out)[kChunk / 16][4], char* stage, int rows, int thread,
-                                            float (&d)[kChunk / 2]) {
-  using Shared = ReverseShared<T, kKey>;
-  float through_state[kChunk / 2];
-  hopper::wgmma_fence();
-  through_attention<T, kKey>(d_out, stage + Shared::kAttention, d);
-  read_state<T, kKey>(behind, stage + Shared::kKeys, through_state);
-  hopper::wgmma_commit();
-  hopper::wgmma_wait<0>();
-  hopper::keep(d);
-  hopper::keep(through_state);
+// d = dO^T P becomes dU^T = dO^T P + dS^T K^T diag(onto); zero where there is no token.
+template <class F>
+TILEWRIGHT_DEVICE void add_through_state(const F& f, const float (&through_state)[kChunk / 2], int rows, int thread,
+                                         float (&d)[kChunk / 2]) {
 #pragma unroll
-  for (int i = 0; i < kChunk / 2; ++i) {
+  for (int i = 0; i < kChunk / 2; i += 4) {
     const int token = hopper::accumulator_col(thread, i);
-    d[i] = token < rows ? d[i] + f.onto(token) * through_state[i] : 0.0f;
+    const float2 onto = f.ontos(token);
+#pragma unroll
+    for (int x = 0; x < 4; ++x) {
+      const float factor = x % 2 == 0 ? onto.x : onto.y;
+      d[i + x] = token + x % 2 < rows ? d[i + x] + factor * through_state[i + x] : 0.0f;
+    }
   }
 }
 
 // Starts d = dU^T becoming dY^T = dU^T - (dU^T D) X.
-template <class T, int kKey>
-TILEWRIGHT_DEVICE void start_solving(const Factors& f, char* inverse, int thread, uint32_t (&a)[kChunk / 16][4],
+template <class T, int kKey, class F>
+TILEWRIGHT_DEVICE void start_solving(const F& f, char* inverse, int thread, uint32_t (&a)[kChunk / 16][4],
                                      float (&d)[kChunk / 2]) {
   using Pairs = typename Tiles<T, kKey>::Pairs;
   float scaled[kChunk / 2];
 #pragma unroll
-  for (int i = 0; i < kChunk / 2; ++i) scaled[i] = -f.beta(hopper::accumulator_col(thread, i)) * d[i];
+  for (int i = 0; i < kChunk / 2; i += 4) {
+    const float2 beta = f.betas(hopper::accumulator_col(thread, i));
+#pragma unroll
+    for (int x = 0; x < 4; ++x) scaled[i + x] = -(x % 2 == 0 ? beta.x : beta.y) * d[i + x];
+  }
   fragments<T>(scaled, a);
   hopper::keep(d);
   hopper::wgmma_fence();
@@ -132,13 +141,11 @@ TILEWRIGHT_DEVICE void start_solving(const Factors& f, char* inverse, int thread
 }
 
 // Starts dS^T = whole dS^T + (dO^T diag(scale into)) Q. It runs while dY is made ready.
-template <class T, int kKey>
-TILEWRIGHT_DEVICE void start_reading(const Factors& f, float scale, char* queries, int thread,
+template <class T, int kKey, class F>
+TILEWRIGHT_DEVICE void start_reading(const F& f, float scale, char* queries, int thread,
                                      uint32_t (&d_out)[kChunk / 16][4], float (&d_state)[kKey / 2]) {
   scale_d_out<T>(f, scale, thread, d_out);
-  const float whole = f.whole();
-#pragma unroll
-  for (int i = 0; i < kKey / 2; ++i) d_state[i] *= whole;
+  decay_state(f, thread, d_state);
   hopper::keep(d_state);
   hopper::wgmma_fence();
   write_state<T, kKey>(d_out, queries, d_state);
@@ -146,13 +153,15 @@ TILEWRIGHT_DEVICE void start_reading(const Factors& f, float scale, char* querie
 }
 
 // dS^T -= (dY^T diag(into beta)) K.
-template <class T, int kKey>
-TILEWRIGHT_DEVICE void start_writing(const Factors& f, char* keys, int thread, float (&d_errors)[kChunk / 2],
+template <class T, int kKey, class F>
+TILEWRIGHT_DEVICE void start_writing(const F& f, char* keys, int thread, float (&d_errors)[kChunk / 2],
                                      uint32_t (&a)[kChunk / 16][4], float (&d_state)[kKey / 2]) {
 #pragma unroll
-  for (int i = 0; i < kChunk / 2; ++i) {
+  for (int i = 0; i < kChunk / 2; i += 4) {
     const int token = hopper::accumulator_col(thread, i);
-    d_errors[i] *= -f.into(token) * f.beta(token);
+    const float2 into = f.intos(token), beta = f.betas(token);
+#pragma unroll
+    for (int x = 0; x < 4; ++x) d_errors[i + x] *= x % 2 == 0 ? -into.x * beta.x : -into.y * beta.y;
   }
   fragments<T>(d_errors, a);
   hopper::wgmma_fence();
@@ -160,9 +169,9 @@ TILEWRIGHT_DEVICE void start_writing(const Factors& f, char* keys, int thread, f
   hopper::wgmma_commit();
 }
 
-template <class T, int kKey, bool kDelta>
+template <class T, int kKey, bool kDelta, bool kChannel>
 TILEWRIGHT_DEVICE void sweep_reverse(const ChunkBackward& p, const Column& at, char* shared, Ring& ring) {
-  using Shared = ReverseShared<T, kKey>;
+  using Shared = ReverseShared<T, kKey, kChannel>;
   using All = Tiles<T, kKey>;
   const int thread = static_cast<int>(threadIdx.x);
   float d_state[kKey / 2];
@@ -170,30 +179,38 @@ TILEWRIGHT_DEVICE void sweep_reverse(const ChunkBackward& p, const Column& at, c
   hopper::PipelineState<kStages> turn;
   for (int c = at.chunks - 1; c >= 0; --c, turn.advance()) {
     char* stage = shared + turn.stage * Shared::kStageBytes;
-    const Factors f{reinterpret_cast<const float*>(stage + Shared::kFactors)};
+    const SweepFactors<kChannel> f{reinterpret_cast<const float*>(stage + Shared::kFactors)};
     const int64_t pair = pair_of(p, at.sequence.place + c, at.head);
     const int rows = at.rows(c);
-    uint32_t behind[kKey / 16][4];
+    uint32_t behind[kKey / 16][4], d_out[kChunk / 16][4], solving[kChunk / 16][4], writing[kChunk / 16][4];
+    float d_errors[kChunk / 2], through_state[kChunk / 2];
     fragments<T>(d_state, behind);
     stage_state<T, kKey>(behind, shared + Shared::kState, thread);
-    send(slice_of(p, p.d_states, pair, at.slice, kKey), shared + Shared::kState, All::State::kBytes, thread);
     hopper::wait(ring.full[turn.stage], turn.phase);
-    clear_tail<typename All::Keys>(stage + Shared::kKeys, rows, thread);
-    clear_tail<typename All::Keys>(stage + Shared::kQueries, rows, thread);
+    if constexpr (!kChannel) {
+      clear_tail<typename All::Keys>(stage + Shared::kKeys, rows, thread);
+      clear_tail<typename All::Keys>(stage + Shared::kQueries, rows, thread);
+    }
     clear_tail<typename All::Values>(stage + Shared::kDOut, rows, thread);
-    uint32_t d_out[kChunk / 16][4], solving[kChunk / 16][4], writing[kChunk / 16][4];
-    float d_errors[kChunk / 2];
     load_d_out<T, kKey>(stage + Shared::kDOut, thread, d_out);
-    differentiate_writes<T, kKey>(f, behind, d_out, stage, rows, thread, d_errors);
+    hopper::wgmma_fence();
+    read_state<T, kKey>(behind, stage + Shared::kWriters, through_state);
+    through_attention<T, kKey>(d_out, stage + Shared::kAttention, d_errors);
+    hopper::wgmma_commit();
+    send(slice_of(p, p.d_states, pair, at.slice, kKey), shared + Shared::kState, All::State::kBytes, thread);
+    hopper::wgmma_wait<0>();
+    hopper::keep(through_state);
+    hopper::keep(d_errors);
+    add_through_state(f, through_state, rows, thread, d_errors);
     if constexpr (kDelta) start_solving<T, kKey>(f, stage + Shared::kInverse, thread, solving, d_errors);
-    start_reading<T, kKey>(f, p.scale, stage + Shared::kQueries, thread, d_out, d_state);
+    start_reading<T, kKey>(f, kChannel ? 1.0f : p.scale, stage + Shared::kQueries, thread, d_out, d_state);
     if constexpr (kDelta) {
       hopper::wgmma_wait<1>();
       hopper::keep(d_errors);
     }
     stage_rows<T, kKey>(d_errors, shared + Shared::kErrors, thread);
-    send(slice_of(p, p.d_errors, pair, at.slice, kSlice), shared + Shared::kErrors, All::Values::kBytes, thread);
     if constexpr (kDelta) start_writing<T, kKey>(f, stage + Shared::kKeys, thread, d_errors, writing, d_state);
+    send(slice_of(p, p.d_errors, pair, at.slice, kSlice), shared + Shared::kErrors, All::Values::kBytes, thread);
     hopper::wgmma_wait<0>();
     hopper::keep(d_state);
     release(ring.empty[turn.stage]);
@@ -202,18 +219,26 @@ TILEWRIGHT_DEVICE void sweep_reverse(const ChunkBackward& p, const Column& at, c
   store_state(p, at, p.d_initial_state, at.n, thread, d_state);
 }
 
-template <class T, int kKey, bool kDelta>
-__global__ void __launch_bounds__(kSweepThreads, 1) reverse_kernel(const __grid_constant__ Params params) {
-  using Shared = ReverseShared<T, kKey>;
+// Both sweeps at once: neither needs the other, and a few heads alone would leave most of the device idle. The first half
+// of the blocks goes backwards, which takes longer.
+template <class T, int kKey, bool kDelta, bool kChannel>
+__global__ void __launch_bounds__(kSweepThreads, 1) sweeps_kernel(const __grid_constant__ Params params) {
   char* shared = hopper::shared_memory();
-  auto& ring = *reinterpret_cast<Ring*>(shared + Shared::kRing);
-  const Column at = column_of(params.p);
+  const int64_t columns = gridDim.x / 2;
+  const bool reverse = blockIdx.x < columns;
+  auto& ring = *reinterpret_cast<Ring*>(
+      shared + (reverse ? ReverseShared<T, kKey, kChannel>::kRing : StatesShared<T, kKey, kChannel>::kRing));
+  const Column at = column_of(params.p, reverse ? blockIdx.x : blockIdx.x - columns);
   if (threadIdx.x == 0) ring.start();
   __syncthreads();
-  if (threadIdx.x >= kGroup) {
-    if (threadIdx.x == kGroup) load_reverse_stages<T, kKey, kDelta>(params, at, shared, ring);
+  if (threadIdx.x > kGroup) return;
+  if (threadIdx.x == kGroup) {
+    reverse ? load_reverse_stages<T, kKey, kDelta, kChannel>(params, at, shared, ring)
+            : load_states_stages<T, kKey, kDelta, kChannel>(params, at, shared, ring);
+  } else if (reverse) {
+    sweep_reverse<T, kKey, kDelta, kChannel>(params.p, at, shared, ring);
   } else {
-    sweep_reverse<T, kKey, kDelta>(params.p, at, shared, ring);
+    sweep_states<T, kKey, kDelta, kChannel>(params.p, at, shared, ring);
   }
 }
 

@@ -5,12 +5,17 @@
 //   R^T = V^T - S^T K^T diag(into)         W^T = R^T - (R^T D) X^T        S^T = whole S^T + (W^T diag(onto beta)) K
 #pragma once
 
+#include <type_traits>
+
 #include "ops/linear_attention/cuda/backward_tiles.cuh"
 
 namespace tilewright::linear_attention::cuda::backward {
 
 inline constexpr int kSweepThreads = kGroup + 32;
 inline constexpr int kStages = 2;
+
+template <bool kChannel>
+using SweepFactors = std::conditional_t<kChannel, ChannelFactors, Factors>;
 
 // A ring of stages between the warp that loads and the warpgroup that computes.
 struct Ring {
@@ -25,12 +30,13 @@ struct Ring {
   }
 };
 
-template <class T, int kKey>
+template <class T, int kKey, bool kChannel>
 struct StatesShared {
   using All = Tiles<T, kKey>;
-  // Of a stage.
+  // Of a stage. Keys that read the state, and keys that write to it: with a decay a token the same.
   static constexpr int kKeys = 0;
-  static constexpr int kInverse = kKeys + All::Keys::kBytes;
+  static constexpr int kWriters = kChannel ? kKeys + All::Keys::kBytes : kKeys;
+  static constexpr int kInverse = kWriters + All::Keys::kBytes;
   static constexpr int kValues = kInverse + All::Pairs::kBytes;
   static constexpr int kFactors = kValues + All::Values::kBytes;
   static constexpr int kStageBytes = kFactors + kFactorBytes;
@@ -42,9 +48,9 @@ struct StatesShared {
   static constexpr int kBytes = kRing + static_cast<int>(sizeof(Ring));
 };
 
-template <class T, int kKey, bool kDelta>
+template <class T, int kKey, bool kDelta, bool kChannel>
 TILEWRIGHT_DEVICE void load_states_stages(const Params& params, const Column& at, char* shared, Ring& ring) {
-  using Shared = StatesShared<T, kKey>;
+  using Shared = StatesShared<T, kKey, kChannel>;
   using All = Tiles<T, kKey>;
   const ChunkBackward& p = params.p;
   hopper::PipelineState<kStages> state;
@@ -52,11 +58,16 @@ TILEWRIGHT_DEVICE void load_states_stages(const Params& params, const Column& at
     char* stage = shared + state.stage * Shared::kStageBytes;
     Barrier& full = ring.full[state.stage];
     hopper::wait(ring.empty[state.stage], state.phase ^ 1);
-    hopper::arrive_expect(full,
-                          All::Keys::kBytes + All::Values::kBytes + kFactorBytes + (kDelta ? All::Pairs::kBytes : 0));
+    hopper::arrive_expect(full, (kChannel ? 2 : 1) * All::Keys::kBytes + All::Values::kBytes + kFactorBytes +
+                                    (kDelta ? All::Pairs::kBytes : 0));
     const int64_t pair = pair_of(p, at.sequence.place + c, at.head);
-    load_rows<typename All::Keys>(stage + Shared::kKeys, params.k, full, 0, at.head / (p.value_heads / p.heads),
-                                  at.token(c), at.sequence.batch);
+    if constexpr (kChannel) {
+      hopper::load_bulk(stage + Shared::kKeys, keys_of(p.keys_into, pair), All::Keys::kBytes, full);
+      hopper::load_bulk(stage + Shared::kWriters, keys_of(p.keys_onto, pair), All::Keys::kBytes, full);
+    } else {
+      load_rows<typename All::Keys>(stage + Shared::kKeys, params.k, full, 0, at.head / (p.value_heads / p.heads),
+                                    at.token(c), at.sequence.batch);
+    }
     load_rows<typename All::Values>(stage + Shared::kValues, params.v, full, at.slice * kSlice, at.head, at.token(c),
                                     at.sequence.batch);
     if constexpr (kDelta) {
@@ -111,26 +122,21 @@ TILEWRIGHT_DEVICE void fragments(const float (&d)[N], uint32_t (&a)[N / 8][4]) {
   for (int step = 0; step < N / 8; ++step) fragment<T>(d, step, a[step]);
 }
 
-// R^T, then W^T, in d.
-template <class T, int kKey>
-TILEWRIGHT_DEVICE void correct(const uint32_t (&state)[kKey / 16][4], char* stage, int rows, int thread,
+// d = R^T becomes W^T = R^T - (R^T D) X^T; read = S^T K^T.
+template <class T, int kKey, class F>
+TILEWRIGHT_DEVICE void correct(const F& f, const float (&read)[kChunk / 2], char* inverse, int thread,
                                float (&d)[kChunk / 2]) {
-  using Shared = StatesShared<T, kKey>;
   using Pairs = typename Tiles<T, kKey>::Pairs;
-  const Factors f{reinterpret_cast<const float*>(stage + Shared::kFactors)};
-  float read[kChunk / 2];
-  hopper::wgmma_fence();
-  read_state<T, kKey>(state, stage + Shared::kKeys, read);
-  hopper::wgmma_commit();
-  load_values<T, kKey>(stage + Shared::kValues, rows, thread, d);
-  hopper::wgmma_wait<0>();
-  hopper::keep(read);
   float scaled[kChunk / 2];
 #pragma unroll
-  for (int i = 0; i < kChunk / 2; ++i) {
+  for (int i = 0; i < kChunk / 2; i += 4) {
     const int token = hopper::accumulator_col(thread, i);
-    d[i] -= f.into(token) * read[i];
-    scaled[i] = -f.beta(token) * d[i];
+    const float2 into = f.intos(token), beta = f.betas(token);
+#pragma unroll
+    for (int x = 0; x < 4; ++x) {
+      d[i + x] -= (x % 2 == 0 ? into.x : into.y) * read[i + x];
+      scaled[i + x] = -(x % 2 == 0 ? beta.x : beta.y) * d[i + x];
+    }
   }
   uint32_t a[kChunk / 16][4];
   fragments<T>(scaled, a);
@@ -138,7 +144,7 @@ TILEWRIGHT_DEVICE void correct(const uint32_t (&state)[kKey / 16][4], char* stag
   hopper::wgmma_fence();
 #pragma unroll
   for (int step = 0; step < kChunk / 16; ++step) {
-    hopper::Wgmma<T, T, kChunk>::run(d, a[step], Pairs::k_major(stage + Shared::kInverse, 0, 16 * step), true);
+    hopper::Wgmma<T, T, kChunk>::run(d, a[step], Pairs::k_major(inverse, 0, 16 * step), true);
   }
   hopper::wgmma_commit();
   hopper::wgmma_wait<0>();
@@ -175,6 +181,12 @@ TILEWRIGHT_DEVICE void send(void* to, const char* tile, int bytes, int thread) {
   }
 }
 
+// The same without a tile to send.
+TILEWRIGHT_DEVICE void await_sent(int thread) {
+  if (thread == 0) hopper::store_wait<0>();
+  hopper::named_sync(1, kGroup);
+}
+
 // In a packed batch the rows behind a sequence are the next one's: nothing of them may reach a product.
 template <class Tile>
 TILEWRIGHT_DEVICE void clear_tail(char* tile, int rows, int thread) {
@@ -184,9 +196,29 @@ TILEWRIGHT_DEVICE void clear_tail(char* tile, int rows, int thread) {
   hopper::named_sync(1, kGroup);
 }
 
-template <class T, int kKey, bool kDelta>
+// Starts S^T = whole S^T + (d diag(onto beta)) K.
+template <class T, int kKey, class F>
+TILEWRIGHT_DEVICE void start_update(const F& f, char* keys, int thread, float (&d)[kChunk / 2],
+                                    uint32_t (&a)[kChunk / 16][4], float (&state)[kKey / 2]) {
+#pragma unroll
+  for (int i = 0; i < kChunk / 2; i += 4) {
+    const int token = hopper::accumulator_col(thread, i);
+    const float2 onto = f.ontos(token), beta = f.betas(token);
+#pragma unroll
+    for (int x = 0; x < 4; ++x) d[i + x] *= x % 2 == 0 ? onto.x * beta.x : onto.y * beta.y;
+  }
+  fragments<T>(d, a);
+  decay_state(f, thread, state);
+  hopper::keep(state);
+  hopper::wgmma_fence();
+  write_state<T, kKey>(a, keys, state);
+  hopper::wgmma_commit();
+}
+
+// Tiles are sent off while a product runs: the barrier that this takes then costs nothing.
+template <class T, int kKey, bool kDelta, bool kChannel>
 TILEWRIGHT_DEVICE void sweep_states(const ChunkBackward& p, const Column& at, char* shared, Ring& ring) {
-  using Shared = StatesShared<T, kKey>;
+  using Shared = StatesShared<T, kKey, kChannel>;
   using All = Tiles<T, kKey>;
   const int thread = static_cast<int>(threadIdx.x);
   float state[kKey / 2];
@@ -194,60 +226,39 @@ TILEWRIGHT_DEVICE void sweep_states(const ChunkBackward& p, const Column& at, ch
   hopper::PipelineState<kStages> turn;
   for (int c = 0; c < at.chunks; ++c, turn.advance()) {
     char* stage = shared + turn.stage * Shared::kStageBytes;
-    const Factors f{reinterpret_cast<const float*>(stage + Shared::kFactors)};
+    const SweepFactors<kChannel> f{reinterpret_cast<const float*>(stage + Shared::kFactors)};
     const int64_t pair = pair_of(p, at.sequence.place + c, at.head);
     const int rows = at.rows(c);
-    uint32_t before[kKey / 16][4];
+    uint32_t before[kKey / 16][4], writing[kChunk / 16][4];
+    float writes[kChunk / 2], read[kChunk / 2];
     fragments<T>(state, before);
     stage_state<T, kKey>(before, shared + Shared::kState, thread);
-    send(slice_of(p, p.states, pair, at.slice, kKey), shared + Shared::kState, All::State::kBytes, thread);
     hopper::wait(ring.full[turn.stage], turn.phase);
-    clear_tail<typename All::Keys>(stage + Shared::kKeys, rows, thread);
-    float writes[kChunk / 2];
+    if constexpr (!kChannel) clear_tail<typename All::Keys>(stage + Shared::kKeys, rows, thread);
     if constexpr (kDelta) {
-      correct<T, kKey>(before, stage, rows, thread, writes);
+      hopper::wgmma_fence();
+      read_state<T, kKey>(before, stage + Shared::kKeys, read);
+      hopper::wgmma_commit();
+    }
+    load_values<T, kKey>(stage + Shared::kValues, rows, thread, writes);
+    send(slice_of(p, p.states, pair, at.slice, kKey), shared + Shared::kState, All::State::kBytes, thread);
+    if constexpr (kDelta) {
+      hopper::wgmma_wait<0>();
+      hopper::keep(read);
+      correct<T, kKey>(f, read, stage + Shared::kInverse, thread, writes);
       stage_rows<T, kKey>(writes, shared + Shared::kErrors, thread);
+    }
+    start_update<T, kKey>(f, stage + Shared::kWriters, thread, writes, writing, state);
+    if constexpr (kDelta) {
       send(slice_of(p, p.errors, pair, at.slice, kSlice), shared + Shared::kErrors, All::Values::kBytes, thread);
     } else {
-      load_values<T, kKey>(stage + Shared::kValues, rows, thread, writes);
-      // The tile of the state is free only behind a barrier, which the delta rule has in the middle.
-      if (thread == 0) hopper::store_wait<0>();
-      hopper::named_sync(1, kGroup);
+      await_sent(thread);
     }
-#pragma unroll
-    for (int i = 0; i < kChunk / 2; ++i) {
-      const int token = hopper::accumulator_col(thread, i);
-      writes[i] *= f.onto(token) * f.beta(token);
-    }
-    uint32_t a[kChunk / 16][4];
-    fragments<T>(writes, a);
-    const float whole = f.whole();
-#pragma unroll
-    for (int i = 0; i < kKey / 2; ++i) state[i] *= whole;
-    hopper::keep(state);
-    hopper::wgmma_fence();
-    write_state<T, kKey>(a, stage + Shared::kKeys, state);
-    hopper::wgmma_commit();
     hopper::wgmma_wait<0>();
     hopper::keep(state);
     release(ring.empty[turn.stage]);
   }
   if (thread == 0) hopper::store_wait<0>();
-}
-
-template <class T, int kKey, bool kDelta>
-__global__ void __launch_bounds__(kSweepThreads, 1) states_kernel(const __grid_constant__ Params params) {
-  using Shared = StatesShared<T, kKey>;
-  char* shared = hopper::shared_memory();
-  auto& ring = *reinterpret_cast<Ring*>(shared + Shared::kRing);
-  const Column at = column_of(params.p);
-  if (threadIdx.x == 0) ring.start();
-  __syncthreads();
-  if (threadIdx.x >= kGroup) {
-    if (threadIdx.x == kGroup) load_states_stages<T, kKey, kDelta>(params, at, shared, ring);
-  } else {
-    sweep_states<T, kKey, kDelta>(params.p, at, shared, ring);
-  }
 }
 
 }  // namespace tilewright::linear_attention::cuda::backward

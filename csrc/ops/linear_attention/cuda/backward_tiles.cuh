@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// What the four kernels of the gradient share: tiles, fragments, where scratch lies.
+// What the kernels of the gradient share: tiles, fragments, where scratch lies.
 #pragma once
 
 #include "hopper/hopper.h"
@@ -38,8 +38,27 @@ struct Factors {
   TILEWRIGHT_DEVICE float into(int i) const { return at[kChunk + i]; }
   TILEWRIGHT_DEVICE float onto(int i) const { return at[2 * kChunk + i]; }
   TILEWRIGHT_DEVICE float beta(int i) const { return at[3 * kChunk + i]; }
-  TILEWRIGHT_DEVICE float whole() const { return into(kChunk - 1); }  // rows without a token decay nothing
+  // Of tokens i and i + 1, i even.
+  TILEWRIGHT_DEVICE float2 intos(int i) const { return *reinterpret_cast<const float2*>(at + kChunk + i); }
+  TILEWRIGHT_DEVICE float2 ontos(int i) const { return *reinterpret_cast<const float2*>(at + 2 * kChunk + i); }
+  TILEWRIGHT_DEVICE float2 betas(int i) const { return *reinterpret_cast<const float2*>(at + 3 * kChunk + i); }
+  TILEWRIGHT_DEVICE float whole(int /*channel*/ = 0) const { return into(kChunk - 1); }  // no token, no decay
 };
+
+// With a decay a channel, tiles of keys and queries have theirs inside; what remains are exp(G_n), by channel, and beta.
+struct ChannelFactors {
+  const float* at;
+
+  TILEWRIGHT_DEVICE float log(int /*i*/) const { return 0.0f; }
+  TILEWRIGHT_DEVICE float into(int /*i*/) const { return 1.0f; }
+  TILEWRIGHT_DEVICE float onto(int /*i*/) const { return 1.0f; }
+  TILEWRIGHT_DEVICE float beta(int i) const { return at[3 * kChunk + i]; }
+  TILEWRIGHT_DEVICE float2 intos(int /*i*/) const { return {1.0f, 1.0f}; }
+  TILEWRIGHT_DEVICE float2 ontos(int /*i*/) const { return {1.0f, 1.0f}; }
+  TILEWRIGHT_DEVICE float2 betas(int i) const { return *reinterpret_cast<const float2*>(at + 3 * kChunk + i); }
+  TILEWRIGHT_DEVICE float whole(int channel) const { return at[channel]; }
+};
+static_assert(ChunkBackward::kMaxKeySize <= 3 * kChunk, "a factor a channel fits before beta");
 
 // Scratch of a chunk's value head.
 TILEWRIGHT_DEVICE int64_t pair_of(const ChunkBackward& p, int64_t place, int head) {
@@ -52,6 +71,10 @@ TILEWRIGHT_DEVICE E* factors_of(E* factors, int64_t pair) {
 template <class E>
 TILEWRIGHT_DEVICE E* pairs_of(E* tiles, int64_t pair) {
   return tiles + pair * kPairs;
+}
+template <class E>
+TILEWRIGHT_DEVICE E* keys_of(E* tiles, int64_t pair) {
+  return tiles + pair * kChunk * ChunkBackward::kMaxKeySize;
 }
 template <class E>
 TILEWRIGHT_DEVICE E* slice_of(const ChunkBackward& p, E* tiles, int64_t pair, int slice, int columns) {
@@ -126,9 +149,8 @@ struct Column {
   TILEWRIGHT_DEVICE int64_t token(int chunk) const { return sequence.first + static_cast<int64_t>(chunk) * kChunk; }
 };
 
-TILEWRIGHT_DEVICE Column column_of(const ChunkBackward& p) {
+TILEWRIGHT_DEVICE Column column_of(const ChunkBackward& p, int64_t block) {
   Column at;
-  int64_t block = blockIdx.x;
   at.slice = static_cast<int>(block % p.slices());
   block /= p.slices();
   at.head = static_cast<int>(block % p.value_heads);
@@ -149,6 +171,13 @@ TILEWRIGHT_DEVICE int state_step(const ChunkBackward& p, int i) {
 TILEWRIGHT_DEVICE bool in_state(const ChunkBackward& p, const Column& at, int thread, int i) {
   return hopper::accumulator_col(thread, i) < p.key_size &&
          at.slice * kSlice + hopper::accumulator_row(thread, i) < p.value_size;
+}
+
+// State times what the whole chunk leaves of it.
+template <class F, int N>
+TILEWRIGHT_DEVICE void decay_state(const F& f, int thread, float (&state)[N]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) state[i] *= f.whole(hopper::accumulator_col(thread, i));
 }
 
 template <int N>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The delta rule's first kernel: one block for each chunk and key head, all in parallel. K K^T is made once and serves
-// every value head of the group, whose gates are a mask on it.
+// The delta rule's first kernel: one block for each chunk and key head, all in parallel. Keys are loaded once for the
+// value heads of the group, or some of them where that leaves the device idle; gates are a mask on K K^T.
 #pragma once
 
 #include "hopper/hopper.h"
@@ -17,6 +17,7 @@ template <class In>
 struct PrepareParams {
   Problem<In, float> problem;
   Prepared to;
+  int members;  // value heads of a block; not read with a decay a channel
 };
 
 namespace prepare {
@@ -93,25 +94,28 @@ TILEWRIGHT_DEVICE void multiply_keys(const void* keys, const ChunkGates& gates, 
 }  // namespace prepare
 
 template <class In, int kKeys>
-__global__ void __launch_bounds__(kPrepareThreads, 3) prepare_kernel(const __grid_constant__ PrepareParams<In> params) {
+__global__ void __launch_bounds__(kPrepareThreads, kKeys == 128 ? 4 : 3)
+    prepare_kernel(const __grid_constant__ PrepareParams<In> params) {
   using namespace prepare;
   using At = Layout<In, kKeys>;
   const Problem<In, float>& p = params.problem;
   const Chunk chunk = chunk_at(p.sequences, blockIdx.x);
   if (chunk.rows == 0) return;
-  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, key_head = static_cast<int>(blockIdx.y);
+  const int thread = static_cast<int>(threadIdx.x), warp = thread / 32;
+  const int group = static_cast<int>(p.value_heads / p.heads), parts = (group + params.members - 1) / params.members;
+  const int key_head = static_cast<int>(blockIdx.y) / parts;
+  const int first = static_cast<int>(blockIdx.y) % parts * params.members, count = min(group - first, params.members);
   char* shared = hopper::shared_memory();
   auto* gates = reinterpret_cast<ChunkGates*>(shared + At::kGates);
   auto* matrix = reinterpret_cast<float*>(shared + At::kMatrix);
 
   load_rows<In, kKeys>(p.k, chunk, key_head, p.key_size, shared + At::kK);
   hopper::copy_async_commit();
-  const int group = static_cast<int>(p.value_heads / p.heads);
-  for (int member = 0; member < group; ++member) {
-    const int64_t head = static_cast<int64_t>(key_head) * group + member;
+  for (int member = 0; member < count; ++member) {
+    const int64_t head = static_cast<int64_t>(key_head) * group + first + member;
     const int64_t index = static_cast<int64_t>(blockIdx.x) * p.value_heads + head;
     // Gates of the next heads, one a warp; at first while rows come.
-    if (member % kPrepareWarps == 0 && member + warp < group) load_gates(p, chunk, head + warp, gates[warp]);
+    if (member % kPrepareWarps == 0 && member + warp < count) load_gates(p, chunk, head + warp, gates[warp]);
     if (member == 0) {
       hopper::copy_async_wait<0>();
       hopper::fence_async_shared();

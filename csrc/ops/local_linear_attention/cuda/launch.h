@@ -63,10 +63,37 @@ struct FlashBackward {
   float* dridge;  // null for kGiven
   float* dx;  // [N, HQ, K] for kGiven, else null
   float* u;  // [N, HQ, K], workspace; null for kGiven
-  void *rounded_x, *rounded_u;  // [N, HQ, K] in bf16, workspace
+  void *rounded_x, *rounded_u;  // [N, HQ, K] in bf16, workspace; x and -u
   void* records;  // [HQ, N] of flash_record_floats() floats, workspace
 };
 int64_t flash_record_floats();
 void flash_backward(const FlashBackward& problem, const Sequences& sequences, hopper::Stream stream);
+
+// Few queries over a cache, cut over the blocks of clusters; float32 arithmetic whatever the storage.
+enum class Storage : uint8_t { kFloat, kBfloat16, kHalf };
+struct DecodePlan {
+  bool takes;  // false: the other fields say nothing
+  int rows;  // of a cluster
+  int64_t chunks;  // clusters for the rows of a key head
+  int64_t clusters;
+  int width;  // the larger of K and V
+  int lanes;  // that share a key
+  int shared_bytes;
+  int64_t partials;  // floats of the workspace for sums on their way
+};
+struct Decode {
+  Shape shape;
+  Options options;
+  Storage type;
+  const void *q, *k, *v;
+  const float *ridge, *start;  // start: null for zero
+  void* o;
+  float *x, *rows;
+  int32_t* iterations;
+  float* scores;  // [N * HQ, S], workspace
+  float* partials;  // workspace
+};
+DecodePlan plan_decode(const Shape& shape, const Options& options, const Sequences& sequences, int element_bytes);
+void decode(const Decode& problem, const DecodePlan& plan, const Sequences& sequences, hopper::Stream stream);
 
 }  // namespace tilewright::local_linear_attention::cuda

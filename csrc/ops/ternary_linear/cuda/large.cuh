@@ -51,19 +51,19 @@ struct Large {
   }
 
   struct Item {
-    int64_t row_block, token;  // first
-    int64_t first_chunk, last_chunk;
     int64_t tile;
+    int row_block, token;  // first
+    int first_chunk, last_chunk;
     int split;
   };
   static TILEWRIGHT_DEVICE Item item_of(const LargeParams& params, int64_t index) {
     Item item;
     item.split = static_cast<int>(index % params.splits);
     item.tile = index / params.splits;
-    item.token = item.tile % params.token_tiles * kTokens;
-    item.row_block = item.tile / params.token_tiles * kRowBlocks;
-    item.first_chunk = params.chunks * item.split / params.splits;
-    item.last_chunk = params.chunks * (item.split + 1) / params.splits;
+    item.token = static_cast<int>(item.tile % params.token_tiles) * kTokens;
+    item.row_block = static_cast<int>(item.tile / params.token_tiles) * kRowBlocks;
+    item.first_chunk = static_cast<int>(params.chunks * item.split / params.splits);
+    item.last_chunk = static_cast<int>(params.chunks * (item.split + 1) / params.splits);
     return item;
   }
   static TILEWRIGHT_DEVICE int64_t items(const LargeParams& params) {
@@ -83,16 +83,16 @@ struct Large {
   }
 
   // A stage is announced whole; its weights and its tokens then come one after the other. Row blocks past N repeat the last.
-  static TILEWRIGHT_DEVICE void load_weights(const LargeParams& params, const Item& item, int64_t chunk, int stage) {
+  static TILEWRIGHT_DEVICE void load_weights(const LargeParams& params, const Item& item, int chunk, int stage) {
     const Problem& p = params.problem;
     const int64_t block_bytes = params.chunks * TernaryMma2::kBytesPerChunk;
-    const int64_t last_block = (p.n - 1) / TernaryMma2::kRowsPerBlock;
+    const int last_block = static_cast<int>((p.n - 1) / TernaryMma2::kRowsPerBlock);
     hopper::Barrier& full = shared().full[stage];
     hopper::arrive_expect(full, kStageBytes);
     for (int b = 0; b < kRowBlocks; ++b) {
-      const int64_t block = item.row_block + b < last_block ? item.row_block + b : last_block;
+      const int block = item.row_block + b < last_block ? item.row_block + b : last_block;
       hopper::load_bulk(weights_of(stage) + b * TernaryMma2::kBytesPerChunk,
-                        p.payload + block * block_bytes + chunk * TernaryMma2::kBytesPerChunk,
+                        p.payload + int64_t{block} * block_bytes + int64_t{chunk} * TernaryMma2::kBytesPerChunk,
                         TernaryMma2::kBytesPerChunk, full);
     }
   }
@@ -100,24 +100,24 @@ struct Large {
   // One thread keeps the ring full. The first round's weights need not wait for the kernel that makes the tokens.
   static TILEWRIGHT_DEVICE void produce(const LargeParams& params) {
     hopper::prefetch(params.tokens);
-    int64_t ahead = 0;
+    int ahead = 0;
     if (params.weights_first) {
       const Item item = item_of(params, blockIdx.x);
       for (; ahead < kStages && item.first_chunk + ahead < item.last_chunk; ++ahead) {
-        load_weights(params, item, item.first_chunk + ahead, static_cast<int>(ahead));
+        load_weights(params, item, item.first_chunk + ahead, ahead);
       }
     }
     hopper::wait_for_previous_kernel();
     State state;
     for (int64_t index = blockIdx.x; index < items(params); index += gridDim.x) {
       const Item item = item_of(params, index);
-      for (int64_t chunk = item.first_chunk; chunk < item.last_chunk; ++chunk, --ahead) {
+      for (int chunk = item.first_chunk; chunk < item.last_chunk; ++chunk, --ahead) {
         if (ahead <= 0) {
           hopper::wait(shared().empty[state.stage], state.phase ^ 1);
           load_weights(params, item, chunk, state.stage);
         }
         hopper::load_tile(tokens_of(state.stage), params.tokens, shared().full[state.stage],
-                          static_cast<int>(chunk * TernaryMma2::kColsPerChunk), static_cast<int>(item.token));
+                          chunk * TernaryMma2::kColsPerChunk, item.token);
         state.advance();
       }
     }
@@ -181,12 +181,22 @@ struct Large {
     }
   }
 
-  static TILEWRIGHT_DEVICE void accumulate(State& state, const Item& item, Sums& sums) {
+  // The second warpgroup stays at least kLead chunks behind the first: one stores its results while the other has the
+  // tensor cores. Only where a block has several items; and a ring shorter than an item keeps the first from coming to the
+  // next item's mark before the second has passed this one's.
+  static constexpr int kLead = 4;
+  static TILEWRIGHT_DEVICE bool leads(const LargeParams& params, int count) {
+    return kTokens == 128 && count > kStages && items(params) > gridDim.x;
+  }
+
+  static TILEWRIGHT_DEVICE void accumulate(const LargeParams& params, State& state, const Item& item, Sums& sums) {
+    const int count = item.last_chunk - item.first_chunk;
+    if (group() == 1 && leads(params, count)) hopper::named_sync(2, kConsumerThreads);
     Fragments even = {}, odd = {};
     hopper::wait(shared().full[state.stage], state.phase);
     decode_stage(state.stage, even);
-    const int64_t count = item.last_chunk - item.first_chunk;
-    for (int64_t i = 0; i < count; i += 2) {
+    for (int i = 0; i < count; i += 2) {
+      if (i == kLead && group() == 0 && leads(params, count)) hopper::named_arrive(2, kConsumerThreads);
       step(state, even, odd, sums, i == 0, i + 1 < count);
       if (i + 1 < count) step(state, odd, even, sums, false, i + 2 < count);
     }
@@ -196,14 +206,9 @@ struct Large {
 #pragma unroll
     for (int s = 0; s < kSubtiles; ++s) hopper::keep(sums[s]);
     release(state.stage == 0 ? kStages - 1 : state.stage - 1);
-#pragma unroll
-    for (int s = 0; s < kSubtiles; ++s) {
-#pragma unroll
-      for (int i = 0; i < Product::kRegisters; ++i) sums[s][i] = unscaled(sums[s][i]);
-    }
   }
 
-  // Leaves this split's sums for the others, or, if all others have left theirs, adds them. True: sums are complete.
+  // Scales this split's sums back and leaves them for the others, or, if all others have left theirs, adds them. True: sums are complete.
   static TILEWRIGHT_DEVICE bool combine(const LargeParams& params, const Item& item, Sums& sums) {
     constexpr int64_t kTile = int64_t{kConsumerThreads} * kSubtiles * Product::kRegisters;
     const int thread = static_cast<int>(threadIdx.x) - 128;
@@ -218,7 +223,7 @@ struct Large {
         }
       }
     };
-    each(item.split, [](int32_t& there, int32_t& here) { there = here; });
+    each(item.split, [](int32_t& there, int32_t& here) { there = here = unscaled(here); });
     __threadfence();
     hopper::named_sync(1, kConsumerThreads);
     if (thread == 0) {
@@ -237,11 +242,11 @@ struct Large {
   }
 
   template <Element kElement>
-  static TILEWRIGHT_DEVICE void store_as(const Problem& p, const Item& item, const Sums& sums) {
+  static TILEWRIGHT_DEVICE void store_as(const Problem& p, const Item& item, const Sums& sums, int shift) {
     const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32;
 #pragma unroll
     for (int s = 0; s < kSubtiles; ++s) {
-      const int64_t n = (item.row_block + group() * kSubtiles + s) * TernaryMma2::kRowsPerBlock +
+      const int64_t n = int64_t{item.row_block + group() * kSubtiles + s} * TernaryMma2::kRowsPerBlock +
                         thread / 32 * TernaryMma2::kRowsPerPanel + lane / 4 * 2;
       if (n >= p.n) continue;
       const RowPair pair = row_pair(p, n);
@@ -249,17 +254,18 @@ struct Large {
       for (int i = 0; i < Product::kRegisters / 2; ++i) {
         const int64_t token = item.token + i / 2 * 8 + lane % 4 * 2 + i % 2;
         const int at = i / 2 * 4 + i % 2;
-        if (token < p.m) store_pair<kElement>(p, pair, token, sums[s][at], sums[s][at + 2]);
+        if (token < p.m) store_pair<kElement>(p, pair, token, sums[s][at] >> shift, sums[s][at + 2] >> shift);
       }
     }
   }
   static TILEWRIGHT_DEVICE void store(const LargeParams& params, const Item& item, const Sums& sums) {
     const Problem& p = params.problem;
+    const int shift = params.splits == 1 ? TernaryMma2::kScaleBits : 0;  // combine() has scaled the others back
     switch (p.out.element) {
-      case Element::kInt32: return store_as<Element::kInt32>(p, item, sums);
-      case Element::kFloat: return store_as<Element::kFloat>(p, item, sums);
-      case Element::kBFloat16: return store_as<Element::kBFloat16>(p, item, sums);
-      case Element::kHalf: return store_as<Element::kHalf>(p, item, sums);
+      case Element::kInt32: return store_as<Element::kInt32>(p, item, sums, shift);
+      case Element::kFloat: return store_as<Element::kFloat>(p, item, sums, shift);
+      case Element::kBFloat16: return store_as<Element::kBFloat16>(p, item, sums, shift);
+      case Element::kHalf: return store_as<Element::kHalf>(p, item, sums, shift);
     }
   }
 
@@ -268,7 +274,7 @@ struct Large {
     for (int64_t index = blockIdx.x; index < items(params); index += gridDim.x) {
       const Item item = item_of(params, index);
       Sums sums = {};
-      accumulate(state, item, sums);
+      accumulate(params, state, item, sums);
       if (params.splits == 1 || combine(params, item, sums)) store(params, item, sums);
     }
   }
