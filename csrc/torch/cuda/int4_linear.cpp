@@ -50,7 +50,7 @@ Int4HopperView view_of(const Tensor& weight, const Tensor& beside, int64_t n, in
 // Rounded, or as they were given where the kernel rounds them.
 struct Tokens {
   Tensor codes, scales, sums;
-  std::optional<Tensor> given;
+  std::optional<Tensor> given = std::nullopt;
 };
 
 // What the layer before makes of x; see QuantizeProblem.
@@ -179,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> fp8_quantize_tokens(const Tensor& x, int64_t 
   const OnDevice guard(x);
   const Tensor input = as_read(x);
   const int64_t k = input.size(input.dim() - 1);
-  Before before{.eps = eps};
+  Before before{std::nullopt, std::nullopt, eps};
   if (gate.has_value()) {
     require_same_device(*gate, x, kOp, "gate");
     require(shape_of(*gate) == shape_of(x), kOp, ": gate has shape ", shape_of(*gate), ", needed that of x, ",
@@ -226,7 +226,7 @@ void int4_fp8_linear_quantized(const Tensor& codes, const Tensor& scales, const 
           " columns; quantize the tokens with quantize_tokens(x, weight)");
   if (m == 0 || view.n == 0) return;
   const Tensor counters = zeros_on(codes, {plan.counters()}, ScalarType::Int);
-  multiply({codes, scales, sums}, weight, view, bias, residual, y, counters, plan, false, kOp);
+  multiply({codes, scales, sums, std::nullopt}, weight, view, bias, residual, y, counters, plan, false, kOp);
 }
 
 }  // namespace
