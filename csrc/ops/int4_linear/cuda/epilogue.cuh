@@ -302,6 +302,7 @@ template <class C>
 __global__ void __launch_bounds__(kMatrixThreads, 1) int4_fp8_kernel(const __grid_constant__ MatrixParams p) {
   const Shared<C> shared(p);
   if (threadIdx.x == 0) {
+    hopper::prefetch(p.chunks);
     if constexpr (!C::kResident) hopper::prefetch(p.x);
     for (int stage = 0; stage < p.stages; ++stage) {
       hopper::init(shared.full[stage], 1);
