@@ -341,7 +341,7 @@ TILEWRIGHT_DEVICE void queries_consumer(const FlashQueriesParams<T>& p, char* me
   } else {
     solve_rows(c, n, p.u, p.options, p.shape, y);
   }
-  hopper::named_sync(kCleanBarrier, kConsumers);  // residuals of both groups give way to tiles
+  meet(kCleanBarrier, kConsumers);  // residuals of both groups give way to tiles
   take_tilts(c, p, tilts);
   hopper::wait(rows_full, 1);
   multiply_factors(c, n, tilts, value, y, sum);

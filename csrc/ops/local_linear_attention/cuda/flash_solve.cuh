@@ -227,7 +227,7 @@ TILEWRIGHT_DEVICE bool decide(const Consumer<T, D>& c, const RowNumbers& n, int 
   int* flags = reinterpret_cast<int*>(c.memory + S::kFlags) + parity * 8;
   if (c.thread % 32 == 0) flags[c.group * 4 + c.thread / 32] = any;
   hopper::fence_async_shared();
-  hopper::named_sync(kDecisionBarrier, kConsumers + 32);
+  meet(kDecisionBarrier, kConsumers + 32);
   int total = 0, own = 0;
   for (int w = 0; w < 8; ++w) {
     total |= flags[w];
@@ -241,7 +241,7 @@ TILEWRIGHT_DEVICE bool decide(const Consumer<T, D>& c, const RowNumbers& n, int 
 template <class T, int D>
 TILEWRIGHT_DEVICE bool hear_decision(const char* memory, int parity) {
   using S = FlashShape<T, D>;
-  hopper::named_sync(kDecisionBarrier, kConsumers + 32);
+  meet(kDecisionBarrier, kConsumers + 32);
   const int* flags = reinterpret_cast<const int*>(memory + S::kFlags) + parity * 8;
   int total = 0;
   for (int w = 0; w < 8; ++w) total |= flags[w];
