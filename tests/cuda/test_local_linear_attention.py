@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -434,12 +435,14 @@ def test_in_a_graph(device: Device) -> None:
     if device.is_emulator:
         pytest.skip("there are no CUDA graphs in the emulator")
     for dtype, tokens in ((torch.bfloat16, 300), (torch.float32, 40)):
-        tensors = [x.requires_grad_() for x in on(device, *inputs(tokens, 64, 64, heads=2, dtype=dtype))]
+        tensors = on(device, *inputs(tokens, 64, 64, heads=2, dtype=dtype))
         weight = torch.randn(1, tokens, 2, 64, device="cuda", dtype=dtype)
 
-        def step(tensors: list[Tensor] = tensors, weight: Tensor = weight) -> tuple[Tensor, ...]:
-            o = lla_attention(*tensors)
-            return (o, *torch.autograd.grad(o, tensors, weight))
+        def step(tensors: Sequence[Tensor] = tensors, weight: Tensor = weight) -> tuple[Tensor, ...]:
+            # Leaves of its own: autograd makes the stream of a leaf's first use wait, which a capture must not.
+            leaves = [x.detach().requires_grad_() for x in tensors]
+            o = lla_attention(*leaves)
+            return (o, *torch.autograd.grad(o, leaves, weight))
 
         eager = step()
         graph = torch.cuda.CUDAGraph()

@@ -6,8 +6,8 @@
 //   weights  2^(x - maximum) times the scale of the value, as bfloat16; four shuffles transpose the 16 x 8 of them
 //   sums     O^T[D, 8] += v^T p^T
 //
-// The maximum of a row is raised only when a score exceeds it by 2^8: weights may be up to 2^8 instead of 1, which costs
-// no accuracy, and sums are rescaled a few times in all instead of once a step.
+// The maximum of a row is raised only when a score exceeds it by 2^8: weights may be up to 2^8 instead of 1, which
+// costs no accuracy, and sums are rescaled a few times in all instead of once a step.
 #pragma once
 
 #include "ops/int4_fp8_attention/cuda/decode_rows.cuh"
@@ -343,8 +343,8 @@ TILEWRIGHT_DEVICE Source source_of(const Attention& p, const DecodeItem& item) {
           seen_of_chunk(p, item, item.rows - 1).end};
 }
 
-// The steps of a chunk that are on their way from memory: two while a third is worked on, where registers allow it. Longer
-// rows bring more bytes in one, and other warps of the multiprocessor are enough.
+// The steps of a chunk that are on their way from memory: two while a third is worked on, where registers allow it.
+// Longer rows bring more bytes in one, and other warps of the multiprocessor are enough.
 template <class Step>
 struct Window {
   static constexpr int kStride = kDecodeWarps * kStepKeys;
@@ -372,8 +372,8 @@ struct Window {
   }
 };
 
-// Blocks of a multiprocessor: as many as registers allow. 16 keys of 128 bfloat16 take 64 of each lane, and a query of two
-// terms 32.
+// Blocks of a multiprocessor: as many as registers allow. 16 keys of 128 bfloat16 take 64 of each lane, and a query of
+// two terms 32.
 template <int D, class Step, int kTerms>
 inline constexpr int kDecodeBlocks = D == 64 || (D == 128 && Step::kAhead == 2 && kTerms == 1) ? 3 : 2;
 
@@ -394,8 +394,8 @@ struct ItemWalk {
   }
 };
 
-// A block has a contiguous share of the items: chunks of one sequence and head follow each other, so that their query is
-// read once.
+// A block has a contiguous share of the items: chunks of one sequence and head follow each other, so that their query
+// is read once.
 template <int D, class Step, int kTerms>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, Step, kTerms>)
     decode_attention(const __grid_constant__ Attention p) {

@@ -19,14 +19,14 @@ inline constexpr int kTiledHeadDim = 128;  // of the prefill kernel: above it a 
 inline constexpr int64_t kVectorBytes = 16;
 
 // Tiles of 128 rows pay from so many rows a sequence on, on average, and when there are enough of them for the device:
-// the decode kernel spends 4.5 cycles of a multiprocessor on a key for 8 rows, and may cut along the keys; a block of the
-// prefill kernel spends about 1100 on 64 keys for 128 rows, and may not. They meet at 28 rows times KV heads for each
-// multiprocessor.
+// the decode kernel issues 5.4 cycles of a multiprocessor for a key and 8 rows, and may cut along the keys; a block of
+// the prefill kernel takes about 1120 for 64 keys and 128 rows, and may not. They meet near 26 rows times KV heads for
+// each multiprocessor. Counted from the disassembly, not timed.
 inline constexpr int64_t kPrefillFrom = 48;
 inline constexpr int64_t kPrefillLoad = 28;
 
-// Long sequences are cut along their keys. The chunk grows with the sequence, so that partial results stay a few percent
-// of the cache's bytes: 8 (D + 2) * 4 bytes a head and chunk beside chunk * D bytes of codes.
+// Long sequences are cut along their keys. The chunk grows with the sequence, so that partial results stay a few
+// percent of the cache's bytes: each row of queries leaves 4 (D + 2) bytes a chunk, beside D + 4 bytes a key and KV head.
 inline constexpr int kMaxChunks = 32;
 inline constexpr int kLeastChunk = 256;
 inline constexpr int kChunkStep = 64;
@@ -52,7 +52,8 @@ constexpr int most_chunks(int64_t capacity) {
   return capacity >= int64_t{kMaxChunks} * kLeastChunk ? kMaxChunks : chunks_of(static_cast<int>(capacity));
 }
 
-// One sequence as the kernels see it. Rows (T H) and the capacity are below 2^31.
+// One sequence as the kernels see it. Rows (T H) and the capacity are at most 2^28, and
+// items at most 4 T H + 32 S.
 struct Sequence {
   int first;  // row of q
   int queries;

@@ -319,6 +319,7 @@ TILEWRIGHT_DEVICE void clean(const Consumer<T, D>& c, int stage, int tile, bool 
   const int thread = c.group * 128 + c.thread;
   if (thread < kParts * S::kKeys) clean_part<T, D, kParts>(c, stage, tile, thread / kParts, thread % kParts, mark);
   hopper::fence_async_shared();
+  __syncwarp();  // the barrier wants a warp's lanes together, and marking may have parted them
   hopper::named_sync(kCleanBarrier, kConsumers);
 }
 
