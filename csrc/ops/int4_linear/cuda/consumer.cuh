@@ -378,6 +378,15 @@ TILEWRIGHT_DEVICE void multiply_one(const MatrixParams& p, const Shared<C>& shar
   }
 }
 
+// A stage that is the other consumer's. It is waited for all the same: a barrier tells two neighbouring phases apart, no more.
+template <class C>
+TILEWRIGHT_DEVICE void let_pass(const MatrixParams& p, const Shared<C>& shared, Ring at, int count) {
+  for (int j = 0; j < count; ++j, at.advance(p.stages)) {
+    hopper::wait(shared.full[at.stage], at.phase);
+    release(shared, at.stage);
+  }
+}
+
 // Every other batch of a segment, and of the chunks behind the last whole batch every other one.
 template <class C>
 TILEWRIGHT_DEVICE void multiply_turns(const MatrixParams& p, const Shared<C>& shared, const Segment& segment, Ring ring,
@@ -387,18 +396,22 @@ TILEWRIGHT_DEVICE void multiply_turns(const MatrixParams& p, const Shared<C>& sh
   const int batches = (segment.last - segment.first) / kCount;
   int k = segment.first;
   for (int batch = 0; batch < batches; ++batch) {
-    if (batch % kConsumers == consumer) {
-      if constexpr (kCount == 1) {
-        multiply_one<C>(p, shared, ring, k, total, thread);
-      } else {
-        multiply_batch<C, kCount>(p, shared, ring, k, total, thread);
-      }
+    if (batch % kConsumers != consumer) {
+      let_pass(p, shared, ring, kCount);
+    } else if constexpr (kCount == 1) {
+      multiply_one<C>(p, shared, ring, k, total, thread);
+    } else {
+      multiply_batch<C, kCount>(p, shared, ring, k, total, thread);
     }
     ring.hop(kCount, p.stages);
     k += kCount;
   }
   for (int turn = batches; k < segment.last; ++k, ++turn) {
-    if (turn % kConsumers == consumer) multiply_one<C>(p, shared, ring, k, total, thread);
+    if (turn % kConsumers != consumer) {
+      let_pass(p, shared, ring, 1);
+    } else {
+      multiply_one<C>(p, shared, ring, k, total, thread);
+    }
     ring.advance(p.stages);
   }
 }

@@ -32,7 +32,7 @@ struct Config {
   static constexpr int kEarly = 2;  // products of four after which the turn is passed on
   static constexpr int kBatch = Fine ? 1 : N <= 16 ? 4 : 2;  // chunks that a consumer that takes turns has at once
   static constexpr int kCluster = cluster_blocks(Blocks);
-  static constexpr int kReleases = (kTurns ? 4 : 4 * kConsumers) * kCluster;  // warps that use a stage
+  static constexpr int kReleases = 4 * kConsumers * kCluster;  // warps that use a stage, or let it pass
   static constexpr int kStagingTokens = N < int4_linear::kStagingTokens ? N : int4_linear::kStagingTokens;
   using Tokens = hopper::Tile<hopper::e4m3, N, Int4Hopper::kCols, hopper::Swizzle::k128>;
   using Product = hopper::Wgmma<hopper::e4m3, hopper::e4m3, N>;
