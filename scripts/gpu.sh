@@ -20,7 +20,7 @@ native() {
   "$PYTHON" -c 'import tilewright._host' 2>/dev/null && return
   local package=python/tilewright suffix
   suffix=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
-  rm -rf "$package/lib" && cp -r build/bundle/lib "$package/lib"
+  rm -rf "$package/lib" && mkdir "$package/lib" && tar xzf build/bundle/lib.tgz -C "$package/lib"
   g++ -std=c++20 -O0 -fPIC -shared -fvisibility=hidden -march=x86-64-v2 -Icsrc \
     -I"$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
     -I"$("$PYTHON" -c 'import pybind11; print(pybind11.get_include())')" \

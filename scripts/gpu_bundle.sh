@@ -13,8 +13,8 @@ test -f "$BUILD/build.ninja" || "$PYTHON" -m cmake -S . -B "$BUILD" -G Ninja -DC
   -DCMAKE_INTERPROCEDURAL_OPTIMIZATION=OFF   -DPython_EXECUTABLE="$PYTHON" -Dpybind11_DIR="$("$PYTHON" -m pybind11 --cmakedir)"
 "$PYTHON" -m cmake --build "$BUILD" --target tilewright_ops tilewright_cuda _host
 rm -rf "$BUNDLE"
-mkdir -p "$BUNDLE/lib"
-cp "$BUILD"/libtilewright_ops.so "$BUILD"/libtilewright_cuda.so "$BUNDLE/lib/"
+mkdir -p "$BUNDLE"
+tar czf "$BUNDLE/lib.tgz" -C "$BUILD" libtilewright_ops.so libtilewright_cuda.so
 find "$BUILD/CMakeFiles/tilewright_core.dir" "$BUILD/CMakeFiles/_host.dir/csrc/microbench" -name '*.o' -print0 |
   xargs -0 ar rcs "$BUNDLE/host.a"
 nvcc -std=c++20 -O2 -gencode=arch=compute_90a,code=sm_90a --expt-relaxed-constexpr -Icsrc \

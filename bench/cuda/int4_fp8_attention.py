@@ -2,8 +2,8 @@
 """Attention over an INT4 cache beside torch's flash attention over bfloat16 keys and values.
 
 Decoding is bound by the bytes of the cache, codes and scales once; a case takes its caches in turn, more of them than
-the last-level cache holds. A prompt is bound by operations: the scores at the FP8 rate and the sums at bfloat16's, which
-is stated as three quarters of the operations at bfloat16's rate.
+the last-level cache holds. A prompt is bound by operations: the scores at the FP8 rate and the sums at bfloat16's,
+stated as three quarters of the operations at bfloat16's rate.
 """
 
 from __future__ import annotations
@@ -108,18 +108,6 @@ def append_methods(tokens: int) -> Methods:
 def cases() -> list[GpuCase]:
     """Decoding, prompts and appending at Llama-3-8B's heads."""
     found = []
-    for sequences, length in itertools.product((1, 8, 64), (1024, 8192, 32768)):
-        moved = sequences * length * TOKEN_BYTES + 2 * sequences * HEADS * HEAD_DIM * 2
-        found.append(
-            GpuCase(
-                name=f"int4_fp8_attention_decode_{sequences}x{length}",
-                make=partial(decode_methods, sequences, length),
-                bytes=moved,
-                operations=4.0 * sequences * length * HEADS * HEAD_DIM,
-                calls=max(8, copies(sequences, length, TOKEN_BYTES)),
-                note="32 / 8 heads of 128; bytes of the INT4 cache, torch reads 3.9 times as many",
-            )
-        )
     for length in (1024, 4096, 16384):
         operations = 2.0 * length * (length + 1) * HEADS * HEAD_DIM
         found.append(
@@ -130,6 +118,18 @@ def cases() -> list[GpuCase]:
                 operations=0.75 * operations,
                 calls=4,
                 note="causal, 32 / 8 heads of 128; three quarters of the operations: scores are FP8 products",
+            )
+        )
+    for length, sequences in itertools.product((1024, 8192, 32768), (1, 8, 64)):
+        moved = sequences * length * TOKEN_BYTES + 2 * sequences * HEADS * HEAD_DIM * 2
+        found.append(
+            GpuCase(
+                name=f"int4_fp8_attention_decode_{sequences}x{length}",
+                make=partial(decode_methods, sequences, length),
+                bytes=moved,
+                operations=4.0 * sequences * length * HEADS * HEAD_DIM,
+                calls=max(8, copies(sequences, length, TOKEN_BYTES)),
+                note="32 / 8 heads of 128; bytes of the INT4 cache, torch reads 3.9 times as many",
             )
         )
     for tokens in (64, 16384):

@@ -16,8 +16,8 @@ from bench.cuda.cases import GpuCase, Methods
 from tilewright import ops
 from tilewright.formats import PackedTernary, pack_ternary
 
-SHAPES = ((13824, 2560), (20480, 3200), (2560, 6912), (2560, 2560))
-TOKENS = (1, 2, 8, 32, 128, 512, 2048)
+SHAPES = ((13824, 2560), (2560, 6912), (20480, 3200), (2560, 2560))
+TOKENS = (1, 8, 512, 32, 2, 128, 2048)
 ROTATED_BYTES = 200e6
 """Weights that take turns: four times the last-level cache."""
 LEAST_INT_MM_TOKENS = 17

@@ -17,8 +17,8 @@ void launch(void (*kernel)(Params), const Grid& grid, const Params& params) {
   const Call call{kernel, &params};
   const emulator::GridShape shape{grid.blocks.x, grid.blocks.y, grid.blocks.z,
                                   grid.threads,  grid.cluster,  grid.shared_bytes};
-  emulator::run_grid(shape, &Call::run, &call, reinterpret_cast<const void*>(kernel),
-                     __PRETTY_FUNCTION__, &params, sizeof(Params));
+  emulator::run_grid(shape, &Call::run, &call, reinterpret_cast<const void*>(kernel), __PRETTY_FUNCTION__, &params,
+                     sizeof(Params));
 }
 
 inline int multiprocessors() { return emulator::multiprocessors(); }

@@ -78,6 +78,11 @@ inline PackedHeader ternary_header(TernaryPacking packing, int64_t n, int64_t k)
 }
 
 inline TernaryView ternary_view(const void* blob, int64_t blob_bytes, const char* op) {
+  const auto bytes = static_cast<int64_t>(sizeof(PackedHeader));
+  const bool ours = blob_bytes >= bytes && std::memcmp(blob, PackedHeader::kMagic, sizeof(PackedHeader::kMagic)) == 0;
+  require(ours, op, ": data has ", blob_bytes, " bytes and ",
+          blob_bytes < bytes ? "is shorter than" : "does not start with", " a packed header (magic, ", bytes,
+          " bytes); pack the weight with pack_ternary()");
   const PackedHeader header = read_header(blob, blob_bytes, FormatId::kTernary, op);
   const TernaryPacking packing = ternary_packing(header.variant, op);
   require_ternary_shape(packing, header.rows, header.cols, op);

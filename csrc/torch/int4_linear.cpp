@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // int4_int8_linear, int4_fp8_linear, their packer and their activation quantizers as torch operators.
 #include <atomic>
+#include <tuple>
 
 #include "format/int4_hopper.h"
 #include "ops/int4_linear/kernels.h"
@@ -259,12 +260,24 @@ Tensor int4_int8_linear(const Tensor& x, const Tensor& weight, const std::option
 }
 
 Tensor int4_fp8_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
-                       bool fold, int64_t layout) {
+                       bool fold, int64_t layout, const std::optional<Tensor>& residual) {
+  require(!residual.has_value(),
+          "int4_fp8_linear: residual is added by the CUDA kernels only; on the CPU add it to the result");
   require(layout == 0,
           "int4_fp8_linear: weight is in the layout of the CUDA kernels, but x is on the CPU; move x to the "
           "weight's device, or repack the weight with PackedInt4.to('cpu')");
   return linear(x, weight, bias, out_features,
                 {Activation::kFp8, fold ? Mode::kFold : Mode::kExact, 0, false, "int4_fp8_linear"});
+}
+
+// Rounding tokens ahead of the product is for CUDA, where it is a kernel of its own.
+std::tuple<Tensor, Tensor, Tensor> fp8_quantize_tokens(const Tensor& /*x*/, int64_t /*sub*/,
+                                                       const std::optional<Tensor>& /*gate*/,
+                                                       const std::optional<Tensor>& /*norm*/, double /*eps*/) {
+  fail(
+      "fp8_quantize_tokens: x is on the CPU, where int4_fp8_linear rounds the tokens itself; pass x to it, or move x "
+      "with "
+      ".to('cuda')");
 }
 
 // The same functions computed by the C++ oracle, in float64.
@@ -285,17 +298,22 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tilewright, m) {
       "int4_linear_reference(Tensor x, Tensor weight, Tensor? bias, int out_features, int scale_group, bool fp8, bool "
       "fold) -> Tensor");
   m.def(
-      "int4_fp8_linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features, bool fold, int layout=0) -> Tensor");
+      "int4_fp8_linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features, bool fold, int layout=0, "
+      "Tensor? residual=None) -> Tensor");
   m.def("int4_repack(Tensor blob, bool hopper) -> Tensor");
   m.def("int4_blob_layout(Tensor blob) -> int");
-  m.def("fp8_quantize_tokens(Tensor x, int sub) -> (Tensor, Tensor, Tensor)");
+  m.def(
+      "fp8_quantize_tokens(Tensor x, int sub, Tensor? gate=None, Tensor? norm=None, float eps=1e-6) -> (Tensor, "
+      "Tensor, "
+      "Tensor)");
   m.def(
       "int4_fp8_linear_quantized(Tensor codes, Tensor scales, Tensor sums, Tensor weight, Tensor? bias, SymInt "
-      "in_features, bool fold, int layout, Tensor(a!) y) -> ()");
+      "in_features, bool fold, int layout, Tensor(a!) y, Tensor? residual=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tilewright, CPU, m) {
   m.impl("int4_pack", TORCH_BOX(&int4_pack));
+  m.impl("fp8_quantize_tokens", TORCH_BOX(&fp8_quantize_tokens));
   m.impl("int4_repack", TORCH_BOX(&int4_repack));
   m.impl("int4_blob_layout", TORCH_BOX(&int4_blob_layout));
   m.impl("int4_int8_linear", TORCH_BOX(&int4_int8_linear));

@@ -85,9 +85,9 @@ Tensor ternary_pack(const Tensor& weight, const std::optional<Tensor>& row_scale
   return blob;
 }
 
-Tensor ternary_unpack(const Tensor& data_, int64_t rows, int64_t cols, int64_t packing) {
+Tensor ternary_unpack(const Tensor& blob, int64_t rows, int64_t cols, int64_t packing) {
   constexpr const char* kOp = "ternary_unpack";
-  const TernaryView view = view_of(data_, kOp);
+  const TernaryView view = view_of(blob, kOp);
   require(rows == view.n && cols == view.k && packing == static_cast<int64_t>(view.packing), kOp, ": data holds [",
           view.n, ", ", view.k, "] as '", format::ternary_name(view.packing), "', asked for [", rows, ", ", cols,
           "] with packing ", packing);
@@ -124,14 +124,14 @@ Tensor ternary_wrap(const Tensor& payload, int64_t rows, int64_t cols, int64_t p
 }
 
 // (N, K, packing) of a blob.
-std::tuple<int64_t, int64_t, int64_t> ternary_describe(const Tensor& data_) {
-  const TernaryView view = view_of(data_, "ternary_describe");
+std::tuple<int64_t, int64_t, int64_t> ternary_describe(const Tensor& blob) {
+  const TernaryView view = view_of(blob, "ternary_describe");
   return {view.n, view.k, static_cast<int64_t>(view.packing)};
 }
 
 // float16 [N, blocks]: the scales inside a weight of llama.cpp.
-Tensor ternary_block_scales(const Tensor& data_) {
-  const TernaryView view = view_of(data_, "ternary_block_scales");
+Tensor ternary_block_scales(const Tensor& blob) {
+  const TernaryView view = view_of(blob, "ternary_block_scales");
   const int64_t blocks = format::ternary_scale_blocks(view);
   Tensor out = empty_cpu({view.n, blocks}, ScalarType::Half);
   for (int64_t n = 0; n < view.n; ++n) {
@@ -227,8 +227,8 @@ void run(const TernaryView& view, const Tokens& tokens, int64_t m, int32_t* acc)
                               [&](int64_t first, int64_t last) { kernel(problem, plan, first, last); });
 }
 
-TernaryView checked_view(const Tensor& data_, int64_t out_features, int64_t packing, const char* op) {
-  const TernaryView view = view_of(data_, op);
+TernaryView checked_view(const Tensor& blob, int64_t out_features, int64_t packing, const char* op) {
+  const TernaryView view = view_of(blob, op);
   require(out_features == view.n, op, ": out_features = ", out_features, ", but data was packed with N = ", view.n);
   require(packing == static_cast<int64_t>(view.packing), op, ": packing = ", packing, ", but data was packed as '",
           format::ternary_name(view.packing), "' (", static_cast<int>(view.packing), ")");
@@ -236,10 +236,10 @@ TernaryView checked_view(const Tensor& data_, int64_t out_features, int64_t pack
   return view;
 }
 
-Tensor ternary_matmul(const Tensor& x, const Tensor& data_, int64_t out_features, int64_t packing) {
+Tensor ternary_matmul(const Tensor& x, const Tensor& blob, int64_t out_features, int64_t packing) {
   constexpr const char* kOp = "ternary_matmul";
   require_cpu(x, kOp, "x");
-  const TernaryView view = checked_view(data_, out_features, packing, kOp);
+  const TernaryView view = checked_view(blob, out_features, packing, kOp);
   require_codes(x, view.k, kOp);
   const int64_t m = rows_of(x);
   Tensor y = empty_cpu(with_last(x, view.n), ScalarType::Int);
@@ -247,10 +247,10 @@ Tensor ternary_matmul(const Tensor& x, const Tensor& data_, int64_t out_features
   return y;
 }
 
-Tensor ternary_matmul_reference(const Tensor& x, const Tensor& data_) {
+Tensor ternary_matmul_reference(const Tensor& x, const Tensor& blob) {
   constexpr const char* kOp = "ternary_matmul_reference";
   require_cpu(x, kOp, "x");
-  const TernaryView view = view_of(data_, kOp);
+  const TernaryView view = view_of(blob, kOp);
   require_codes(x, view.k, kOp);
   const Tensor codes = torch::stable::contiguous(x);
   Tensor y = empty_cpu(with_last(x, view.n), ScalarType::Long);
@@ -258,13 +258,13 @@ Tensor ternary_matmul_reference(const Tensor& x, const Tensor& data_) {
   return y;
 }
 
-Tensor ternary_linear_cpu(const Tensor& x, const Tensor& data_, const Tensor& scale, const std::optional<Tensor>& bias,
+Tensor ternary_linear_cpu(const Tensor& x, const Tensor& blob, const Tensor& scale, const std::optional<Tensor>& bias,
                           int64_t out_features, int64_t packing, std::optional<ScalarType> out_dtype) {
   constexpr const char* kOp = "ternary_linear";
   require_cpu(x, kOp, "x");
   require_cpu(scale, kOp, "scale");
   if (bias.has_value()) require_cpu(*bias, kOp, "bias");
-  const TernaryView view = checked_view(data_, out_features, packing, kOp);
+  const TernaryView view = checked_view(blob, out_features, packing, kOp);
   const LinearArguments arguments = check_linear(x, view.n, view.k, scale, bias, out_dtype, kOp);
   const Tensor input = as_float(x, kOp, "x"), weight_scales = as_float(scale, kOp, "scale");
   std::optional<Tensor> b;

@@ -145,7 +145,7 @@ CASES: list[tuple[str, int, str, int, int]] = [
     (PLAIN, 1, "int4", 3, 3),
     (PLAIN, 80, "int4", 4, 2),
     (PLAIN, 129, "int4", 6, 2),
-    (PLAIN, 256, "int4", 4, 1),
+    (PLAIN, 200, "int4", 4, 1),
     (PLAIN, 36, "bf16", 4, 2),
     (PLAIN, 256, "bf16", 4, 2),
     (DECODE, 32, "int4", 4, 2),
@@ -153,6 +153,8 @@ CASES: list[tuple[str, int, str, int, int]] = [
     (DECODE, 96, "int4", 3, 3),
     (DECODE, 128, "int4", 8, 2),
     (DECODE, 128, "int4", 13, 1),
+    (DECODE, 160, "int4", 4, 2),
+    (DECODE, 256, "int4", 4, 1),
     (DECODE, 8, "bf16", 2, 2),
     (DECODE, 64, "bf16", 6, 2),
     (DECODE, 104, "bf16", 8, 2),
@@ -174,7 +176,7 @@ def test_few_queries_match_float64(
 @pytest.mark.sanitize
 @pytest.mark.parametrize("scale_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize(
-    ("head_dim", "heads", "kv_heads"), [(32, 4, 4), (64, 9, 3), (96, 8, 2), (128, 8, 2), (128, 7, 1)]
+    ("head_dim", "heads", "kv_heads"), [(32, 8, 4), (64, 9, 3), (96, 8, 2), (128, 8, 2), (128, 7, 1)]
 )
 def test_many_queries_match_float64(
     device: Any, head_dim: int, heads: int, kv_heads: int, scale_dtype: torch.dtype
@@ -184,6 +186,17 @@ def test_many_queries_match_float64(
     assert fast_path(device, counts, heads, kv_heads) == PREFILL
     cache = filled_cache(lengths, kv_heads, head_dim, device.torch_device, scale_dtype=scale_dtype)
     check(device, torch.randn(sum(counts), heads, head_dim), cache, counts, PREFILL)
+
+
+def test_rows_whose_chunks_would_take_too_much_memory_walk_their_keys_uncut(device: Any) -> None:
+    """More than 2 MB of partial results for each multiprocessor; a row of the cache has room for 32 chunks."""
+    where, tokens, head_dim = device.torch_device, 40 if device.is_emulator else 600, 64
+    heads = 32 if device.is_emulator else 64
+    assert tokens * heads * 32 * (head_dim + 2) * 4 > multiprocessors(device) * 2**21
+    cache = KVCache.allocate(1, 2, head_dim, 8192, "bf16", device=where)
+    k, v = (device.tensor(torch.randn(600 if tokens == 600 else 290, 2, head_dim)) for _ in range(2))
+    kv_append_(cache, k, v, offsets([k.shape[0]], where))
+    check(device, torch.randn(tokens, heads, head_dim), cache, [tokens], DECODE)
 
 
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65, 255, 256, 257, 700])

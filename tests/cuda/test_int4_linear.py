@@ -246,6 +246,44 @@ def test_tokens_are_rounded_as_on_the_cpu(device: Any, columns: int, dtype: torc
     assert_within(got, sums, sub * UNIT_ROUNDOFF * padded.double().abs().view(6, -1, sub).sum(-1), "sums of codes")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [68, 67])
+def test_a_residual_is_added_before_the_rounding(device: Any, dtype: torch.dtype, rows: int) -> None:
+    packed = on(device, random_weight(rows, 256, 128))
+    for tokens in (3, 19):
+        x, residual = torch.randn(tokens, 256).to(dtype), torch.randn(tokens, rows).to(dtype)
+        got = ops.int4_fp8_linear(device.tensor(x), packed, residual=device.tensor(residual))
+        wide = ops.int4_fp8_linear(device.tensor(x.float()), packed)
+        assert torch.equal(got, (wide + device.tensor(residual).float()).to(dtype))
+        ahead = ops.int4_fp8_linear(ops.fp8_tokens(device.tensor(x), packed), packed, residual=device.tensor(residual))
+        assert torch.equal(ahead, got)
+
+
+@pytest.mark.parametrize("columns", [7, 300, 4500])
+@pytest.mark.parametrize(("gated", "normed"), [(True, False), (False, True), (True, True)])
+def test_gate_and_norm_on_the_way(device: Any, columns: int, gated: bool, normed: bool) -> None:
+    """Each code is the nearest to what float64 gives, or beside it where rounding in float32 tips it over."""
+    x, gate, norm = torch.randn(3, columns), torch.randn(3, columns) * 3, torch.rand(columns) + 0.5
+    exact = x.double()
+    if normed:
+        exact = exact / (exact.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * norm.double()
+    if gated:
+        exact = exact * torch.nn.functional.silu(gate.double())
+    tokens = ops.fp8_tokens(
+        device.tensor(x),
+        on(device, random_weight(8, columns, 128)),
+        gate=device.tensor(gate) if gated else None,
+        norm=device.tensor(norm) if normed else None,
+    )
+    codes = tokens.data.cpu().view(torch.float8_e4m3fn).double()[:, :columns]
+    scale = tokens.scales.cpu().double()
+    wanted = exact.abs().amax(-1) / 448
+    slack = (columns + 20) * UNIT_ROUNDOFF  # the sum of squares, and a dozen roundings more
+    assert_within(scale, wanted, slack * wanted, "scales")
+    step = torch.clamp(2.0 ** (exact.abs() / scale[:, None]).clamp(min=2.0**-6).log2().floor(), min=2.0**-6) / 8
+    assert_within(codes * scale[:, None], exact, scale[:, None] * step / 2 * (1 + 1e-3) + slack * exact.abs(), "codes")
+
+
 @pytest.mark.parametrize("offset", ["none", "minimum"])
 def test_tokens_rounded_once_serve_several_layers(device: Any, offset: str) -> None:
     weights = [on(device, random_weight(rows, 300, 128, offset)) for rows in (70, 130)]
@@ -273,6 +311,8 @@ def test_bad_input_is_an_error_that_names_it(device: Any) -> None:
         call(x, packed.data, None, 8, False, 6)
     with pytest.raises(RuntimeError, match=r"bias has shape \[7\]"):
         call(x, packed.data, device.tensor(torch.ones(7)), 8, False, packed.layout)
+    with pytest.raises(RuntimeError, match="residual has shape"):
+        call(x, packed.data, None, 8, False, packed.layout, x)
     with pytest.raises(RuntimeError, match="x has dtype Int"):
         call(x.int(), packed.data, None, 8, False, packed.layout)
     with pytest.raises(RuntimeError, match="mode='exact'"):
@@ -281,6 +321,8 @@ def test_bad_input_is_an_error_that_names_it(device: Any) -> None:
         ops.int4_fp8_linear(x, on(device, random_weight(8, 32, 16, "minus8")), mode="fold")
     with pytest.raises(RuntimeError, match="act='fp8'"):
         ops.int4_int8_linear(x, packed)
+    with pytest.raises(RuntimeError, match="gate has shape"):
+        ops.fp8_tokens(x, packed, gate=x[:1])
     tokens = ops.fp8_tokens(x, packed)
     with pytest.raises(RuntimeError, match="sums has 0 elements"):
         ops.int4_fp8_linear(tokens, on(device, random_weight(8, 32, 16, "minimum")))

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -246,15 +248,42 @@ def test_graphs_capture_it(device, tokens: int) -> None:
     if device.is_emulator:
         pytest.skip("graphs are the GPU's")
     packed, bias = packed_on(device, random_weight(2560, 2560), 0.02), torch.randn(2560, device="cuda")
-    x = torch.randn(tokens, 2560, device="cuda", dtype=torch.bfloat16)
-    ops.ternary_linear(x, packed, bias)
+    source = torch.randn(tokens, 2560, device="cuda", dtype=torch.bfloat16)
+    x, codes = torch.empty_like(source), torch.empty(tokens, 2560, device="cuda", dtype=torch.int8)
+    ops.ternary_linear(source, packed, bias)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
+        x.copy_(source)  # a copy, which no kernel can overlap
         y = ops.ternary_linear(x, packed, bias)
+        codes.copy_(source.clamp(-100, 100))
+        acc = ops.ternary_matmul(codes, packed)
     for _ in range(3):
-        x.normal_()
+        source.normal_().mul_(50)
         graph.replay()
-        assert torch.equal(y, ops.ternary_linear(x, packed, bias))
+        assert torch.equal(y, ops.ternary_linear(source, packed, bias))
+        assert torch.equal(acc, ops.ternary_matmul(source.clamp(-100, 100).to(torch.int8), packed))
+
+
+@pytest.mark.parametrize("tokens", [1, 8, 40, 600])
+def test_calls_that_follow_each_other_at_once(device, tokens: int) -> None:
+    """Each kernel may start before the one before has ended: results of a chain are those of its single steps."""
+    sizes_of_steps = [96, 160, 64, 128] if device.is_emulator else [2560, 6912, 2560, 2560]
+    if device.is_emulator:
+        tokens = min(tokens, 40)
+    steps = [
+        (packed_on(device, random_weight(rows, columns), 0.02), device.tensor(torch.randn(rows)))
+        for columns, rows in itertools.pairwise(sizes_of_steps)
+    ]
+    x = device.tensor(torch.randn(tokens, sizes_of_steps[0]))
+    for _ in range(1 if device.is_emulator else 20):
+        chained, single = x, x
+        for packed, bias in steps:
+            chained = ops.ternary_linear(chained, packed, bias)
+        for packed, bias in steps:
+            device.synchronize()
+            single = ops.ternary_linear(single, packed, bias)
+            device.synchronize()
+        assert torch.equal(chained, single)
 
 
 def test_gpu_and_cpu_give_the_same_bits(device) -> None:

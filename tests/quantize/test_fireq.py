@@ -43,7 +43,7 @@ def same(a, b):
 
 
 def test_methods_are_found_by_their_folders():
-    assert sorted(quantize.methods()) == ["fireq", "rtn"]
+    assert sorted(quantize.methods()) == ["crossquant", "fireq", "rtn"]
     assert quantize.method("fireq").quantize_model is quantize_model
     with pytest.raises(ValueError, match="did you mean fireq"):
         quantize.method("firq")

@@ -18,19 +18,19 @@ constexpr int64_t kAlignment = 16;  // of rows of x, for the copy engine
 bool is_aligned(const Tensor& x) { return reinterpret_cast<uintptr_t>(x.const_data_ptr()) % kAlignment == 0; }
 
 // The data of a weight [n, k] of packing mma2, checked as far as a shape says.
-const uint8_t* payload_of(const Tensor& data_, const Tensor& x, int64_t n, int64_t k, int64_t packing, const char* op) {
-  require_same_device(data_, x, op, "data");
-  require_ternary_blob(data_, op);
+const uint8_t* payload_of(const Tensor& blob, const Tensor& x, int64_t n, int64_t k, int64_t packing, const char* op) {
+  require_same_device(blob, x, op, "data");
+  require_ternary_blob(blob, op);
   require_ternary_columns(k, op);
   require(packing == static_cast<int64_t>(TernaryPacking::kMma2), op, ": the weight has packing ", packing,
           ", CUDA kernels read 'mma2' (", static_cast<int>(TernaryPacking::kMma2),
           "); move the weight with PackedTernary.to('cuda'), which converts it");
   const int64_t needed =
       static_cast<int64_t>(sizeof(format::PackedHeader)) + format::ternary_payload_bytes(TernaryPacking::kMma2, n, k);
-  require(data_.numel() == needed, op, ": data holds ", data_.numel(), " bytes, [", n, ", ", k, "] as 'mma2' has ",
+  require(blob.numel() == needed, op, ": data holds ", blob.numel(), " bytes, [", n, ", ", k, "] as 'mma2' has ",
           needed, "; out_features and K must be those that were packed");
-  require(is_aligned(data_), op, ": data does not start at a multiple of 16 bytes; pass the blob itself, not a view");
-  return data<uint8_t>(data_) + sizeof(format::PackedHeader);
+  require(is_aligned(blob), op, ": data does not start at a multiple of 16 bytes; pass the blob itself, not a view");
+  return data<uint8_t>(blob) + sizeof(format::PackedHeader);
 }
 
 // Contiguous codes whose rows start at multiples of 16 bytes.
@@ -65,14 +65,14 @@ struct Exchange {
   }
 };
 
-Tensor ternary_matmul(const Tensor& x, const Tensor& data_, int64_t out_features, int64_t packing) {
+Tensor ternary_matmul(const Tensor& x, const Tensor& blob, int64_t out_features, int64_t packing) {
   constexpr const char* kOp = "ternary_matmul";
   require_device(x, kOp, "x");
   const OnDevice guard(x);
   require(x.dim() >= 1, kOp, ": x is a scalar, needed [..., K]");
   const int64_t m = rows_of(x), k = x.size(x.dim() - 1);
   require_codes(x, k, kOp);
-  const uint8_t* payload = payload_of(data_, x, out_features, k, packing, kOp);
+  const uint8_t* payload = payload_of(blob, x, out_features, k, packing, kOp);
   if (k == 0) return zeros_on(x, with_last(x, out_features), ScalarType::Int);
   Tensor y = empty_on(x, with_last(x, out_features), ScalarType::Int);
   const auto [codes, stride] = aligned_codes(x, m, k);
@@ -133,7 +133,7 @@ Quantized quantize(const Tensor& x, int64_t m, int64_t k, const Exchange* exchan
   return out;
 }
 
-Tensor ternary_linear_cuda(const Tensor& x, const Tensor& data_, const Tensor& scale, const std::optional<Tensor>& bias,
+Tensor ternary_linear_cuda(const Tensor& x, const Tensor& blob, const Tensor& scale, const std::optional<Tensor>& bias,
                            int64_t out_features, int64_t packing, std::optional<ScalarType> out_dtype) {
   constexpr const char* kOp = "ternary_linear";
   require_device(x, kOp, "x");
@@ -143,7 +143,7 @@ Tensor ternary_linear_cuda(const Tensor& x, const Tensor& data_, const Tensor& s
   require_same_device(scale, x, kOp, "scale");
   if (bias.has_value()) require_same_device(*bias, x, kOp, "bias");
   const LinearArguments arguments = check_linear(x, out_features, k, scale, bias, out_dtype, kOp);
-  const uint8_t* payload = payload_of(data_, x, out_features, k, packing, kOp);
+  const uint8_t* payload = payload_of(blob, x, out_features, k, packing, kOp);
   const Tensor input = readable(x, kOp), weight_scales = as_float(scale, kOp, "scale");
   std::optional<Tensor> b;
   if (bias.has_value()) b = as_float(*bias, kOp, "bias");
@@ -185,13 +185,13 @@ std::tuple<Tensor, Tensor> ternary_quantize(const Tensor& x) {
   return {torch::stable::view(codes, sizes), torch::stable::view(scales, leading)};
 }
 
-Tensor ternary_unpack(const Tensor& data_, int64_t rows, int64_t cols, int64_t packing) {
+Tensor ternary_unpack(const Tensor& blob, int64_t rows, int64_t cols, int64_t packing) {
   constexpr const char* kOp = "ternary_unpack";
-  require_device(data_, kOp, "data");
-  const OnDevice guard(data_);
-  const uint8_t* payload = payload_of(data_, data_, rows, cols, packing, kOp);
-  Tensor out = empty_on(data_, {rows, cols}, ScalarType::Char);
-  kernels::launch_unpack(payload, rows, cols, mutable_data<int8_t>(out), stream_of(data_));
+  require_device(blob, kOp, "data");
+  const OnDevice guard(blob);
+  const uint8_t* payload = payload_of(blob, blob, rows, cols, packing, kOp);
+  Tensor out = empty_on(blob, {rows, cols}, ScalarType::Char);
+  kernels::launch_unpack(payload, rows, cols, mutable_data<int8_t>(out), stream_of(blob));
   return out;
 }
 

@@ -48,7 +48,7 @@ def calibration(model: LanguageModel, source: str, batches: int, length: int) ->
 def quantize(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="Folder of the new checkpoint.")],
-    method: Annotated[str, typer.Option("--method", help="fireq, or rtn (round to nearest).")] = "fireq",
+    method: Annotated[str, typer.Option("--method", help="fireq, crossquant, or rtn (round to nearest).")] = "fireq",
     settings: Setting = None,
     text: Annotated[
         str,

@@ -60,6 +60,7 @@ def int4_fp8_linear(
     bias: Tensor | None = None,
     *,
     mode: Literal["exact", "fold"] = "exact",
+    residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`x @ weight.T + bias` with each token of x quantized to FP8 e4m3 by its largest magnitude.
@@ -70,6 +71,7 @@ def int4_fp8_linear(
         bias: `[N]` or None.
         mode: "exact" multiplies integers and applies group scales to partial sums; "fold" first rounds each weight to
             e4m3(q * scale), as the paper's FP8 x FP8 kernel does. Fold needs a symmetric weight.
+        residual: of the result's shape, added to it; on a CUDA device by the same kernel, before the result is rounded.
         out_dtype: of the result; that of x when None.
 
     Returns:
@@ -84,11 +86,16 @@ def int4_fp8_linear(
         raise ValueError(f"int4_fp8_linear: mode = {mode!r}, needed 'exact' or 'fold'")
     if isinstance(x, Fp8Tokens):
         y = x.data.new_empty((x.data.shape[0], weight.shape[0]), dtype=out_dtype or x.dtype)
+        flat = None if residual is None else residual.reshape(y.shape)
         _ops.int4_fp8_linear_quantized(
-            x.data, x.scales, x.sums, weight.data, bias, weight.shape[1], mode == "fold", weight.layout, y
+            x.data, x.scales, x.sums, weight.data, bias, weight.shape[1], mode == "fold", weight.layout, y, flat
         )
         return y.view(*x.shape[:-1], weight.shape[0])
-    y = _ops.int4_fp8_linear(x, weight.data, bias, weight.shape[0], mode == "fold", weight.layout)
+    if weight.layout == 0:
+        y = _ops.int4_fp8_linear(x, weight.data, bias, weight.shape[0], mode == "fold")
+        y = y if residual is None else y + residual
+    else:
+        y = _ops.int4_fp8_linear(x, weight.data, bias, weight.shape[0], mode == "fold", weight.layout, residual)
     return y if out_dtype is None else y.to(out_dtype)
 
 
@@ -111,13 +118,29 @@ class Fp8Tokens:
     dtype: torch.dtype
 
 
-def fp8_tokens(x: Tensor, weight: PackedInt4) -> Fp8Tokens:
+def fp8_tokens(
+    x: Tensor,
+    weight: PackedInt4,
+    *,
+    gate: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Fp8Tokens:
     """Round each token of x `[..., K]`, on a CUDA device, for `int4_fp8_linear` with that weight or others like it.
 
+    What comes between two layers can be done on the way, in float32, instead of in a kernel of its own:
+
+    Args:
+        x: `[..., K]`, any floating type.
+        weight: of the layer that follows, or one with the same group and kind.
+        gate: of x's shape; `x * silu(gate)` is rounded, as in a gated MLP.
+        norm: `[K]`; `x / sqrt(mean(x^2) + eps) * norm` is rounded (RMSNorm), before the gate if both are given.
+        eps: of the norm.
+
     Raises:
-        RuntimeError: x is not floating or not on a CUDA device.
+        RuntimeError: x is not floating or not on a CUDA device, or a shape does not fit.
     """
-    data, scales, sums = _ops.fp8_quantize_tokens(x, _columns_of_a_sum(weight))
+    data, scales, sums = _ops.fp8_quantize_tokens(x, _columns_of_a_sum(weight), gate, norm, eps)
     return Fp8Tokens(data, scales, sums, tuple(x.shape), x.dtype)
 
 
@@ -178,12 +201,22 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, scale_g
 
 
 @torch.library.register_fake("tilewright::int4_fp8_linear")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, fold: bool, layout: int = 0) -> Tensor:
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    fold: bool,
+    layout: int = 0,
+    residual: Tensor | None = None,
+) -> Tensor:
     return _fake_linear(x, bias, out_features)
 
 
 @torch.library.register_fake("tilewright::fp8_quantize_tokens")
-def _(x: Tensor, sub: int) -> tuple[Tensor, Tensor, Tensor]:
+def _(
+    x: Tensor, sub: int, gate: Tensor | None = None, norm: Tensor | None = None, eps: float = 1e-6
+) -> tuple[Tensor, Tensor, Tensor]:
     tokens = x.numel() // x.shape[-1]
     padded = (x.shape[-1] + _TILE_COLUMNS - 1) // _TILE_COLUMNS * _TILE_COLUMNS
     sums = (padded // sub, (tokens + 127) // 128 * 128) if sub else (0, 0)
@@ -205,5 +238,6 @@ def _(
     fold: bool,
     layout: int,
     y: Tensor,
+    residual: Tensor | None = None,
 ) -> None:
     torch._check(y.dim() == 2 and y.shape[0] == codes.shape[0], lambda: "y must be [M, N]")

@@ -4,7 +4,7 @@
 A method is a subpackage with an attribute ``METHOD`` (:class:`Method`); :func:`methods` finds them.
 
 >>> sorted(methods())
-['fireq', 'rtn']
+['crossquant', 'fireq', 'rtn']
 """
 
 from __future__ import annotations

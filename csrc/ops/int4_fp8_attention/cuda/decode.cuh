@@ -6,8 +6,8 @@
 //   weights  2^(x - maximum) times the scale of the value, as bfloat16; four shuffles transpose the 16 x 8 of them
 //   sums     O^T[D, 8] += v^T p^T
 //
-// The maximum of a row is raised only when a score exceeds it by 2^8: weights may be up to 2^8 instead of 1, which costs
-// no accuracy, and sums are rescaled a few times in all instead of once a step.
+// The maximum of a row is raised only when a score exceeds it by 2^8: weights may be up to 2^8 instead of 1, which
+// costs no accuracy, and sums are rescaled a few times in all instead of once a step.
 #pragma once
 
 #include "ops/int4_fp8_attention/cuda/decode_rows.cuh"
@@ -20,7 +20,7 @@ inline constexpr float kRaise = 8.0f;  // in base-2 units
 
 struct DecodeCount {
   static TILEWRIGHT_DEVICE int of(const Attention& p, const Sequence& s) {
-    return ceil_of(s.queries * p.group(), kDecodeRows) * static_cast<int>(p.cache.heads) * decode_chunks(s);
+    return ceil_of(s.queries * p.group(), kDecodeRows) * static_cast<int>(p.cache.heads) * decode_chunks(p, s);
   }
 };
 
@@ -41,14 +41,14 @@ TILEWRIGHT_DEVICE DecodeItem decode_item(const Attention& p, const Place& place)
   item.sequence = sequence_at(p, place.sequence);
   item.index = place.sequence;
   item.group = p.group();
-  item.chunks = decode_chunks(item.sequence);
+  item.chunks = decode_chunks(p, item.sequence);
   item.chunk = place.index % item.chunks;
   const int rest = place.index / item.chunks, heads = static_cast<int>(p.cache.heads);
   item.kv_head = rest % heads;
   item.first_row = rest / heads * kDecodeRows;
   item.rows = smaller(kDecodeRows, item.sequence.queries * item.group - item.first_row);
   if (!item.sequence.valid()) return item;
-  const int chunk = chunk_keys(item.sequence.keys());
+  const int chunk = decode_chunk_keys(p, item.sequence);
   item.key_begin = item.sequence.key_begin + item.chunk * chunk;
   item.keys = smaller(chunk, item.sequence.length - item.key_begin);
   return item;
@@ -155,7 +155,7 @@ struct DecodeWarp {
   // Index i of scores and weights: key lane / 4 + 8 (i / 2), row 2 (lane % 4) + i % 2.
   TILEWRIGHT_DEVICE void step(const Source& from, Step& rows, int key) {
     rows.settle();
-    float x[4] = {};
+    float x[4];
     scores(from, rows, x);
     const bool whole = key >= whole_begin && key + kStepKeys <= whole_end;
     if (!whole) hide(key, x, lowest());
@@ -163,22 +163,28 @@ struct DecodeWarp {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       const float shift = maximum[i % 2] == lowest() ? 0.0f : maximum[i % 2];
-      const float weight = hopper::exp2_flushed(fmaf(x[i], factor[i % 2], -shift));
-      total[i % 2] += weight;
-      x[i] = weight * rows.value_scale(from, i / 2);
+      x[i] = hopper::exp2_flushed(fmaf(x[i], factor[i % 2], -shift));
+      total[i % 2] += x[i];
     }
-    if (!whole) hide(key, x, 0.0f);
-    uint32_t p[2];
-    transpose(x, p);
+    uint32_t p[Step::kGroups][2];
+#pragma unroll
+    for (int group = 0; group < Step::kGroups; ++group) {
+      float weight[4];
+#pragma unroll
+      for (int i = 0; i < 4; ++i) weight[i] = x[i] * rows.value_scale(from, group, i / 2);
+      if (!whole) hide(key, weight, 0.0f);
+      transpose(weight, p[group]);
+    }
 #pragma unroll
     for (int i = 0; i < kValueBlocks; ++i) {
       uint32_t v[4];
       rows.value_operand(i, v);
-      hopper::mma_m16n8k16(sums[i], v, p, bf16{});
+      hopper::mma_m16n8k16(sums[i], v, p[Step::value_group(i)], bf16{});
     }
   }
 
   TILEWRIGHT_DEVICE void scores(const Source& from, const Step& rows, float (&x)[4]) {
+    float products[Step::kGroups][4] = {};
 #pragma unroll
     for (int d = 0; d < kDepthSteps; ++d) {
       uint32_t k[4];
@@ -186,11 +192,17 @@ struct DecodeWarp {
 #pragma unroll
       for (int term = 0; term < kTerms; ++term) {
         const uint32_t b[2] = {q[d][2 * term], q[d][2 * term + 1]};
-        hopper::mma_m16n8k16(x, k, b, bf16{});
+        hopper::mma_m16n8k16(products[Step::key_group(d)], k, b, bf16{});
       }
     }
 #pragma unroll
-    for (int i = 0; i < 4; ++i) x[i] *= rows.key_scale(from, i / 2);
+    for (int i = 0; i < 4; ++i) {
+      x[i] = products[0][i] * rows.key_scale(from, 0, i / 2);
+#pragma unroll
+      for (int group = 1; group < Step::kGroups; ++group) {
+        x[i] = fmaf(products[group][i], rows.key_scale(from, group, i / 2), x[i]);
+      }
+    }
   }
 
   TILEWRIGHT_DEVICE void hide(int key, float (&x)[4], float otherwise) const {
@@ -253,7 +265,7 @@ struct DecodeShared {
   DecodeItem item;  // out of the registers while keys are walked
 };
 
-template <int D, class Warp>
+template <int D, class Step, class Warp>
 TILEWRIGHT_DEVICE void leave_sums(const Warp& warp, DecodeShared<D>& shared) {
   const int lane = Warp::lane(), w = static_cast<int>(threadIdx.x) / kWarp, g = lane / 4, t = lane % 4;
 #pragma unroll
@@ -268,7 +280,7 @@ TILEWRIGHT_DEVICE void leave_sums(const Warp& warp, DecodeShared<D>& shared) {
 #pragma unroll
   for (int i = 0; i < Warp::kValueBlocks; ++i) {
 #pragma unroll
-    for (int e = 0; e < 4; ++e) shared.sums[w][2 * t + e % 2][D / 8 * g + 2 * i + e / 2] = warp.sums[i][e];
+    for (int e = 0; e < 4; ++e) shared.sums[w][2 * t + e % 2][Step::value_at(i, g) + e / 2] = warp.sums[i][e];
   }
 }
 
@@ -331,12 +343,12 @@ TILEWRIGHT_DEVICE Source source_of(const Attention& p, const DecodeItem& item) {
           seen_of_chunk(p, item, item.rows - 1).end};
 }
 
-// The steps of a chunk that are on their way from memory. With INT4 two loads are under way while a third is worked on;
-// bfloat16 has four times the bytes, and other warps of the multiprocessor are enough.
+// The steps of a chunk that are on their way from memory: two while a third is worked on, where registers allow it.
+// Longer rows bring more bytes in one, and other warps of the multiprocessor are enough.
 template <class Step>
 struct Window {
   static constexpr int kStride = kDecodeWarps * kStepKeys;
-  static constexpr int kSteps = Step::kScaled ? 2 : 1;
+  static constexpr int kSteps = Step::kAhead;
   Step steps[kSteps];
 
   TILEWRIGHT_DEVICE static int first_key(const Source& from) {
@@ -360,10 +372,10 @@ struct Window {
   }
 };
 
-// Blocks of a multiprocessor: as many as registers allow. 16 keys of 128 bfloat16 take 64 of each lane, and a query of two
-// terms 32.
+// Blocks of a multiprocessor: as many as registers allow. 16 keys of 128 bfloat16 take 64 of each lane, and a query of
+// two terms 32.
 template <int D, class Step, int kTerms>
-inline constexpr int kDecodeBlocks = D == 64 || (Step::kScaled && kTerms == 1) ? 3 : 2;
+inline constexpr int kDecodeBlocks = D == 64 || (D == 128 && Step::kAhead == 2 && kTerms == 1) ? 3 : 2;
 
 // Items one after the other.
 struct ItemWalk {
@@ -382,8 +394,8 @@ struct ItemWalk {
   }
 };
 
-// A block has a contiguous share of the items: chunks of one sequence and head follow each other, so that their query is
-// read once.
+// A block has a contiguous share of the items: chunks of one sequence and head follow each other, so that their query
+// is read once.
 template <int D, class Step, int kTerms>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, Step, kTerms>)
     decode_attention(const __grid_constant__ Attention p) {
@@ -412,7 +424,7 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, Step, kTerms>
       from = source_of(p, item);
       window.open(from);
     }
-    leave_sums<D>(warp, shared);
+    leave_sums<D, Step>(warp, shared);
     __syncthreads();
     combine_warps<D>(p, shared);
     __syncthreads();
@@ -422,28 +434,9 @@ __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, Step, kTerms>
 
 inline constexpr int kCombineWarps = 4;
 
-// One warp adds up the chunks of one row, in the order of the keys; lane c weighs chunk c.
-__global__ void __launch_bounds__(kCombineWarps* kWarp) combine_chunks(const __grid_constant__ Attention p) {
-  static_assert(kMaxChunks <= kWarp && kFastHeadDim <= 4 * kWarp,
-                "a lane for each chunk, and for 4 elements of a head");
-  hopper::wait_for_previous_kernel();
-  const int lane = static_cast<int>(threadIdx.x) % kWarp;
-  const int row = static_cast<int>(blockIdx.x * kCombineWarps + threadIdx.x / kWarp), heads = static_cast<int>(p.heads);
-  const int t = row / heads, h = row % heads;
-  if (t >= smaller(p.tokens, p.cu_seqlens[p.sequences])) return;
-  const Sequence sequence = sequence_at(p, sequence_with(p.cu_seqlens, p.sequences, t));
-  const int chunks = decode_chunks(sequence);
-  if (chunks == 1) return;
-  const int64_t first = partial_index(p, t, h, 0);
-  const float maximum = lane < chunks ? partial_numbers(p, first + lane)[0] : lowest();
-  const float total = lane < chunks ? partial_numbers(p, first + lane)[1] : 0.0f;
-  const float largest = warp_max(maximum);
-  const float weight = hopper::exp2_flushed(maximum - (largest == lowest() ? 0.0f : largest));
-  const float all = warp_sum(weight * total);
-  const float normalizer = all == 0.0f ? 0.0f : 1.0f / all;
+// Elements d to d + 3 of the chunks' sums, each times the weight that lane c has for chunk c.
+TILEWRIGHT_DEVICE void add_chunks(const Attention& p, int64_t first, int chunks, float weight, int d, float (&sum)[4]) {
   constexpr int kAtOnce = 8;  // loads under way
-  const int d = 4 * lane;
-  float sum[4] = {};
   for (int c = 0; c < chunks; c += kAtOnce) {
     U128 part[kAtOnce];
 #pragma unroll
@@ -461,9 +454,33 @@ __global__ void __launch_bounds__(kCombineWarps* kWarp) combine_chunks(const __g
       sum[3] = fmaf(of_chunk, hopper::bits_float(part[i].w), sum[3]);
     }
   }
+}
+
+// One warp adds up the chunks of one row, in the order of the keys; lane c weighs chunk c.
+__global__ void __launch_bounds__(kCombineWarps* kWarp) combine_chunks(const __grid_constant__ Attention p) {
+  static_assert(kMaxChunks <= kWarp, "a lane for each chunk");
+  hopper::wait_for_previous_kernel();
+  const int lane = static_cast<int>(threadIdx.x) % kWarp;
+  const int row = static_cast<int>(blockIdx.x * kCombineWarps + threadIdx.x / kWarp), heads = static_cast<int>(p.heads);
+  const int t = row / heads, h = row % heads;
+  if (t >= smaller(p.tokens, p.cu_seqlens[p.sequences])) return;
+  const Sequence sequence = sequence_at(p, sequence_with(p.cu_seqlens, p.sequences, t));
+  const int chunks = decode_chunks(p, sequence);
+  if (chunks == 1) return;
+  const int64_t first = partial_index(p, t, h, 0);
+  const float maximum = lane < chunks ? partial_numbers(p, first + lane)[0] : lowest();
+  const float total = lane < chunks ? partial_numbers(p, first + lane)[1] : 0.0f;
+  const float largest = warp_max(maximum);
+  const float weight = hopper::exp2_flushed(maximum - (largest == lowest() ? 0.0f : largest));
+  const float all = warp_sum(weight * total);
+  const float normalizer = all == 0.0f ? 0.0f : 1.0f / all;
+  for (int d = 4 * lane; d - 4 * lane < p.cache.head_dim; d += 4 * kWarp) {
+    float sum[4] = {};
+    add_chunks(p, first, chunks, weight, d, sum);
 #pragma unroll
-  for (float& x : sum) x *= normalizer;
-  if (d < p.cache.head_dim) store_four(p, out_row(p, t, h) + d, sum);
+    for (float& x : sum) x *= normalizer;
+    if (d < p.cache.head_dim) store_four(p, out_row(p, t, h) + d, sum);
+  }
 }
 
 }  // namespace tilewright::int4_fp8_attention::cuda

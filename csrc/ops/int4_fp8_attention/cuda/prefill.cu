@@ -8,8 +8,9 @@ namespace {
 template <int D>
 void launch_prefill(const Attention& p, hopper::Stream stream) {
   static_assert(sizeof(PrefillShared<D>) <= hopper::kMaxSharedBytes, "the block's shared memory");
+  const int64_t items = most_prefill_blocks(p) * p.cache.heads;
   hopper::launch(prefill_attention<D>,
-                 hopper::Grid{.blocks = {most_prefill_blocks(p) * p.cache.heads},
+                 hopper::Grid{.blocks = {smaller<int64_t>(items, hopper::multiprocessors())},
                               .threads = kPrefillThreads,
                               .shared_bytes = static_cast<int>(sizeof(PrefillShared<D>)),
                               .stream = stream},

@@ -6,8 +6,8 @@
 //   weights  2^(x - maximum) times the scale of the value, as bfloat16, in registers
 //   sums     O[64, D] += p v        bfloat16
 //
-// Three stages are under way at once, as in FireQ: while the softmax of tile j runs, the matrix unit works on the sums of
-// tile j-1 and the scores of tile j+1; hence two buffers of scores. Weights stay bfloat16: at the e4m3 rate the
+// Three stages are under way at once, as in FireQ: while the softmax of tile j runs, the matrix unit works on the sums
+// of tile j-1 and the scores of tile j+1; hence two buffers of scores. Weights stay bfloat16: at the e4m3 rate the
 // exponentials (16 a cycle and multiprocessor) would be the bound, and e4m3 weights cost 2^-4 of accuracy.
 //
 // As in decode.cuh, a row's maximum is raised only when a score exceeds it by 2^8.
@@ -273,14 +273,14 @@ TILEWRIGHT_DEVICE void fence(Operands<D>& x, float (&s)[kScores]) {
 }
 
 template <int D>
-TILEWRIGHT_DEVICE void await_tile(PrefillShared<D>& shared, int j) {
-  hopper::wait(shared.full[stage_of(j)], phase_of(j));
+TILEWRIGHT_DEVICE void await_tile(PrefillShared<D>& shared, int n) {
+  hopper::wait(shared.full[stage_of(n)], phase_of(n));
 }
 // The tile's stage may be filled again.
 template <int D>
-TILEWRIGHT_DEVICE void release(PrefillShared<D>& shared, int j) {
+TILEWRIGHT_DEVICE void release(PrefillShared<D>& shared, int n) {
   __syncwarp();
-  if (threadIdx.x % kWarp == 0) hopper::arrive(shared.empty[stage_of(j)]);
+  if (threadIdx.x % kWarp == 0) hopper::arrive(shared.empty[stage_of(n)]);
 }
 
 // The consumer groups issue their products in turn: while the matrix unit works for one, the other has its softmax. A
@@ -288,28 +288,33 @@ TILEWRIGHT_DEVICE void release(PrefillShared<D>& shared, int j) {
 TILEWRIGHT_DEVICE void await_turn(int group) { hopper::named_sync(1 + group, kConsumerGroups * kProducers); }
 TILEWRIGHT_DEVICE void give_turn(int group) { hopper::named_arrive(1 + group, kConsumerGroups * kProducers); }
 
+// An item's tiles: how many, and which of the block's tiles is the first.
+struct Tiles {
+  int count, first;
+};
+
 // Tile j, whose scores are in `current`: its softmax, while the sums of tile j-1 are added up and the scores of tile
 // j+1 come into `next`; of the last tile once more when there is none: a product that nobody reads costs less than a
 // branch between products.
 template <int D>
-TILEWRIGHT_DEVICE void consume(PrefillShared<D>& shared, Operands<D>& x, RowState& rows, int group, int j, int last,
-                               float (&current)[kScores], float (&next)[kScores]) {
-  const int following = smaller(j + 1, last);
+TILEWRIGHT_DEVICE void consume(PrefillShared<D>& shared, Operands<D>& x, RowState& rows, int group, const Tiles& tiles,
+                               int j, float (&current)[kScores], float (&next)[kScores]) {
+  const int n = tiles.first + j, following = tiles.first + smaller(j + 1, tiles.count - 1);
   await_tile(shared, following);
   await_turn(group);
   fence<D>(x, next);
-  issue_sums<D>(x.o, x.p, shared.values[stage_of(j - 1)]);
+  issue_sums<D>(x.o, x.p, shared.values[stage_of(n - 1)]);
   hopper::wgmma_commit();
   issue_scores<D>(next, x.q, shared.keys[stage_of(following)]);
   hopper::wgmma_commit();
-  if (group == 0 || j < last) give_turn(1 - group);
+  if (group == 0 || j + 1 < tiles.count) give_turn(1 - group);
   float correction[kRowsPerThread];
-  const int stage = stage_of(j);
+  const int stage = stage_of(n);
   const bool raised =
       soften(current, rows, shared.key_scales[stage], shared.value_scales[stage], j * kPrefillKeys, correction);
   hopper::wgmma_wait<1>();
   hopper::keep(x.o);
-  release(shared, j - 1);
+  release(shared, n - 1);
   if (raised) {
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) x.o[i] *= correction[i / 2 % 2];
@@ -321,11 +326,12 @@ TILEWRIGHT_DEVICE void consume(PrefillShared<D>& shared, Operands<D>& x, RowStat
 
 // The scores of tile 0, then its softmax while those of tile 1 are on their way.
 template <int D>
-TILEWRIGHT_DEVICE void begin(PrefillShared<D>& shared, Operands<D>& x, RowState& rows, int following,
+TILEWRIGHT_DEVICE void begin(PrefillShared<D>& shared, Operands<D>& x, RowState& rows, const Tiles& tiles,
                              float (&current)[kScores], float (&next)[kScores]) {
-  await_tile(shared, 0);
+  const int stage = stage_of(tiles.first), following = tiles.first + smaller(1, tiles.count - 1);
+  await_tile(shared, tiles.first);
   fence<D>(x, current);
-  issue_scores<D>(current, x.q, shared.keys[0]);
+  issue_scores<D>(current, x.q, shared.keys[stage]);
   hopper::wgmma_commit();
   hopper::wgmma_wait<0>();
   hopper::keep(current);
@@ -334,16 +340,16 @@ TILEWRIGHT_DEVICE void begin(PrefillShared<D>& shared, Operands<D>& x, RowState&
   issue_scores<D>(next, x.q, shared.keys[stage_of(following)]);
   hopper::wgmma_commit();
   float correction[kRowsPerThread];
-  soften(current, rows, shared.key_scales[0], shared.value_scales[0], 0, correction);
+  soften(current, rows, shared.key_scales[stage], shared.value_scales[stage], 0, correction);
   pack_weights(current, x.p);
   hopper::wgmma_wait<0>();
   hopper::keep(next);
 }
 
+// One item from its first tile to its last; the sums are then in x.o.
 template <int D>
-TILEWRIGHT_DEVICE void consume_all(const Attention& p, const PrefillItem& item, PrefillShared<D>& shared, int tiles,
-                                   int group, Operands<D>& x, RowState& rows) {
-  load_queries<D>(p, item, rows, x.q);
+TILEWRIGHT_DEVICE void consume_all(PrefillShared<D>& shared, const Tiles& tiles, int group, Operands<D>& x,
+                                   RowState& rows) {
 #pragma unroll
   for (int k = 0; k < D / 32; ++k) hopper::keep(x.q[k]);
 #pragma unroll
@@ -353,19 +359,20 @@ TILEWRIGHT_DEVICE void consume_all(const Attention& p, const PrefillItem& item, 
   float even[kScores], odd[kScores];
 #pragma unroll
   for (int i = 0; i < kScores; ++i) even[i] = odd[i] = 0.0f;
-  const int last = tiles - 1;
-  begin<D>(shared, x, rows, smaller(1, last), even, odd);
-  if (group == 1 && tiles > 1) give_turn(0);
-  for (int j = 1; j < tiles; ++j) {
-    consume<D>(shared, x, rows, group, j, last, odd, even);
-    if (++j == tiles) break;
-    consume<D>(shared, x, rows, group, j, last, even, odd);
+  begin<D>(shared, x, rows, tiles, even, odd);
+  if (group == 1 && tiles.count > 1) give_turn(0);
+  for (int j = 1; j < tiles.count; ++j) {
+    consume<D>(shared, x, rows, group, tiles, j, odd, even);
+    if (++j == tiles.count) break;
+    consume<D>(shared, x, rows, group, tiles, j, even, odd);
   }
+  const int last = tiles.first + tiles.count - 1;
   fence<D>(x, even);
   issue_sums<D>(x.o, x.p, shared.values[stage_of(last)]);
   hopper::wgmma_commit();
   hopper::wgmma_wait<0>();
   hopper::keep(x.o);
+  release(shared, last);
 }
 
 // Through shared memory, so that rows go out in whole vectors and in the natural order of the head.
@@ -393,12 +400,62 @@ TILEWRIGHT_DEVICE void write_rows(const Attention& p, const PrefillItem& item, P
   }
 }
 
-// The rows of a sequence whose length does not fit.
+// The rows of a sequence whose length does not fit, by the consumers.
 TILEWRIGHT_DEVICE void spoil_rows(const Attention& p, const PrefillItem& item) {
   const int head_dim = static_cast<int>(p.cache.head_dim), rows = item.tokens * item.group;
-  for (int i = static_cast<int>(threadIdx.x); i < rows * head_dim; i += kPrefillThreads) {
+  for (int i = static_cast<int>(threadIdx.x) - kProducers; i < rows * head_dim; i += kConsumerGroups * kProducers) {
     const int r = i / head_dim;
     set_element(p.out, p.q.type, out_row(p, item.token(r), item.head(r)) + i % head_dim, not_a_number());
+  }
+}
+
+// A block's items, the longest first: dealt to and fro, so that all blocks get about the same work.
+struct PrefillWalk {
+  int round = 0, items;
+
+  TILEWRIGHT_DEVICE bool next(const Attention& p, PrefillItem& item) {
+    const int blocks = static_cast<int>(gridDim.x), block = static_cast<int>(blockIdx.x);
+    for (; round * blocks < items; ++round) {
+      const int index = round * blocks + (round % 2 == 0 ? block : blocks - 1 - block);
+      if (index >= items) continue;
+      const Place place = find_item<PrefillCount>(p, index);
+      // Broadcast, so that the compiler knows that a warp agrees: it keeps products in flight only then.
+      item = prefill_item(p, {__shfl_sync(kAllLanes, place.sequence, 0), __shfl_sync(kAllLanes, place.index, 0)});
+      ++round;
+      return true;
+    }
+    return false;
+  }
+};
+
+template <int D>
+TILEWRIGHT_DEVICE void run_producer(const Attention& p, PrefillShared<D>& shared, PrefillWalk walk) {
+  PrefillItem item{};
+  for (int n = 0; walk.next(p, item);) {
+    if (!item.sequence.valid()) continue;
+    const PrefillSource source = source_of(p, item);
+    produce<D>(shared, source, n);
+    n += source.tiles;
+  }
+}
+
+template <int D>
+TILEWRIGHT_DEVICE void run_consumer(const Attention& p, PrefillShared<D>& shared, PrefillWalk walk, int group) {
+  PrefillItem item{};
+  for (int n = 0; walk.next(p, item);) {
+    if (!item.sequence.valid()) {
+      spoil_rows(p, item);
+      continue;
+    }
+    const PrefillSource source = source_of(p, item);
+    const Tiles tiles{__shfl_sync(kAllLanes, source.tiles, 0), n};
+    Operands<D> operands;
+    RowState rows;
+    init_rows(p, item, source.end, rows);
+    load_queries<D>(p, item, rows, operands.q);
+    consume_all<D>(shared, tiles, group, operands, rows);
+    write_rows<D>(p, item, shared, operands, rows);
+    n += tiles.count;
   }
 }
 
@@ -406,12 +463,6 @@ template <int D>
 __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_attention(const __grid_constant__ Attention p) {
   auto& shared = *reinterpret_cast<PrefillShared<D>*>(hopper::shared_memory());
   clear_tail(p);
-  Place place = find_item<PrefillCount>(p, static_cast<int>(blockIdx.x));
-  place = {__shfl_sync(kAllLanes, place.sequence, 0), __shfl_sync(kAllLanes, place.index, 0)};  // uniform, for ptxas
-  if (place.sequence < 0) return;
-  const PrefillItem item = prefill_item(p, place);
-  if (!item.sequence.valid()) return spoil_rows(p, item);
-  const PrefillSource source = source_of(p, item);
   if (threadIdx.x == 0) {
     for (int s = 0; s < kStages; ++s) {
       hopper::init(shared.full[s], kProducers);
@@ -420,18 +471,14 @@ __global__ void __launch_bounds__(kPrefillThreads, 1) prefill_attention(const __
     hopper::fence_barrier_init();
   }
   __syncthreads();
-  const int tiles = __shfl_sync(kAllLanes, source.tiles, 0);
+  const PrefillWalk walk{0, count_items<PrefillCount>(p)};
   const int group = __shfl_sync(kAllLanes, static_cast<int>(threadIdx.x) / kProducers, 0);
   if (group == 0) {
     hopper::lower_registers<kProducerRegisters>();
-    produce<D>(shared, source);
+    run_producer<D>(p, shared, walk);
   } else {
     hopper::raise_registers<kConsumerRegisters>();
-    Operands<D> operands;
-    RowState rows;
-    init_rows(p, item, source.end, rows);
-    consume_all<D>(p, item, shared, tiles, group - 1, operands, rows);
-    write_rows<D>(p, item, shared, operands, rows);
+    run_consumer<D>(p, shared, walk, group - 1);
   }
 }
 

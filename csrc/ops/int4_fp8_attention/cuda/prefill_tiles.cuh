@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tiles of 64 keys, decoded from the INT4 cache into shared memory by the producer warpgroup: K as e4m3, V as bfloat16.
 //
-// K is an operand with adjacent elements along the depth, in its natural order. V is one with adjacent elements along the
-// head (no transpose); within each 8 elements it lies in the order 0 4 1 5 2 6 3 7, in which pairs come out of a word of
-// codes, and the output is written back in the natural one.
+// K is an operand with adjacent elements along the depth, in its natural order. V is one with adjacent elements along
+// the head (no transpose); within each 8 elements it lies in the order 0 4 1 5 2 6 3 7, in which pairs come out of a
+// word of codes, and the output is written back in the natural one.
 #pragma once
 
 #include "ops/int4_fp8_attention/cuda/codes.cuh"
@@ -105,24 +105,23 @@ struct RawTile {
   }
 };
 
-// Stage and phase of tile j in a ring of kStages.
-TILEWRIGHT_DEVICE int stage_of(int j) { return j % kStages; }
-TILEWRIGHT_DEVICE uint32_t phase_of(int j) { return static_cast<uint32_t>(j / kStages) % 2; }
+// Stage and phase of a block's n-th tile in a ring of kStages; the tiles of its items count on.
+TILEWRIGHT_DEVICE int stage_of(int n) { return n % kStages; }
+TILEWRIGHT_DEVICE uint32_t phase_of(int n) { return static_cast<uint32_t>(n / kStages) % 2; }
 
-// The producer warpgroup: the next tile is on its way from memory while one is decoded.
+// The producer warpgroup, for one item whose first tile is the block's n-th. The next tile's codes come from memory
+// while the thread waits for a free stage, which is most of the time.
 template <int D>
-TILEWRIGHT_DEVICE void produce(PrefillShared<D>& shared, const PrefillSource& from) {
+TILEWRIGHT_DEVICE void produce(PrefillShared<D>& shared, const PrefillSource& from, int n) {
   const int thread = static_cast<int>(threadIdx.x) % kProducers;
-  RawTile<D> current, next;
-  current.load(from, 0, thread);
-  for (int j = 0; j < from.tiles; ++j) {
-    next.load(from, j + 1, thread);
-    const int stage = stage_of(j);
-    if (j >= kStages) hopper::wait(shared.empty[stage], phase_of(j - kStages));
-    current.store(shared, from, stage, thread);
+  RawTile<D> raw;
+  raw.load(from, 0, thread);
+  for (int j = 0; j < from.tiles; ++j, ++n) {
+    if (n >= kStages) hopper::wait(shared.empty[stage_of(n)], phase_of(n - kStages));
+    raw.store(shared, from, stage_of(n), thread);
     hopper::fence_async_shared();
-    hopper::arrive(shared.full[stage]);
-    current = next;
+    hopper::arrive(shared.full[stage_of(n)]);
+    raw.load(from, j + 1, thread);
   }
 }
 

@@ -18,7 +18,7 @@ std::string describe(const DevicePlan& plan) {
 void quantize_tokens(const QuantizeProblem& problem, hopper::Stream stream) {
   const hopper::Grid grid{.blocks = {problem.m, 1, 1},
                           .threads = kQuantizeThreads,
-                          .shared_bytes = 2 * kQuantizeThreads / 32 * 4,
+                          .shared_bytes = 2 * kQuantizeWarps * 4,
                           .stream = stream};
   switch (problem.type) {
     case Number::kFloat32: return hopper::launch(quantize_kernel<float>, grid, problem);

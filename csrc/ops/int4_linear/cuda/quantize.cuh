@@ -10,6 +10,7 @@
 namespace tilewright::int4_linear {
 
 inline constexpr int kQuantizeThreads = 256;
+inline constexpr int kQuantizeWarps = kQuantizeThreads / 32;
 inline constexpr int kPiece = 16;  // columns of a thread; every `sub` is a multiple of it
 
 // Columns [k, k + 16) of a row as floats, zero behind K.
@@ -63,46 +64,92 @@ TILEWRIGHT_DEVICE float sum_of_piece(const hopper::U128& codes) {
   return sum;
 }
 
-struct Extreme {
-  float largest;
-  bool finite;
-};
+// The largest magnitude so far with one more value; infinite from the first value on that is not finite.
+TILEWRIGHT_DEVICE float with_magnitude(float largest, float value) {
+  const float magnitude = fabsf(value);
+  return magnitude <= kLargestFloat ? fmaxf(largest, magnitude) : kInfinity;
+}
 
-// Of the whole token, in every thread. A NaN is not finite, and fmaxf passes it over.
-TILEWRIGHT_DEVICE Extreme block_extreme(Extreme mine) {
-  auto* shared = reinterpret_cast<float*>(hopper::shared_memory());
-  constexpr int kWarps = kQuantizeThreads / 32;
-#pragma unroll
-  for (int offset = 16; offset > 0; offset /= 2) {
-    mine.largest = fmaxf(mine.largest, __shfl_xor_sync(0xffffffffu, mine.largest, offset));
-  }
-  const bool finite = __all_sync(0xffffffffu, mine.finite ? 1 : 0) != 0;
-  if (threadIdx.x % 32 == 0) {
-    shared[threadIdx.x / 32] = mine.largest;
-    shared[kWarps + threadIdx.x / 32] = finite ? 1.0f : 0.0f;
-  }
+// One number of each warp, to every thread.
+TILEWRIGHT_DEVICE void share(float* slot, float of_warp) {
+  if (threadIdx.x % 32 == 0) slot[threadIdx.x / 32] = of_warp;
   __syncthreads();
-  Extreme all{0.0f, true};
-  for (int w = 0; w < kWarps; ++w) {
-    all.largest = fmaxf(all.largest, shared[w]);
-    all.finite = all.finite && shared[kWarps + w] != 0.0f;
-  }
+}
+
+TILEWRIGHT_DEVICE float block_largest(float mine) {
+  auto* slot = reinterpret_cast<float*>(hopper::shared_memory());
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) mine = fmaxf(mine, __shfl_xor_sync(0xffffffffu, mine, offset));
+  share(slot, mine);
+  float all = 0.0f;
+  for (int w = 0; w < kQuantizeWarps; ++w) all = fmaxf(all, slot[w]);
   return all;
 }
 
+// Always added in the same order.
+TILEWRIGHT_DEVICE float block_sum(float mine) {
+  auto* slot = reinterpret_cast<float*>(hopper::shared_memory()) + kQuantizeWarps;
+#pragma unroll
+  for (int offset = 16; offset > 0; offset /= 2) mine += __shfl_xor_sync(0xffffffffu, mine, offset);
+  share(slot, mine);
+  float all = 0.0f;
+  for (int w = 0; w < kQuantizeWarps; ++w) all += slot[w];
+  return all;
+}
+
+// A token as it is to be rounded: x, or what the layer before would make of it.
 template <class T>
-TILEWRIGHT_DEVICE Extreme token_extreme(const T* row, const QuantizeProblem& p) {
-  Extreme mine{0.0f, true};
+struct Token {
+  const T* row;
+  const T* gate;  // null, or silu(gate) multiplies x
+  const T* norm;  // null, or x is divided by its root mean square and multiplied by this
+  float inverse_rms;
+
+  TILEWRIGHT_DEVICE Token(const QuantizeProblem& p, int64_t token)
+      : row(static_cast<const T*>(p.x) + token * p.k),
+        gate(p.gate == nullptr ? nullptr : static_cast<const T*>(p.gate) + token * p.k),
+        norm(static_cast<const T*>(p.norm)),
+        inverse_rms(1.0f) {}
+
+  TILEWRIGHT_DEVICE void load(int64_t k, int64_t columns, float (&values)[kPiece]) const {
+    load_piece(row, k, columns, values);
+    if (norm != nullptr) {
+      float weights[kPiece];
+      load_piece(norm, k, columns, weights);
+#pragma unroll
+      for (int i = 0; i < kPiece; ++i) values[i] = values[i] * inverse_rms * weights[i];
+    }
+    if (gate != nullptr) {
+      float gates[kPiece];
+      load_piece(gate, k, columns, gates);
+#pragma unroll
+      for (int i = 0; i < kPiece; ++i) values[i] *= gates[i] / (1.0f + expf(-gates[i]));
+    }
+  }
+};
+
+template <class T>
+TILEWRIGHT_DEVICE float find_inverse_rms(const T* row, const QuantizeProblem& p) {
+  float squares = 0.0f;
   for (int64_t k = static_cast<int64_t>(threadIdx.x) * kPiece; k < p.k; k += kQuantizeThreads * kPiece) {
     float values[kPiece];
     load_piece(row, k, p.k, values);
 #pragma unroll
-    for (int i = 0; i < kPiece; ++i) {
-      mine.largest = fmaxf(mine.largest, fabsf(values[i]));
-      mine.finite = mine.finite && fabsf(values[i]) <= kLargestFloat;
-    }
+    for (int i = 0; i < kPiece; ++i) squares = fmaf(values[i], values[i], squares);
   }
-  return block_extreme(mine);
+  return 1.0f / sqrtf(block_sum(squares) / static_cast<float>(p.k) + p.eps);
+}
+
+template <class T>
+TILEWRIGHT_DEVICE float token_largest(const Token<T>& token, const QuantizeProblem& p) {
+  float mine = 0.0f;
+  for (int64_t k = static_cast<int64_t>(threadIdx.x) * kPiece; k < p.k; k += kQuantizeThreads * kPiece) {
+    float values[kPiece];
+    token.load(k, p.k, values);
+#pragma unroll
+    for (int i = 0; i < kPiece; ++i) mine = with_magnitude(mine, values[i]);
+  }
+  return block_largest(mine);
 }
 
 // The sums of `sub` neighbouring codes: sub / 16 neighbouring threads, always joined in the same order.
@@ -112,7 +159,8 @@ TILEWRIGHT_DEVICE void store_sums(const QuantizeProblem& p, int64_t token, int64
 }
 
 template <class T>
-TILEWRIGHT_DEVICE void write_codes(const T* row, const QuantizeProblem& p, int64_t token, float divisor, bool zero) {
+TILEWRIGHT_DEVICE void write_codes(const Token<T>& source, const QuantizeProblem& p, int64_t token, float divisor,
+                                   bool zero) {
   for (int64_t first = 0; first < p.padded_k; first += kQuantizeThreads * kPiece) {
     const int64_t k = first + static_cast<int64_t>(threadIdx.x) * kPiece;
     float sum = 0.0f;
@@ -120,7 +168,7 @@ TILEWRIGHT_DEVICE void write_codes(const T* row, const QuantizeProblem& p, int64
       hopper::U128 codes{0, 0, 0, 0};
       if (!zero) {
         float values[kPiece];
-        load_piece(row, k, p.k, values);
+        source.load(k, p.k, values);
         codes = round_piece(values, divisor);
         sum = sum_of_piece(codes);
       }
@@ -134,12 +182,14 @@ template <class T>
 __global__ void __launch_bounds__(kQuantizeThreads) quantize_kernel(const __grid_constant__ QuantizeProblem p) {
   hopper::allow_next_kernel();
   const int64_t token = blockIdx.x;
-  const T* row = static_cast<const T*>(p.x) + token * p.k;
-  const Extreme all = token_extreme(row, p);
-  const float scale = all.largest / kFp8Limit;
+  Token<T> source(p, token);
+  if (p.norm != nullptr) source.inverse_rms = find_inverse_rms(source.row, p);
+  const float largest = token_largest(source, p);
+  const bool finite = largest <= kLargestFloat;
+  const float scale = largest / kFp8Limit;
   const float divisor = scale == 0.0f ? 1.0f : scale;
-  if (threadIdx.x == 0) p.scales[token] = all.finite ? divisor : hopper::bits_float(0x7fc00000u);
-  write_codes(row, p, token, divisor, !all.finite);
+  if (threadIdx.x == 0) p.scales[token] = finite ? divisor : hopper::bits_float(0x7fc00000u);
+  write_codes(source, p, token, divisor, !finite);
   if (token == 0) {
     for (int64_t i = threadIdx.x; i < p.counter_count; i += kQuantizeThreads) p.counters[i] = 0;
   }

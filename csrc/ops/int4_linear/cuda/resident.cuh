@@ -20,10 +20,7 @@ TILEWRIGHT_DEVICE void find_largest(const MatrixParams& p, int thread, float (&l
       float values[kPiece];
       load_piece(static_cast<const T*>(p.x_given) + t * p.k, k, p.k, values);
 #pragma unroll
-      for (int i = 0; i < kPiece; ++i) {
-        const float magnitude = fabsf(values[i]);
-        largest[t] = magnitude <= kLargestFloat ? fmaxf(largest[t], magnitude) : kInfinity;
-      }
+      for (int i = 0; i < kPiece; ++i) largest[t] = with_magnitude(largest[t], values[i]);
     }
   }
 }

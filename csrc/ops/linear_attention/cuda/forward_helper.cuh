@@ -11,6 +11,8 @@ namespace tilewright::linear_attention::cuda {
 
 inline constexpr int kMaxStages = 3;
 inline constexpr int kHelperBarrier = 1;
+// Of two warpgroups with half of the keys each: reads are written, and read; outputs are written, and read.
+inline constexpr int kReadsWritten = 2, kReadsRead = 3, kOutputsWritten = 4, kOutputsRead = 5;
 // Of 168 registers a thread that three warpgroups start with. Where scores come prepared, the helper needs fewer.
 constexpr int consumer_registers(bool channel) { return channel ? 224 : 208; }
 constexpr int helper_registers(bool channel) { return channel ? 56 : 88; }
@@ -20,7 +22,7 @@ struct StatesParams {
   Problem<In, float> problem;
   Prepared from;
   hopper::TensorMap q, k, v;  // [K or V, heads, tokens, batch]; q and k are not read with a decay a channel
-  int groups;  // warpgroups of a block that hold states
+  int groups;  // of 64 columns of V, that a block has
   int tiles;  // blocks that share the columns of V
   int stages;
 };
@@ -52,9 +54,18 @@ struct Layout {
   static constexpr int kValues = kFactors + 2048;
   static_assert(kPreparedFactors <= 2048 && sizeof(Factors) <= 2048);
 
+  // Two warpgroups have half of more than 128 keys each, and tell each other their sums over them.
+  static constexpr bool kSplit = kKeys > 128;
+  static constexpr int kOwnKeys = kSplit ? kKeys / 2 : kKeys;
+  static constexpr int kExchange = kSplit ? 2 * kChunk * kGroupColumns * 4 : 0;
+  static_assert(!kSplit || !kChannel);
+
+  static constexpr int consumers(int groups) { return kSplit ? 2 : groups; }
   static constexpr int stage_bytes(int groups) { return kValues + groups * Square::kBytes; }
-  // Barriers lie behind the stages.
-  static constexpr int bytes(int groups, int stages) { return stages * stage_bytes(groups) + 3 * kMaxStages * 8; }
+  // Behind the stages lie what is exchanged, and the barriers.
+  static constexpr int bytes(int groups, int stages) {
+    return stages * stage_bytes(groups) + kExchange + 3 * kMaxStages * 8;
+  }
 };
 
 // Of each stage: tiles have come; scores and factors are made; everything is used.
@@ -295,6 +306,9 @@ struct Helper {
         ++loaded;
         loading.advance();
       }
+      // The copies' thread waits for stages alone. Without scores to make, the others would run ahead of it to the last
+      // chunk's rows, and find its stage free by the parity of a phase long past.
+      if constexpr (kChannel) hopper::named_sync(kHelperBarrier, 128);
     }
   }
 };

@@ -46,13 +46,13 @@ void run_states(const Problem<In, float>& p, const Prepared& from, hopper::Strea
   params.q = kChannel ? params.v : map_of(p.q, p.key_size, p.heads, tokens, batch);
   params.k = kChannel ? params.v : map_of(p.k, p.key_size, p.heads, tokens, batch);
   const int64_t states = p.sequences.count * p.value_heads;
-  const StatesPlan plan = plan_states(states, p.value_size, hopper::multiprocessors());
+  const StatesPlan plan = plan_states(states, p.key_size, p.value_size, hopper::multiprocessors());
   params.groups = plan.groups;
   params.tiles = plan.tiles;
   if (At::bytes(params.groups, params.stages) > hopper::kMaxSharedBytes) --params.stages;
   hopper::launch(states_kernel<In, kKeys, kDelta, kChannel>,
                  {.blocks = {.x = states * params.tiles},
-                  .threads = 128 * (params.groups + 1),
+                  .threads = 128 * (At::consumers(params.groups) + 1),
                   .shared_bytes = At::bytes(params.groups, params.stages),
                   .stream = stream},
                  params);
@@ -70,13 +70,21 @@ void run_prepare_channel(const Problem<In, float>& p, const Prepared& to, hopper
 
 template <class In, int kKeys, bool kDelta>
 void run_both(const Problem<In, float>& p, const Prepared& buffers, hopper::Stream stream) {
-  if (p.decay == Decay::kChannel) {
-    run_prepare_channel<In, kKeys, kDelta>(p, buffers, stream);
-    run_states<In, kKeys, kDelta, true>(p, buffers, stream);
-  } else {
-    if constexpr (kDelta) run_prepare<In, kKeys>(p, buffers, stream);
-    run_states<In, kKeys, kDelta, false>(p, buffers, stream);
+  if constexpr (kKeys <= 128) {
+    if (p.decay == Decay::kChannel) {
+      run_prepare_channel<In, kKeys, kDelta>(p, buffers, stream);
+      run_states<In, kKeys, kDelta, true>(p, buffers, stream);
+      return;
+    }
   }
+  if constexpr (kDelta) run_prepare<In, kKeys>(p, buffers, stream);
+  run_states<In, kKeys, kDelta, false>(p, buffers, stream);
+}
+
+template <class In, int kKeys>
+void run_rule(const Problem<In, float>& p, const Prepared& buffers, hopper::Stream stream) {
+  const bool delta = p.rule == Rule::kDelta;
+  delta ? run_both<In, kKeys, true>(p, buffers, stream) : run_both<In, kKeys, false>(p, buffers, stream);
 }
 
 template <class Row>
@@ -103,12 +111,10 @@ template <class In>
 void run_stretch(const Problem<In, float>& p, char* memory, hopper::Stream stream) {
   Prepared buffers;
   place_buffers(p.rule, p.decay, p.key_size, tiles_of(p), memory, buffers);
-  const bool delta = p.rule == Rule::kDelta;
-  if (tile_keys(p.key_size) == 64) {
-    delta ? run_both<In, 64, true>(p, buffers, stream) : run_both<In, 64, false>(p, buffers, stream);
-  } else {
-    delta ? run_both<In, 128, true>(p, buffers, stream) : run_both<In, 128, false>(p, buffers, stream);
-  }
+  const int keys = tile_keys(p.key_size);
+  if (keys == 64) run_rule<In, 64>(p, buffers, stream);
+  if (keys == 128) run_rule<In, 128>(p, buffers, stream);
+  if (keys == 256) run_rule<In, 256>(p, buffers, stream);
 }
 
 }  // namespace forward

@@ -19,6 +19,7 @@
 #pragma once
 
 #include "ops/linear_attention/cuda/forward_helper.cuh"
+#include "ops/linear_attention/cuda/unit_lower.cuh"
 
 namespace tilewright::linear_attention::cuda {
 namespace states {
@@ -53,23 +54,29 @@ struct Consumer {
   using KeyTile = typename At::KeyTile;
   using Square = typename At::Square;
   using ByTokens = Wgmma<In, In, kChunk>;
-  using ByKeys = Wgmma<In, In, kKeys, hopper::Major::kK, hopper::Major::kMN>;
-  static constexpr int kKeySteps = kKeys / 16, kTokenSteps = kChunk / 16;
+  using ByKeys = Wgmma<In, In, At::kOwnKeys, hopper::Major::kK, hopper::Major::kMN>;
+  static constexpr int kKeySteps = At::kOwnKeys / 16, kTokenSteps = kChunk / 16;
 
   const StatesParams<In>& params;
   const Task& task;
   char* stages;
   Barriers& barriers;
-  const int group;
-  float state[kKeys / 2];
+  const int group;  // of columns
+  const int half;  // of keys
+  float state[At::kOwnKeys / 2];
 
   TILEWRIGHT_DEVICE Consumer(const StatesParams<In>& p, const Task& t, char* s, Barriers& b, int g)
-      : params(p), task(t), stages(s), barriers(b), group(g) {}
+      : params(p), task(t), stages(s), barriers(b), group(At::kSplit ? 0 : g), half(At::kSplit ? g : 0) {}
 
   TILEWRIGHT_DEVICE char* stage_at(int stage) const { return stages + stage * At::stage_bytes(params.groups); }
   TILEWRIGHT_DEVICE char* values_of(char* stage) const { return stage + At::kValues + group * Square::kBytes; }
 
   TILEWRIGHT_DEVICE int first_column() const { return task.column + group * kGroupColumns; }
+  // Panels of a tile lie one after the other.
+  TILEWRIGHT_DEVICE const char* own_keys(const char* tile) const {
+    return At::kSplit ? tile + half * (KeyTile::kBytes / 2) : tile;
+  }
+  TILEWRIGHT_DEVICE int first_key() const { return At::kSplit ? half * At::kOwnKeys : 0; }
 
   // ---- the state in memory: [K, V]
 
@@ -82,9 +89,9 @@ struct Consumer {
     uint32_t size[2] = {static_cast<uint32_t>(p.key_size), static_cast<uint32_t>(p.value_size)};
     hopper::keep(size);
 #pragma unroll
-    for (int i = 0; i < kKeys / 2; ++i) {
+    for (int i = 0; i < At::kOwnKeys / 2; ++i) {
       const uint32_t column = static_cast<uint32_t>(first_column() + hopper::accumulator_row(thread, i));
-      const uint32_t key = static_cast<uint32_t>(hopper::accumulator_col(thread, i));
+      const uint32_t key = static_cast<uint32_t>(first_key() + hopper::accumulator_col(thread, i));
       if (column < size[1] && key < size[0]) function(state[i], key * size[1] + column);
     }
   }
@@ -92,7 +99,7 @@ struct Consumer {
   TILEWRIGHT_DEVICE void load_state() {
     const Problem<In, float>& p = params.problem;
 #pragma unroll
-    for (int i = 0; i < kKeys / 2; ++i) state[i] = 0.0f;
+    for (int i = 0; i < At::kOwnKeys / 2; ++i) state[i] = 0.0f;
     if (p.initial == nullptr) return;
     const float* from = p.initial + (static_cast<int64_t>(task.n) * p.value_heads + task.head) * p.state_size();
     for_each_entry([&](float& entry, uint32_t offset) { entry = from[offset]; });
@@ -125,13 +132,65 @@ struct Consumer {
     __syncwarp();
   }
 
+  // ---- sums over keys that two warpgroups have half of each
+
+  // Of one half; both have the same threads' numbers in the same places.
+  TILEWRIGHT_DEVICE float* exchange(int of) const {
+    uint32_t hidden[1] = {threadIdx.x % 128};
+    hopper::keep(hidden);
+    auto* from = reinterpret_cast<float*>(stages + params.stages * At::stage_bytes(params.groups));
+    return from + of * kChunk * kGroupColumns + static_cast<int>(hidden[0]) * 4;
+  }
+
+  TILEWRIGHT_DEVICE void tell(const float (&x)[32]) const {
+    float* to = exchange(half);
+#pragma unroll
+    for (int i = 0; i < 32; i += 4) {
+      const FourFloats four{{x[i], x[i + 1], x[i + 2], x[i + 3]}};
+      *reinterpret_cast<FourFloats*>(to + i * 128) = four;
+    }
+  }
+
+  TILEWRIGHT_DEVICE void add_told(float (&x)[32]) const {
+    const float* from = exchange(1 - half);
+#pragma unroll
+    for (int i = 0; i < 32; i += 4) {
+      const FourFloats four = *reinterpret_cast<const FourFloats*>(from + i * 128);
+#pragma unroll
+      for (int e = 0; e < 4; ++e) x[i + e] += four.x[e];
+    }
+  }
+
+  // X over all keys, in both halves. What the second half tells lies where its outputs of the chunk before lay.
+  TILEWRIGHT_DEVICE void share_reads(float (&x)[32], bool first) const {
+    if (half == 1 && !first) hopper::named_sync(kOutputsRead, 256);
+    tell(x);
+    hopper::named_sync(kReadsWritten, 256);
+    add_told(x);
+    if (half == 0) hopper::named_arrive(kReadsRead, 256);
+  }
+
+  // O over all keys, in the first half. The additive rule has told nothing before.
+  TILEWRIGHT_DEVICE void share_outputs(float (&o)[32], bool first, bool last) const {
+    if (half == 1) {
+      if constexpr (kDelta) hopper::named_sync(kReadsRead, 256);
+      if (!kDelta && !first) hopper::named_sync(kOutputsRead, 256);
+      tell(o);
+      hopper::named_arrive(kOutputsWritten, 256);
+    } else {
+      hopper::named_sync(kOutputsWritten, 256);
+      add_told(o);
+      if (!last) hopper::named_arrive(kOutputsRead, 256);
+    }
+  }
+
   // ---- one chunk
 
   TILEWRIGHT_DEVICE void multiply_state(const uint32_t (&s)[kKeySteps][4], const char* rows,
                                         float (&product)[32]) const {
 #pragma unroll
     for (int step = 0; step < kKeySteps; ++step) {
-      ByTokens::run(product, s[step], KeyTile::k_major(rows, 0, 16 * step), step > 0);
+      ByTokens::run(product, s[step], KeyTile::k_major(own_keys(rows), 0, 16 * step), step > 0);
     }
     hopper::wgmma_commit();
   }
@@ -177,14 +236,14 @@ struct Consumer {
       // G stays what it was behind the last token, so the last entry is the whole chunk's decay.
       const float whole = reinterpret_cast<const Factors*>(factors)->into[kChunk - 1];
 #pragma unroll
-      for (int i = 0; i < kKeys / 2; ++i) state[i] *= whole;
+      for (int i = 0; i < At::kOwnKeys / 2; ++i) state[i] *= whole;
     }
   }
 
   TILEWRIGHT_DEVICE void update_state(const uint32_t (&u)[kTokenSteps][4], const char* writes) {
 #pragma unroll
     for (int step = 0; step < kTokenSteps; ++step) {
-      ByKeys::run(state, u[step], KeyTile::mn_major(writes, 16 * step, 0), true);
+      ByKeys::run(state, u[step], KeyTile::mn_major(own_keys(writes), 16 * step, 0), true);
     }
     hopper::wgmma_commit();
   }
@@ -216,11 +275,13 @@ struct Consumer {
 
   // W, rounded into w and in x: from V in w and, for the delta rule, the product X under way in x. On the way o, the
   // product with the queries, is finished and decayed.
-  TILEWRIGHT_DEVICE void correct(const char* stage, uint32_t (&w)[kTokenSteps][4], float (&x)[32], float (&o)[32]) {
+  TILEWRIGHT_DEVICE void correct(const char* stage, bool first, uint32_t (&w)[kTokenSteps][4], float (&x)[32],
+                                 float (&o)[32]) {
     const char* factors = stage + At::kFactors;
     if constexpr (kDelta) {
       hopper::wgmma_wait<1>();
       hopper::keep(x);
+      if constexpr (At::kSplit) share_reads(x, first);
       subtract_reads(x, kChannel ? nullptr : reinterpret_cast<const Factors*>(factors)->into, w);
       hopper::wgmma_fence();
       multiply_tokens(w, stage + At::kInverse, x, false);
@@ -242,7 +303,9 @@ struct Consumer {
 
   // The results of a chunk whose products are done, and its stage back to the helper.
   TILEWRIGHT_DEVICE void finish(int chunk, int stage, const uint32_t (&results)[kTokenSteps][4]) const {
-    store_rows(params.problem.out, results, task.token(chunk), task.rows(chunk), values_of(stage_at(stage)));
+    if (half == 0) {
+      store_rows(params.problem.out, results, task.token(chunk), task.rows(chunk), values_of(stage_at(stage)));
+    }
     // The values' tile was written to, and the copy engine is the next to write it.
     hopper::fence_async_shared();
     __syncwarp();
@@ -262,14 +325,19 @@ struct Consumer {
       hopper::wgmma_fence();
       if constexpr (kDelta) multiply_state(s, stage + At::kReads, x);
       multiply_state(s, stage + At::kQueries, o);
-      // While these products run, the chunk before is stored.
-      if (c > 0) finish(c - 1, before, results);
+      // While these products run, the chunk before is stored; with half of the keys each, registers are too few.
+      if (!At::kSplit && c > 0) finish(c - 1, before, results);
       if constexpr (!kChannel) hopper::wait(barriers.ready[ring.stage], ring.phase);
       uint32_t w[kTokenSteps][4], u[kTokenSteps][4];
       load_values(values_of(stage), w);
-      correct(stage, w, x, o);
+      correct(stage, c == 0, w, x, o);
       scale_columns(x, reinterpret_cast<const float*>(stage + At::kFactors));
       to_operand<In, kTokenSteps>(x, u);
+      if constexpr (At::kSplit) {
+        // Once is enough: the second half adds zeros. A product in one branch only would hold up all others.
+#pragma unroll
+        for (int i = 0; i < 4 * kTokenSteps; ++i) w[i / 4][i % 4] = half == 0 ? w[i / 4][i % 4] : 0;
+      }
       hopper::wgmma_fence();
       update_state(u, stage + At::kWrites);
       multiply_tokens(w, stage + At::kScores, o, true);
@@ -278,11 +346,13 @@ struct Consumer {
       to_operand<In, kKeySteps>(state, s);
       hopper::wgmma_wait<0>();
       hopper::keep(o);
+      if constexpr (At::kSplit) share_outputs(o, c == 0, c == chunks - 1);
       to_operand<In, kTokenSteps>(o, results);
+      if constexpr (At::kSplit) finish(c, ring.stage, results);
       before = ring.stage;
       ring.advance();
     }
-    if (chunks > 0) finish(chunks - 1, before, results);
+    if (!At::kSplit && chunks > 0) finish(chunks - 1, before, results);
   }
 
   // Rows behind the last packed sequence.
@@ -315,18 +385,19 @@ __global__ void __launch_bounds__(128 * (kMaxGroups + 1), 1)
   using At = Layout<In, kKeys, kDelta, kChannel>;
   const Task task = task_of(params);
   char* shared = hopper::shared_memory();
-  auto& barriers = *reinterpret_cast<Barriers*>(shared + params.stages * At::stage_bytes(params.groups));
+  auto& barriers =
+      *reinterpret_cast<Barriers*>(shared + params.stages * At::stage_bytes(params.groups) + At::kExchange);
   if (threadIdx.x == 0) {
     for (int s = 0; s < params.stages; ++s) {
       hopper::init(barriers.full[s], 1);
       hopper::init(barriers.ready[s], 128);
-      hopper::init(barriers.empty[s], 4 * params.groups);
+      hopper::init(barriers.empty[s], 4 * At::consumers(params.groups));
     }
     hopper::fence_barrier_init();
   }
   __syncthreads();
   const int group = static_cast<int>(threadIdx.x) / 128;
-  if (group == params.groups) {
+  if (group == At::consumers(params.groups)) {
     hopper::lower_registers<helper_registers(kChannel)>();
     Helper<In, kKeys, kDelta, kChannel>{params, task, shared, barriers}.run();
   } else {

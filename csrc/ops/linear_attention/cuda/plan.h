@@ -31,12 +31,14 @@ bool copyable(const Rows<const In>& rows, int64_t batch, int64_t tokens, int64_t
          fits(heads, rows.head);
 }
 
-// Whether the chunk form takes a problem with 16-bit inputs: K at most 128, rows that begin at multiples of 16 bytes.
+// Whether the chunk form takes a problem with 16-bit inputs: K at most 256, with a decay a channel 128, and rows that
+// begin at multiples of 16 bytes.
 template <class In, class T>
 bool takes_chunks(const Problem<In, T>& p) {
   const int64_t batch = batch_of(p), tokens = p.sequences.tokens;
   // Tokens and places are counted in 32 bits.
-  return tile_keys(p.key_size) > 0 && tiles_of(p) < (int64_t{1} << 31) - kChunk &&
+  const int keys = tile_keys(p.key_size);
+  return keys > 0 && (keys <= 128 || p.decay != Decay::kChannel) && tiles_of(p) < (int64_t{1} << 31) - kChunk &&
          tokens < (int64_t{1} << 31) - kChunk && p.key_size % 8 == 0 && p.value_size % 8 == 0 && tokens > 1 &&
          p.slots == nullptr && copyable(p.q, batch, tokens, p.heads) && copyable(p.k, batch, tokens, p.heads) &&
          copyable(p.v, batch, tokens, p.value_heads);
@@ -73,13 +75,15 @@ inline int plan_members(int64_t blocks, int64_t group, int multiprocessors) {
 }
 
 struct StatesPlan {
-  int groups;  // warpgroups of a block, 64 columns of V each
+  int groups;  // of 64 columns of V, that a block has
   int tiles;  // blocks that share the columns of a state
 };
 
-// Two warpgroups of a block share the tiles of keys, unless one each keeps more multiprocessors busy.
-inline StatesPlan plan_states(int64_t states, int64_t value_size, int multiprocessors) {
+// Two warpgroups of a block share the tiles of keys, unless one each keeps more multiprocessors busy. Of more than 128
+// keys each of two warpgroups has half, and a block has 64 columns.
+inline StatesPlan plan_states(int64_t states, int64_t key_size, int64_t value_size, int multiprocessors) {
   const int64_t columns = ceil_div(value_size, kGroupColumns);
+  if (tile_keys(key_size) > 128) return {1, static_cast<int>(columns)};
   const bool pairs = columns > 1 && states * ceil_div(columns, kMaxGroups) >= multiprocessors;
   const int groups = pairs ? kMaxGroups : 1;
   return {groups, static_cast<int>(ceil_div(columns, groups))};

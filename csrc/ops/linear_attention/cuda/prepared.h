@@ -22,7 +22,9 @@ namespace tilewright::linear_attention::cuda {
 inline constexpr int kSquareBytes = kChunk * kChunk * 2;
 
 // Keys of a tile: K rounded up to what a kernel is compiled for; 0 where none is.
-constexpr int tile_keys(int64_t key_size) { return key_size <= 64 ? 64 : key_size <= 128 ? 128 : 0; }
+constexpr int tile_keys(int64_t key_size) {
+  return key_size <= 64 ? 64 : key_size <= 128 ? 128 : key_size <= 256 ? 256 : 0;
+}
 
 struct Prepared {
   char* inverse;  // [chunk_places, HV] tiles; null where there are none

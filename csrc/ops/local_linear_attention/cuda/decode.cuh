@@ -77,8 +77,8 @@ struct Pieces {
 // Shared memory of a block, floats.
 template <int Rows>
 struct DecodeMemory {
-  int64_t* at;  // [Rows], index into [N, HQ]; -1: none
   Range* seen;  // [Rows], keys
+  int64_t* at;  // [Rows], index into [N, HQ]; -1: none
   float *direction, *x, *left, *mean, *right;  // [Rows, K]
   float* sums;  // [Rows, width + 2]: of the cluster
   float* warps;  // [kDecodeWarps, Rows, width + 2]
@@ -91,9 +91,9 @@ struct DecodeMemory {
     return Rows * (kPlaces + 5 * key_size + (kDecodeWarps + 1) * (width + 2) + kNumbers);
   }
   TILEWRIGHT_DEVICE DecodeMemory(int key_size, int width) {
-    at = reinterpret_cast<int64_t*>(hopper::shared_memory());
-    seen = reinterpret_cast<Range*>(at + Rows);
-    direction = reinterpret_cast<float*>(seen + Rows);
+    seen = reinterpret_cast<Range*>(hopper::shared_memory());
+    at = reinterpret_cast<int64_t*>(seen + Rows);
+    direction = reinterpret_cast<float*>(at + Rows);
     x = direction + Rows * key_size;
     left = x + Rows * key_size;
     mean = left + Rows * key_size;
@@ -146,27 +146,36 @@ TILEWRIGHT_DEVICE float sum_of_warp(float x) {
   return x;
 }
 
-// For each of the thread's keys: work(key, its elements), some keys under way at a time. The last call of a thread may be for
-// a key behind the end, whose elements are zero: lanes stay together.
-template <class T, int Rows, class Work>
+// A batch of the thread's rows of keys or values; rows behind the end are zero.
+template <class T, int Rows, int Batch>
+TILEWRIGHT_DEVICE void load_batch(const Decoder<T, Rows>& c, const T* from, int64_t step, int size, int64_t first,
+                                  Pieces<T> (&pieces)[Batch]) {
+#pragma unroll
+  for (int b = 0; b < Batch; ++b) {
+    const int64_t key = first + b * c.groups;
+    if (key < c.end) {
+      pieces[b].load(from + key * step, size, c.lane, c.p.lanes);
+    } else {
+      pieces[b].clear();
+    }
+  }
+}
+
+// For each of the thread's keys: work(key, its elements, those of its value, or of nothing), a batch under way at a time. The
+// last call of a thread may be for a key behind the end, whose elements are zero: lanes stay together.
+template <bool Values, class T, int Rows, class Work>
 TILEWRIGHT_DEVICE void walk_cache(const Decoder<T, Rows>& c, const Work& work) {
   constexpr int kBatch = (sizeof(T) == 2 ? 4 : 2) / (Rows == 1 ? 1 : 2);
-  for (int64_t first = c.begin; first < c.end; first += kBatch * c.groups) {
-    Pieces<T> pieces[kBatch];
+  for (int64_t first = c.begin + c.group; first - c.group < c.end; first += kBatch * c.groups) {
+    Pieces<T> keys[kBatch], values[kBatch];
+    load_batch(c, c.keys, c.key_step, c.key_size, first, keys);
+    if constexpr (Values) load_batch(c, c.values, c.value_step, c.value_size, first, values);
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
-      const int64_t key = first + b * c.groups + c.group;
-      if (key < c.end) {
-        pieces[b].load(c.keys + key * c.key_step, c.key_size, c.lane, c.p.lanes);
-      } else {
-        pieces[b].clear();
-      }
-    }
-#pragma unroll
-    for (int b = 0; b < kBatch; ++b) {
-      float elements[kOwnElements];
-      pieces[b].unpack(elements);
-      work(first + b * c.groups + c.group, elements);
+      float elements[kOwnElements], value[kOwnElements];
+      keys[b].unpack(elements);
+      if constexpr (Values) values[b].unpack(value);
+      work(first + b * c.groups, elements, value);
     }
   }
 }
@@ -202,6 +211,7 @@ TILEWRIGHT_DEVICE void exchange(Decoder<T, Rows>& c, const float (&own)[Rows][kO
 #pragma unroll
     for (int r = 0; r < Rows; ++r) mine[r * row_floats + size + 1] = peak[r];
   }
+  __syncwarp();  // lanes come to the cluster's barrier together
   hopper::cluster_sync();
   const float* all = c.partials + c.parity * kDecodeCluster * Rows * row_floats;
   for (int i = thread; i < Rows * (size + 1); i += kDecodeThreads) {
@@ -211,7 +221,7 @@ TILEWRIGHT_DEVICE void exchange(Decoder<T, Rows>& c, const float (&own)[Rows][kO
     const float base = most == hopper::bits_float(0xff800000u) ? 0.0f : most;
     for (int b = 0; b < kDecodeCluster; ++b) {
       const float* from = all + (b * Rows + r) * row_floats;
-      sum += __ldcg(from + d) * exp2f(__ldcg(from + size + 1) - base);
+      sum += __ldcg(from + d) * hopper::exp2_flushed(__ldcg(from + size + 1) - base);
     }
     c.m.sums[r * row_floats + d] = sum;
     if (d == size) c.m.sums[r * row_floats + size + 1] = base;
@@ -234,7 +244,7 @@ TILEWRIGHT_DEVICE void weigh_cache(Decoder<T, Rows>& c) {
 #pragma unroll
     for (int e = 0; e < kOwnElements; ++e) own[r][e] = 0.0f;
   }
-  walk_cache(c, [&](int64_t key, const float (&elements)[kOwnElements]) {
+  walk_cache<false>(c, [&](int64_t key, const float (&elements)[kOwnElements], const float (&)[kOwnElements]) {
 #pragma unroll
     for (int r = 0; r < Rows; ++r) {
       float score = 0.0f;
@@ -244,13 +254,13 @@ TILEWRIGHT_DEVICE void weigh_cache(Decoder<T, Rows>& c) {
       if (key >= c.end || !c.sees(r, key)) continue;
       if (c.lane == 0) c.scores(r)[key] = score;
       if (score > peak[r]) {
-        const float shrink = exp2f(peak[r] - score);
+        const float shrink = hopper::exp2_flushed(peak[r] - score);
         peak[r] = score;
         omega[r] *= shrink;
 #pragma unroll
         for (int e = 0; e < kOwnElements; ++e) own[r][e] *= shrink;
       }
-      const float w = exp2f(score - peak[r]);
+      const float w = hopper::exp2_flushed(score - peak[r]);
       omega[r] += w;
 #pragma unroll
       for (int e = 0; e < kOwnElements; ++e) own[r][e] = fmaf(w, elements[e], own[r][e]);
@@ -271,7 +281,7 @@ TILEWRIGHT_DEVICE void weigh_cache(Decoder<T, Rows>& c) {
 #pragma unroll
   for (int r = 0; r < Rows; ++r) {
     for (int w = 0; w < kDecodeWarps; ++w) most[r] = fmaxf(most[r], c.m.sums[w * Rows + r]);
-    const float shrink = peak[r] == lowest ? 0.0f : exp2f(peak[r] - most[r]);
+    const float shrink = peak[r] == lowest ? 0.0f : hopper::exp2_flushed(peak[r] - most[r]);
     // A row whose scores are not numbers has no peak, but it has seen keys: its omega says so.
     omega[r] = omega[r] == 0.0f ? 0.0f : omega[r] * (omega[r] == omega[r] ? shrink : 1.0f);
 #pragma unroll
@@ -292,7 +302,7 @@ TILEWRIGHT_DEVICE void apply_to_cache(Decoder<T, Rows>& c, const float* from) {
 #pragma unroll
     for (int e = 0; e < kOwnElements; ++e) own[r][e] = 0.0f;
   }
-  walk_cache(c, [&](int64_t key, const float (&elements)[kOwnElements]) {
+  walk_cache<false>(c, [&](int64_t key, const float (&elements)[kOwnElements], const float (&)[kOwnElements]) {
 #pragma unroll
     for (int r = 0; r < Rows; ++r) {
       float along = 0.0f;
@@ -300,7 +310,8 @@ TILEWRIGHT_DEVICE void apply_to_cache(Decoder<T, Rows>& c, const float* from) {
       for (int e = 0; e < kOwnElements; ++e) along = fmaf(vector[r][e], elements[e], along);
       along = c.group_sum(along);
       if (key >= c.end || !c.sees(r, key)) continue;
-      const float factor = exp2f(c.scores(r)[key] - c.m.number(r, M::kPeak)) * (along - c.m.number(r, M::kShift));
+      const float factor =
+          hopper::exp2_flushed(c.scores(r)[key] - c.m.number(r, M::kPeak)) * (along - c.m.number(r, M::kShift));
       drift[r] += factor;
 #pragma unroll
       for (int e = 0; e < kOwnElements; ++e) own[r][e] = fmaf(factor, elements[e], own[r][e]);
@@ -321,15 +332,7 @@ TILEWRIGHT_DEVICE void read_cache(Decoder<T, Rows>& c) {
 #pragma unroll
     for (int e = 0; e < kOwnElements; ++e) own[r][e] = 0.0f;
   }
-  walk_cache(c, [&](int64_t key, const float (&elements)[kOwnElements]) {
-    Pieces<T> piece;
-    float value[kOwnElements];
-    if (key < c.end) {
-      piece.load(c.values + key * c.value_step, c.value_size, c.lane, c.p.lanes);
-    } else {
-      piece.clear();
-    }
-    piece.unpack(value);
+  walk_cache<true>(c, [&](int64_t key, const float (&elements)[kOwnElements], const float (&value)[kOwnElements]) {
 #pragma unroll
     for (int r = 0; r < Rows; ++r) {
       float along = 0.0f;
@@ -337,7 +340,8 @@ TILEWRIGHT_DEVICE void read_cache(Decoder<T, Rows>& c) {
       for (int e = 0; e < kOwnElements; ++e) along = fmaf(vector[r][e], elements[e], along);
       along = c.group_sum(along);
       if (key >= c.end || !c.sees(r, key)) continue;
-      const float weight = exp2f(c.scores(r)[key] - c.m.number(r, M::kPeak)) * c.m.number(r, M::kInverse);
+      const float weight =
+          hopper::exp2_flushed(c.scores(r)[key] - c.m.number(r, M::kPeak)) * c.m.number(r, M::kInverse);
       const float tilted = weight * (1.0f + c.m.number(r, M::kShift) - along);
       total[r] += tilted;
 #pragma unroll

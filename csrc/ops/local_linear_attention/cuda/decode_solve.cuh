@@ -175,7 +175,7 @@ TILEWRIGHT_DEVICE Decoder<T, Rows> make_decoder(const DecodeParams<T>& p) {
   const Segment s = segment(p.sequences, index);
   // Vectors of rows that do not exist are zero.
   for (int i = thread; i < DecodeMemory<Rows>::floats(key_size, p.width); i += kDecodeThreads) {
-    reinterpret_cast<float*>(c.m.at)[i] = 0.0f;
+    reinterpret_cast<float*>(c.m.seen)[i] = 0.0f;
   }
   __syncthreads();
   if (thread < Rows) {

@@ -21,6 +21,12 @@ inline constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 inline constexpr int kCleanBarrier = 1, kDecisionBarrier = 2, kGroupBarrier = 3;  // and 4
 inline constexpr float kLog2E = 1.4426950408889634f;
 
+// A barrier of part of the block. Lanes come back together first: a warp that arrives in pieces counts more than once.
+TILEWRIGHT_DEVICE void meet(int barrier, int threads) {
+  __syncwarp();
+  hopper::named_sync(barrier, threads);
+}
+
 // 128 queries of one sequence, and the tiles of keys that they see.
 struct QueryBlock {
   Segment segment;
@@ -28,11 +34,12 @@ struct QueryBlock {
   int queries;  // of the segment's, at most kBlockRows; 0: nothing to do
   int common_begin, common_end;  // keys that all rows see
   int first_tile, last_tile;
+  int group_first[kGroups], group_last[kGroups];  // of them, those that the rows of a warpgroup see
 };
 
 template <class T, int D>
 struct FlashShape {
-  static constexpr int kKeys = D == 64 ? 128 : 64;  // of a tile: 16 KB either way
+  static constexpr int kKeys = D == 64 ? 96 : 64;  // of a tile: what the registers of three products hold
   static constexpr int kStages = D == 64 ? 6 : 4;
   static constexpr int kOwn = D / 2;  // numbers of a row vector that a thread holds, for its two rows
   static constexpr auto kSwizzle = hopper::Swizzle::k128;
@@ -46,18 +53,21 @@ struct FlashShape {
   static constexpr int kRing = kLeft + kGroups * RowTile::kBytes;
   static constexpr int kResidual = kRing + kStages * KeyTile::kBytes;  // [kOwn][kConsumers] float, each thread's own
   static constexpr int kMean = kResidual + kOwn * kConsumers * 4;  // [kOwn / 2][kConsumers] pairs of T
-  static constexpr int kMarks = kMean + kOwn * kConsumers * 2;  // [kBlockRows] int
+  static constexpr int kNumbers = kMean + kOwn * kConsumers * 2;  // [4][kBlockRows] float, see RowNumber
+  static constexpr int kMarks = kNumbers + 4 * kBlockRows * 4;  // [kBlockRows] int
   static constexpr int kFlags = kMarks + kBlockRows * 4;  // [2][8] int: whether a warp has rows to solve
   static constexpr int kPlace = kFlags + 2 * 8 * 4;  // [2] int64: sequence and block of queries
   static constexpr int kBlock = kPlace + 16;  // QueryBlock
-  static constexpr int kBarriers = kBlock + 64;
+  static constexpr int kBarriers = kBlock + 96;
   static constexpr int kBytes = kBarriers + (2 * kStages + 1) * 8;
-  static_assert(kBytes <= hopper::kMaxSharedBytes && sizeof(QueryBlock) <= 64);
+  static_assert(kBytes <= hopper::kMaxSharedBytes && sizeof(QueryBlock) <= 96);
 };
 
 template <int Keys>
 TILEWRIGHT_DEVICE QueryBlock query_block(const Options& o, const Segment& s, int64_t block) {
-  QueryBlock b{s, block * kBlockRows, 0, 0, 0, 0, 0};
+  QueryBlock b{};
+  b.segment = s;
+  b.first = block * kBlockRows;
   const int64_t rest = s.queries - b.first;
   if (rest <= 0) return b;
   b.queries = static_cast<int>(rest < kBlockRows ? rest : kBlockRows);
@@ -68,6 +78,15 @@ TILEWRIGHT_DEVICE QueryBlock query_block(const Options& o, const Segment& s, int
   const int64_t end = last.end > first.begin ? last.end : first.begin;
   b.last_tile = static_cast<int>((end + Keys - 1) / Keys);
   if (end == first.begin) b.last_tile = b.first_tile;
+  for (int group = 0; group < kGroups; ++group) {
+    const int from = group * kGroupRows, to = from + kGroupRows < b.queries ? from + kGroupRows : b.queries;
+    b.group_first[group] = b.group_last[group] = b.first_tile;
+    if (from >= to) continue;
+    const Range low = visible_keys(o, s, b.first + from), high = visible_keys(o, s, b.first + to - 1);
+    if (high.end <= low.begin) continue;
+    b.group_first[group] = static_cast<int>(low.begin / Keys);
+    b.group_last[group] = static_cast<int>((high.end + Keys - 1) / Keys);
+  }
   return b;
 }
 
@@ -187,6 +206,13 @@ TILEWRIGHT_DEVICE bool has_infinity(uint32_t word) {
   return (word & kExponent) == kExponent || (word & (kExponent << 16)) == kExponent << 16;
 }
 
+struct Seen {
+  int begin[2], end[2];
+};
+
+// What is kept of a row between walks.
+enum class RowNumber : int { kLambda = 0, kLimit = 1, kSquare = 2, kCount = 3 };  // kLimit: |residual|^2 to stop at
+
 // A thread of a consumer warpgroup: its two rows h = 0, 1.
 template <class T, int D>
 struct Consumer {
@@ -196,8 +222,6 @@ struct Consumer {
   const QueryBlock& block;  // in shared memory: it is needed rarely
   Ring<T, D> ring;
   int thread, group;  // of 128; of kGroups
-  int begin[2], end[2];  // keys that they see
-  int group_first, group_last;  // tiles that the group's rows see
 
   // From here on, addresses of the thread's elements are formed anew: kept through a loop over tiles they would take the
   // registers that its products need.
@@ -230,9 +254,28 @@ struct Consumer {
   TILEWRIGHT_DEVICE bool whole(int tile) const {
     return block.common_begin <= tile * S::kKeys && (tile + 1) * S::kKeys <= block.common_end;
   }
-  TILEWRIGHT_DEVICE bool sees(int i, int tile) const {
+  // Keys that the two rows see. Rows behind the last query see what that one sees, and are not written.
+  TILEWRIGHT_DEVICE Seen seen() const {
+    Seen result;
+    for (int h = 0; h < 2; ++h) {
+      const int last = block.queries - 1, query = row(h) < last ? row(h) : last;
+      const Range range = visible_keys(*options, block.segment, block.first + query);
+      result.begin[h] = static_cast<int>(range.begin);
+      result.end[h] = static_cast<int>(range.end);
+    }
+    return result;
+  }
+  TILEWRIGHT_DEVICE bool sees(const Seen& seen, int i, int tile) const {
     const int key = tile * S::kKeys + col(i);
-    return begin[row_of(i)] <= key && key < end[row_of(i)];
+    return seen.begin[row_of(i)] <= key && key < seen.end[row_of(i)];
+  }
+  // One of a row's four threads writes; __syncwarp() before the others read.
+  TILEWRIGHT_DEVICE float number(RowNumber which, int h) const {
+    return reinterpret_cast<const float*>(memory + S::kNumbers)[static_cast<int>(which) * kBlockRows + row(h)];
+  }
+  TILEWRIGHT_DEVICE void set_number(RowNumber which, int h, float value) const {
+    if (thread % 4 != 0) return;
+    reinterpret_cast<float*>(memory + S::kNumbers)[static_cast<int>(which) * kBlockRows + row(h)] = value;
   }
 };
 
@@ -243,32 +286,13 @@ TILEWRIGHT_DEVICE Consumer<T, D> make_consumer(char* memory, const Options& opti
   Consumer<T, D> c{memory, &options, block, make_ring<T, D>(memory)};
   c.thread = static_cast<int>(threadIdx.x) % 128;
   c.group = static_cast<int>(threadIdx.x) / 128 - 1;
-  for (int h = 0; h < 2; ++h) {
-    // Rows behind the last query see what that one sees, and are not written.
-    const int row = c.valid(h) ? c.row(h) : block.queries - 1;
-    const Range seen = visible_keys(options, block.segment, block.first + row);
-    c.begin[h] = static_cast<int>(seen.begin);
-    c.end[h] = static_cast<int>(seen.end);
-  }
-  const int first = c.group * kGroupRows;
-  c.group_first = c.group_last = block.first_tile;
-  if (first >= block.queries) return c;
-  const int last = first + kGroupRows <= block.queries ? first + kGroupRows - 1 : block.queries - 1;
-  const Range low = visible_keys(options, block.segment, block.first + first);
-  const Range high = visible_keys(options, block.segment, block.first + last);
-  if (high.end <= low.begin) return c;
-  c.group_first = static_cast<int>(low.begin / S::kKeys);
-  c.group_last = static_cast<int>((high.end + S::kKeys - 1) / S::kKeys);
   return c;
 }
 
-// By all consumers: 32 columns of a row a thread.
-template <class T, int D>
-TILEWRIGHT_DEVICE void clean(const Consumer<T, D>& c, int stage, int tile, bool mark) {
+// One of the Parts threads of a key's row.
+template <class T, int D, int Parts>
+TILEWRIGHT_DEVICE void clean_part(const Consumer<T, D>& c, int stage, int tile, int key_row, int part, bool mark) {
   using S = FlashShape<T, D>;
-  constexpr int kParts = D / 32;
-  static_assert(kParts * S::kKeys == kConsumers);
-  const int thread = c.group * 128 + c.thread, key_row = thread / kParts, part = thread % kParts;
   const int key = tile * S::kKeys + key_row;
   const bool outside = key >= c.block.segment.keys;
   char* at[4];
@@ -280,7 +304,7 @@ TILEWRIGHT_DEVICE void clean(const Consumer<T, D>& c, int stage, int tile, bool 
           has_infinity<T>(words.w);
   }
   int any = bad ? 1 : 0;
-  for (int offset = 1; offset < kParts; offset *= 2) any |= __shfl_xor_sync(0xffffffffu, any, offset);
+  for (int offset = 1; offset < Parts; offset *= 2) any |= __shfl_xor_sync(0xffffffffu, any, offset);
   if (any != 0) {
     for (int i = 0; i < 4; ++i) hopper::store_16(at[i], hopper::U128{0, 0, 0, 0});
     if (mark && !outside && part == 0) {
@@ -290,8 +314,18 @@ TILEWRIGHT_DEVICE void clean(const Consumer<T, D>& c, int stage, int tile, bool 
       for (int64_t row = begin; row < end; ++row) atomicAdd(c.marks() + row, 1);
     }
   }
+}
+
+// By all consumers: 32 columns of a row a thread.
+template <class T, int D>
+TILEWRIGHT_DEVICE void clean(const Consumer<T, D>& c, int stage, int tile, bool mark) {
+  using S = FlashShape<T, D>;
+  constexpr int kParts = D / 32;
+  static_assert(kParts * S::kKeys <= kConsumers && kParts * S::kKeys % 32 == 0, "whole warps have something to do");
+  const int thread = c.group * 128 + c.thread;
+  if (thread < kParts * S::kKeys) clean_part<T, D, kParts>(c, stage, tile, thread / kParts, thread % kParts, mark);
   hopper::fence_async_shared();
-  hopper::named_sync(kCleanBarrier, kConsumers);
+  meet(kCleanBarrier, kConsumers);
 }
 
 // A warp is done with a stage.
@@ -307,15 +341,15 @@ TILEWRIGHT_DEVICE void await(Consumer<T, D>& c, int tile, bool mark) {
   if (!c.whole(tile)) clean(c, c.ring.at.stage, tile, mark);
 }
 
-// to[64, Keys] = row tile x keys^T, not waited for.
+// to[64, Keys] = row tile x keys^T, or that added to it; not waited for.
 template <class T, int D>
 TILEWRIGHT_DEVICE void project(const Consumer<T, D>& c, int row_tile, const char* keys,
-                               float (&to)[FlashShape<T, D>::kKeys / 2]) {
+                               float (&to)[FlashShape<T, D>::kKeys / 2], bool add = false) {
   using S = FlashShape<T, D>;
   using Product = hopper::Wgmma<T, T, S::kKeys>;
 #pragma unroll
   for (int k = 0; k < D; k += Product::kDepth) {
-    Product::run(to, S::RowTile::k_major(c.row_tile(row_tile), 0, k), S::KeyTile::k_major(keys, 0, k), k > 0);
+    Product::run(to, S::RowTile::k_major(c.row_tile(row_tile), 0, k), S::KeyTile::k_major(keys, 0, k), add || k > 0);
   }
 }
 
@@ -362,7 +396,7 @@ TILEWRIGHT_DEVICE void pack_factors(const float (&values)[Count], uint32_t (&fac
 // Until all warps of the group are here: their products have read what this one is about to write.
 template <class T, int D>
 TILEWRIGHT_DEVICE void join_group(const Consumer<T, D>& c) {
-  hopper::named_sync(kGroupBarrier + c.group, 128);
+  meet(kGroupBarrier + c.group, 128);
 }
 
 // Walks the block's tiles of keys: issue(keys) starts the products of a tile, digest(tile) works on their results,
@@ -370,7 +404,8 @@ TILEWRIGHT_DEVICE void join_group(const Consumer<T, D>& c) {
 template <class T, int D, class Issue, class Digest, class Follow>
 TILEWRIGHT_DEVICE void walk_keys(Consumer<T, D>& c, bool active, bool mark, const Issue& issue, const Digest& digest,
                                  const Follow& follow) {
-  const int first = active ? c.group_first : c.block.last_tile, last = active ? c.group_last : c.block.last_tile;
+  const int first = active ? c.block.group_first[c.group] : c.block.last_tile;
+  const int last = active ? c.block.group_last[c.group] : c.block.last_tile;
   int tile = c.block.first_tile;
   for (; tile < first; ++tile) {
     await(c, tile, mark);

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Backward pass over keys in the tensor-core form. A block takes 128 keys of one key head, two warpgroups of 64; a third
-// streams steps of 32 queries: q, x, u, do as tiles and the rows' records. Products are transposed, keys by queries, so that
+// streams steps of 32 queries: q, x, -u, do as tiles and the rows' records. Products are transposed, keys by queries, so that
 // their results are the left operands of what adds up:
 //
 //   dk_j = sum_i scale ds_ij q_i - p_ij e_ij x_i - p_ij a_ij u_i        dv_j = sum_i p_ij a_ij do_i
@@ -31,7 +31,7 @@ struct KeysShape {
   using KeyTile = hopper::Tile<T, kGroupRows, D, kSwizzle>;
   using StepTile = hopper::Tile<T, kRows, D, kSwizzle>;
   static constexpr int kPanelCols = StepTile::kPanelCols;
-  static constexpr int kTiles = 4;  // q, x, u, do
+  static constexpr int kTiles = 4;  // q, x, -u, do
   static constexpr int kStageBytes = kTiles * StepTile::kBytes + kRows * static_cast<int>(sizeof(FlashGradRecord));
   static_assert(kStageBytes % 1024 == 0);
 
@@ -144,7 +144,7 @@ TILEWRIGHT_DEVICE void clean_rows(KeysConsumer<T, D>& c, int step) {
   // Behind the last row of the tensor there is no record either.
   if (outside || record_is_spoilt(c.records()[row]) || part_is_spoilt<T, D>(tile, row, part))
     atomicAdd(spoilt + row, 1);
-  hopper::named_sync(kCleanBarrier, kConsumers);
+  meet(kCleanBarrier, kConsumers);
   if (thread < S::kRows) others[thread] = 0;
   if (spoilt[row] != 0) {
     for (int col = part * (D / 2); col < (part + 1) * (D / 2); col += 8) {
@@ -160,19 +160,19 @@ TILEWRIGHT_DEVICE void clean_rows(KeysConsumer<T, D>& c, int step) {
     }
   }
   hopper::fence_async_shared();
-  hopper::named_sync(kCleanBarrier, kConsumers);
+  meet(kCleanBarrier, kConsumers);
   c.turn = 1 - c.turn;
 }
 
 // to[64 keys, 32 queries] = keys or values x tile of the step, transposed.
 template <class T, int D>
 TILEWRIGHT_DEVICE void project_step(const KeysConsumer<T, D>& c, int left, const char* tile,
-                                    float (&to)[KeysShape<T, D>::kRows / 2]) {
+                                    float (&to)[KeysShape<T, D>::kRows / 2], bool add = false) {
   using S = KeysShape<T, D>;
   using Product = hopper::Wgmma<T, T, S::kRows>;
 #pragma unroll
   for (int k = 0; k < D; k += Product::kDepth) {
-    Product::run(to, S::KeyTile::k_major(c.left(left), 0, k), S::StepTile::k_major(tile, 0, k), k > 0);
+    Product::run(to, S::KeyTile::k_major(c.left(left), 0, k), S::StepTile::k_major(tile, 0, k), add || k > 0);
   }
 }
 
@@ -200,18 +200,17 @@ TILEWRIGHT_DEVICE void add_step(KeysConsumer<T, D>& c, int step, float (&dk)[D /
   const char *q = c.stage(), *x = q + S::StepTile::kBytes, *u = x + S::StepTile::kBytes,
              *grad = u + S::StepTile::kBytes;
   const float natural = static_cast<float>(c.options->scale), scale = natural * kLog2E;
-  float s[kCount], along_x[kCount], along_u[kCount], gamma[kCount];
-  uint32_t by_q[2][4], by_x[2][4], by_u[2][4], by_grad[2][4];
+  float s[kCount], along_x[kCount], gamma[kCount];
+  uint32_t by_q[2][4], by_x[2][4], by_grad[2][4];
   hopper::wgmma_fence();
   project_step<T, D>(c, S::kKeys, q, s);
   project_step<T, D>(c, S::kKeys, x, along_x);
-  project_step<T, D>(c, S::kKeys, u, along_u);
   project_step<T, D>(c, S::kValues, grad, gamma);
+  project_step<T, D>(c, S::kKeys, u, gamma, true);  // gamma - u.k
   hopper::wgmma_commit();
   hopper::wgmma_wait<0>();
   hopper::keep(s);
   hopper::keep(along_x);
-  hopper::keep(along_u);
   hopper::keep(gamma);
   const bool whole = c.whole(step);
 #pragma unroll
@@ -223,23 +222,21 @@ TILEWRIGHT_DEVICE void add_step(KeysConsumer<T, D>& c, int step, float (&dk)[D /
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
       const int i = column + 2 * h, query = step * S::kRows + c.col(i);
-      float weight = exp2f(fmaf(s[i], scale, -peak)) * inverse;
+      float weight = hopper::exp2_flushed(fmaf(s[i], scale, -peak)) * inverse;
       if (!whole) weight = c.begin[h] <= query && query < c.end[h] ? weight : 0.0f;
-      const float a = weight * (level - along_x[i]), e = gamma[i] - off - along_u[i];
+      const float a = weight * (level - along_x[i]), e = gamma[i] - off;
       s[i] = natural * (e * a - weight * mean);
       along_x[i] = -weight * e;
       gamma[i] = a;
-      along_u[i] = -a;
     }
   }
   pack_plain<T>(s, by_q);
   pack_plain<T>(along_x, by_x);
-  pack_plain<T>(along_u, by_u);
   pack_plain<T>(gamma, by_grad);
   hopper::wgmma_fence();
   collect_step<T, D>(by_q, q, dk);
   collect_step<T, D>(by_x, x, dk);
-  collect_step<T, D>(by_u, u, dk);
+  collect_step<T, D>(by_grad, u, dk);
   collect_step<T, D>(by_grad, grad, dv);
   hopper::wgmma_commit();
   hopper::wgmma_wait<0>();
@@ -289,7 +286,7 @@ TILEWRIGHT_DEVICE void keys_consumer(const FlashKeysParams<T>& p, char* memory, 
       c.at.advance();
     }
   }
-  hopper::named_sync(kCleanBarrier, kConsumers);  // the last marks
+  meet(kCleanBarrier, kConsumers);  // the last marks
   write_keys(c, p, dk, dv);
 }
 

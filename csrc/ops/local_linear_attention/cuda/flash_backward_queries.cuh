@@ -32,11 +32,11 @@ struct FlashQueriesParams {
   float* dridge;  // null for kGiven
   float* dx;  // null but for kGiven
   float* u;  // [N, HQ, K]; null for kGiven
-  T *rounded_x, *rounded_u;  // [N, HQ, K]
+  T *rounded_x, *rounded_u;  // [N, HQ, K]; the latter -u, so that gamma - u.k is one sum
   FlashGradRecord* records;
 };
 
-// The tiles of x and u, where the residuals were.
+// The tiles of x and -u, where the residuals were.
 template <class T, int D>
 struct TiltTiles {
   using S = FlashShape<T, D>;
@@ -49,7 +49,7 @@ struct TiltTiles {
 template <class T, int D, class Step>
 TILEWRIGHT_DEVICE void walk_pairs(Consumer<T, D>& c, bool mark, const Step& step) {
   for (int tile = c.block.first_tile; tile < c.block.last_tile; ++tile) {
-    const bool mine = c.group_first <= tile && tile < c.group_last;
+    const bool mine = c.block.group_first[c.group] <= tile && tile < c.block.group_last[c.group];
     await(c, tile, mark);
     const int keys = c.ring.at.stage;
     c.ring.at.advance();
@@ -70,13 +70,13 @@ TILEWRIGHT_DEVICE void gather_both(Consumer<T, D>& c, RowNumbers& n, float (&y)[
   using S = FlashShape<T, D>;
   constexpr int kCount = S::kKeys / 2;
   const float lowest = hopper::bits_float(0xff800000u);
-  float s[kCount], gamma[kCount], rounded[2] = {0.0f, 0.0f};
+  float s[kCount], gamma[kCount], omega[2], rounded[2] = {0.0f, 0.0f};
   uint32_t factors[S::kKeys / 16][4];
 #pragma unroll
   for (int i = 0; i < D / 2; ++i) y[i] = 0.0f;
   for (int h = 0; h < 2; ++h) {
     n.peak[h] = lowest;
-    n.omega[h] = value[h] = 0.0f;
+    omega[h] = value[h] = 0.0f;
   }
   walk_pairs(c, true, [&](int tile, const char* keys, const char* values) {
     hopper::wgmma_fence();
@@ -90,8 +90,9 @@ TILEWRIGHT_DEVICE void gather_both(Consumer<T, D>& c, RowNumbers& n, float (&y)[
 #pragma unroll
     for (int i = 0; i < kCount; ++i) s[i] *= n.scale;
     if (!c.whole(tile)) {
+      const Seen seen = c.seen();
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) s[i] = c.sees(i, tile) ? s[i] : lowest;
+      for (int i = 0; i < kCount; ++i) s[i] = c.sees(seen, i, tile) ? s[i] : lowest;
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], s[i]);
@@ -99,16 +100,16 @@ TILEWRIGHT_DEVICE void gather_both(Consumer<T, D>& c, RowNumbers& n, float (&y)[
     for (int h = 0; h < 2; ++h) {
       most[h] = quad_max(most[h]);
       base[h] = most[h] == lowest ? 0.0f : most[h];
-      shrink[h] = exp2f(n.peak[h] - base[h]);
+      shrink[h] = hopper::exp2_flushed(n.peak[h] - base[h]);
       n.peak[h] = most[h];
-      n.omega[h] *= shrink[h];
+      omega[h] *= shrink[h];
       rounded[h] *= shrink[h];
       value[h] *= shrink[h];
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      s[i] = exp2f(s[i] - base[i / 2 % 2]);
-      n.omega[i / 2 % 2] += s[i];
+      s[i] = hopper::exp2_flushed(s[i] - base[i / 2 % 2]);
+      omega[i / 2 % 2] += s[i];
       value[i / 2 % 2] = fmaf(s[i], gamma[i], value[i / 2 % 2]);
     }
 #pragma unroll
@@ -122,13 +123,13 @@ TILEWRIGHT_DEVICE void gather_both(Consumer<T, D>& c, RowNumbers& n, float (&y)[
   });
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    n.omega[h] = quad_sum(n.omega[h]);
+    omega[h] = quad_sum(omega[h]);
     rounded[h] = quad_sum(rounded[h]);
-    n.inverse[h] = n.omega[h] == 0.0f ? 0.0f : 1.0f / n.omega[h];
+    n.inverse[h] = omega[h] == 0.0f ? 0.0f : 1.0f / omega[h];
     rounded[h] = rounded[h] == 0.0f ? 0.0f : 1.0f / rounded[h];
     value[h] = quad_sum(value[h]) * n.inverse[h];
-    if (n.omega[h] == 0.0f) n.peak[h] = 0.0f;
-    if (c.valid(h) && c.marks()[c.row(h)] != 0) n.omega[h] = n.inverse[h] = value[h] = hopper::bits_float(0x7fc00000u);
+    if (omega[h] == 0.0f) n.peak[h] = 0.0f;
+    if (c.valid(h) && c.marks()[c.row(h)] != 0) n.inverse[h] = value[h] = hopper::bits_float(0x7fc00000u);
   }
 #pragma unroll
   for (int i = 0; i < D / 2; ++i) y[i] *= rounded[i / 2 % 2];
@@ -177,35 +178,48 @@ struct Tilts {
   float key_x[2], key_u[2], both[2];  // kbar.x, kbar.u, u.x
 };
 
-// x and u as tiles, in memory for the pass over keys too; dx of Parallax is -t, which is in y.
+// dx of Parallax is -t, which is in y.
 template <class T, int D>
-TILEWRIGHT_DEVICE void take_tilts(Consumer<T, D>& c, const RowNumbers& n, const FlashQueriesParams<T>& p,
-                                  const float (&y)[D / 2], Tilts& tilts) {
+TILEWRIGHT_DEVICE void write_tilt_gradient(const Consumer<T, D>& c, const FlashQueriesParams<T>& p,
+                                           const float (&y)[D / 2]) {
+#pragma unroll
+  for (int i = 0; i < D / 2; i += 2) {
+    const int h = i / 2 % 2;
+    if (!c.valid(h) || c.col(i) >= p.shape.key_size) continue;
+    *reinterpret_cast<FloatPair*>(p.dx + c.at(h, p.shape) * p.shape.key_size + c.col(i)) = FloatPair{-y[i], -y[i + 1]};
+  }
+}
+
+// x and -u as tiles, in memory for the pass over keys too.
+template <class T, int D>
+TILEWRIGHT_DEVICE void take_tilts(Consumer<T, D>& c, const FlashQueriesParams<T>& p, Tilts& tilts) {
   using Tiles = TiltTiles<T, D>;
   const bool given = p.options.solver == Solver::kGiven;
   bool spoilt[2];
   for (int h = 0; h < 2; ++h) {
     tilts.key_x[h] = tilts.key_u[h] = tilts.both[h] = 0.0f;
-    spoilt[h] = n.limit[h] - n.limit[h] != 0.0f || (!given && n.lambda[h] != n.lambda[h]);
+    const float limit = c.number(RowNumber::kLimit, h);
+    spoilt[h] = limit - limit != 0.0f || (!given && c.number(RowNumber::kLambda, h) != c.number(RowNumber::kLambda, h));
   }
 #pragma unroll
-  for (int i = 0; i < D / 2; i += 2) {
-    const int h = i / 2 % 2;
-    FloatPair x{0.0f, 0.0f}, u{0.0f, 0.0f};
-    const bool inside = c.valid(h) && c.col(i) < p.shape.key_size;
-    const int64_t at = inside ? c.at(h, p.shape) * p.shape.key_size + c.col(i) : 0;
-    if (inside) x = *reinterpret_cast<const FloatPair*>(p.x + at);
-    if (inside && !given) u = *reinterpret_cast<const FloatPair*>(p.u + at);
-    if (inside && !given && spoilt[h]) u.low = u.high = hopper::bits_float(0x7fc00000u);
-    if (inside && given) *reinterpret_cast<FloatPair*>(p.dx + at) = FloatPair{-y[i], -y[i + 1]};
-    const uint32_t word_x = hopper::pack_pair<T>(x.low, x.high), word_u = hopper::pack_pair<T>(u.low, u.high);
-    c.pair(Tiles::kX, i) = word_x;
-    c.pair(Tiles::kU, i) = word_u;
-    if (inside) *reinterpret_cast<uint32_t*>(p.rounded_x + at) = word_x;
-    if (inside) *reinterpret_cast<uint32_t*>(p.rounded_u + at) = word_u;
-    tilts.key_x[h] += pair_dot<T, D>(c.mean(i / 2), word_x);
-    tilts.key_u[h] += pair_dot<T, D>(c.mean(i / 2), word_u);
-    tilts.both[h] += x.low * u.low + x.high * u.high;
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll 2
+    for (int i = 2 * h; i < D / 2; i += 4) {
+      FloatPair x{0.0f, 0.0f}, u{0.0f, 0.0f};
+      const bool inside = c.valid(h) && c.col(i) < p.shape.key_size;
+      const int64_t at = inside ? c.at(h, p.shape) * p.shape.key_size + c.col(i) : 0;
+      if (inside) x = *reinterpret_cast<const FloatPair*>(p.x + at);
+      if (inside && !given) u = *reinterpret_cast<const FloatPair*>(p.u + at);
+      if (inside && !given && spoilt[h]) u.low = u.high = hopper::bits_float(0x7fc00000u);
+      const uint32_t word_x = hopper::pack_pair<T>(x.low, x.high), word_u = hopper::pack_pair<T>(-u.low, -u.high);
+      c.pair(Tiles::kX, i) = word_x;
+      c.pair(Tiles::kU, i) = word_u;
+      if (inside) *reinterpret_cast<uint32_t*>(p.rounded_x + at) = word_x;
+      if (inside) *reinterpret_cast<uint32_t*>(p.rounded_u + at) = word_u;
+      tilts.key_x[h] += pair_dot<T, D>(c.mean(i / 2), word_x);
+      tilts.key_u[h] -= pair_dot<T, D>(c.mean(i / 2), word_u);
+      tilts.both[h] += x.low * u.low + x.high * u.high;
+    }
   }
   for (int h = 0; h < 2; ++h) {
     tilts.key_x[h] = quad_sum(tilts.key_x[h]);
@@ -224,35 +238,34 @@ TILEWRIGHT_DEVICE void multiply_factors(Consumer<T, D>& c, const RowNumbers& n, 
   using S = FlashShape<T, D>;
   using Tiles = TiltTiles<T, D>;
   constexpr int kCount = S::kKeys / 2;
-  float s[kCount], along[kCount], gamma[kCount];
+  float s[kCount], along[kCount];  // two at a time: more do not fit beside the sums
   uint32_t factors[S::kKeys / 16][4];
 #pragma unroll
   for (int i = 0; i < D / 2; ++i) y[i] = 0.0f;
   sum[0] = sum[1] = 0.0f;
-  walk_pairs(c, false, [&](int tile, const char* keys, const char* values) {
+  const auto multiply = [&](int row_tile, const char* tile, float (&to)[kCount]) {
     hopper::wgmma_fence();
-    project<T, D>(c, S::kQuery, keys, s);
-    project<T, D>(c, Tiles::kX, keys, along);
+    project<T, D>(c, row_tile, tile, to);
     hopper::wgmma_commit();
     hopper::wgmma_wait<0>();
-    hopper::keep(s);
-    hopper::keep(along);
+    hopper::keep(to);
+  };
+  walk_pairs(c, false, [&](int tile, const char* keys, const char* values) {
+    multiply(S::kQuery, keys, s);
     weigh_tile(c, n, tile, s);
+    multiply(Tiles::kX, keys, along);
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
       s[i] *= n.inverse[i / 2 % 2] * (1.0f + tilts.key_x[i / 2 % 2] - along[i]);
     }
     hopper::wgmma_fence();
-    project<T, D>(c, S::kLeft, values, gamma);
-    project<T, D>(c, Tiles::kU, keys, along);
+    project<T, D>(c, S::kLeft, values, along);
+    project<T, D>(c, Tiles::kU, keys, along, true);  // gamma - u.k
     hopper::wgmma_commit();
     hopper::wgmma_wait<0>();
-    hopper::keep(gamma);
     hopper::keep(along);
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) {
-      s[i] *= gamma[i] - along[i] - (value[i / 2 % 2] - tilts.key_u[i / 2 % 2]);
-    }
+    for (int i = 0; i < kCount; ++i) s[i] *= along[i] - (value[i / 2 % 2] - tilts.key_u[i / 2 % 2]);
     pack_factors<T>(s, factors, sum);
     hopper::wgmma_fence();
     collect<T, D>(factors, keys, y);
@@ -264,17 +277,19 @@ TILEWRIGHT_DEVICE void multiply_factors(Consumer<T, D>& c, const RowNumbers& n, 
 }
 
 template <class T, int D>
-TILEWRIGHT_DEVICE void write_gradients(const Consumer<T, D>& c, const RowNumbers& n, const FlashQueriesParams<T>& p,
+TILEWRIGHT_DEVICE void write_gradients(Consumer<T, D>& c, const RowNumbers& n, const FlashQueriesParams<T>& p,
                                        const float (&y)[D / 2], const float (&sum)[2], const float (&value)[2],
                                        const Tilts& tilts) {
   const bool given = p.options.solver == Solver::kGiven;
   const bool weighs = !given && (p.options.absolute || !p.options.ridge_grad);
   const float scale = static_cast<float>(p.options.scale);
   float extra[2];
-  for (int h = 0; h < 2; ++h) extra[h] = weighs && n.omega[h] != 0.0f ? n.lambda[h] * tilts.both[h] : 0.0f;
+  for (int h = 0; h < 2; ++h)
+    extra[h] = weighs && n.inverse[h] != 0.0f ? c.number(RowNumber::kLambda, h) * tilts.both[h] : 0.0f;
 #pragma unroll
   for (int i = 0; i < D / 2; i += 2) {
     const int h = i / 2 % 2;
+    if (i % 16 == 0) c.forget_addresses();
     if (!c.valid(h) || c.col(i) >= p.shape.key_size) continue;
     const int64_t at = c.at(h, p.shape) * p.shape.key_size + c.col(i);
     FloatPair u{0.0f, 0.0f};
@@ -321,12 +336,13 @@ TILEWRIGHT_DEVICE void queries_consumer(const FlashQueriesParams<T>& p, char* me
   start_solve(c, n, y, p.options, given);
   bool mine;
   if (given) {
+    write_tilt_gradient(c, p, y);
     decide(c, n, 0, mine);  // no row is active
   } else {
     solve_rows(c, n, p.u, p.options, p.shape, y);
   }
-  hopper::named_sync(kCleanBarrier, kConsumers);  // residuals of both groups give way to tiles
-  take_tilts(c, n, p, y, tilts);
+  meet(kCleanBarrier, kConsumers);  // residuals of both groups give way to tiles
+  take_tilts(c, p, tilts);
   hopper::wait(rows_full, 1);
   multiply_factors(c, n, tilts, value, y, sum);
   write_gradients(c, n, p, y, sum, value, tilts);

@@ -24,13 +24,13 @@ template <class T, int D>
 TILEWRIGHT_DEVICE void gather_statistics(Consumer<T, D>& c, RowNumbers& n, float (&y)[D / 2]) {
   using S = FlashShape<T, D>;
   constexpr int kCount = S::kKeys / 2;
-  float s[kCount], rounded[2] = {0.0f, 0.0f};
+  float s[kCount], omega[2], rounded[2] = {0.0f, 0.0f};
   uint32_t factors[S::kKeys / 16][4];
 #pragma unroll
   for (int i = 0; i < D / 2; ++i) y[i] = 0.0f;
   for (int h = 0; h < 2; ++h) {
     n.peak[h] = hopper::bits_float(0xff800000u);
-    n.omega[h] = 0.0f;
+    omega[h] = 0.0f;
   }
   const auto digest = [&](int tile) {
     hopper::keep(s);
@@ -39,8 +39,9 @@ TILEWRIGHT_DEVICE void gather_statistics(Consumer<T, D>& c, RowNumbers& n, float
 #pragma unroll
     for (int i = 0; i < kCount; ++i) s[i] *= n.scale;
     if (!c.whole(tile)) {
+      const Seen seen = c.seen();
 #pragma unroll
-      for (int i = 0; i < kCount; ++i) s[i] = c.sees(i, tile) ? s[i] : hopper::bits_float(0xff800000u);
+      for (int i = 0; i < kCount; ++i) s[i] = c.sees(seen, i, tile) ? s[i] : hopper::bits_float(0xff800000u);
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) most[i / 2 % 2] = fmaxf(most[i / 2 % 2], s[i]);
@@ -48,15 +49,15 @@ TILEWRIGHT_DEVICE void gather_statistics(Consumer<T, D>& c, RowNumbers& n, float
     for (int h = 0; h < 2; ++h) {
       most[h] = quad_max(most[h]);
       base[h] = most[h] == hopper::bits_float(0xff800000u) ? 0.0f : most[h];
-      shrink[h] = exp2f(n.peak[h] - base[h]);
+      shrink[h] = hopper::exp2_flushed(n.peak[h] - base[h]);
       n.peak[h] = most[h];
-      n.omega[h] *= shrink[h];
+      omega[h] *= shrink[h];
       rounded[h] *= shrink[h];
     }
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {
-      s[i] = exp2f(s[i] - base[i / 2 % 2]);
-      n.omega[i / 2 % 2] += s[i];
+      s[i] = hopper::exp2_flushed(s[i] - base[i / 2 % 2]);
+      omega[i / 2 % 2] += s[i];
     }
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) y[i] *= shrink[i / 2 % 2];
@@ -68,11 +69,11 @@ TILEWRIGHT_DEVICE void gather_statistics(Consumer<T, D>& c, RowNumbers& n, float
   hopper::keep(y);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    n.omega[h] = quad_sum(n.omega[h]);
+    omega[h] = quad_sum(omega[h]);
     rounded[h] = quad_sum(rounded[h]);
-    n.inverse[h] = n.omega[h] == 0.0f ? 0.0f : 1.0f / n.omega[h];
+    n.inverse[h] = omega[h] == 0.0f ? 0.0f : 1.0f / omega[h];
     rounded[h] = rounded[h] == 0.0f ? 0.0f : 1.0f / rounded[h];
-    if (n.omega[h] == 0.0f) n.peak[h] = 0.0f;
+    if (omega[h] == 0.0f) n.peak[h] = 0.0f;
   }
 #pragma unroll
   for (int i = 0; i < D / 2; ++i) y[i] *= rounded[i / 2 % 2];
@@ -86,7 +87,7 @@ TILEWRIGHT_DEVICE void right_side(const Consumer<T, D>& c, const RowNumbers& n, 
   for (int i = 0; i < D / 2; i += 2) {
     float q0, q1;
     hopper::unpack_pair<T>(c.pair(S::kQuery, i), q0, q1);
-    const bool none = n.omega[i / 2 % 2] == 0.0f;
+    const bool none = n.inverse[i / 2 % 2] == 0.0f;
     y[i] = none ? 0.0f : y[i] - q0;
     y[i + 1] = none ? 0.0f : y[i + 1] - q1;
   }
@@ -110,7 +111,7 @@ TILEWRIGHT_DEVICE void gather_values(Consumer<T, D>& c, const RowNumbers& n, flo
   }
   c.forget_addresses();
   for (int tile = c.block.first_tile; tile < c.block.last_tile; ++tile) {
-    const bool mine = c.group_first <= tile && tile < c.group_last;
+    const bool mine = c.block.group_first[c.group] <= tile && tile < c.block.group_last[c.group];
     await(c, tile, false);
     const int keys = c.ring.at.stage;
     if (mine) {
@@ -155,25 +156,28 @@ TILEWRIGHT_DEVICE void take_solution(Consumer<T, D>& c, const RowNumbers& n, flo
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
     leverage[h] = 0.0f;
-    spoilt[h] = !given && (n.limit[h] - n.limit[h] != 0.0f || n.lambda[h] != n.lambda[h]);
+    const float limit = c.number(RowNumber::kLimit, h);
+    spoilt[h] = !given && (limit - limit != 0.0f || c.number(RowNumber::kLambda, h) != c.number(RowNumber::kLambda, h));
   }
 #pragma unroll
-  for (int i = 0; i < D / 2; i += 2) {
-    const int h = i / 2 % 2;
-    FloatPair value{0.0f, 0.0f};
-    if (c.valid(h) && c.col(i) < shape.key_size) {
-      auto* at = reinterpret_cast<FloatPair*>(x[h] + c.col(i));
-      value = *at;
-      if (spoilt[h]) value.low = value.high = hopper::bits_float(0x7fc00000u);
-      if (spoilt[h]) *at = value;
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll 2
+    for (int i = 2 * h; i < D / 2; i += 4) {
+      FloatPair value{0.0f, 0.0f};
+      if (c.valid(h) && c.col(i) < shape.key_size) {
+        auto* at = reinterpret_cast<FloatPair*>(x[h] + c.col(i));
+        value = *at;
+        if (spoilt[h]) value.low = value.high = hopper::bits_float(0x7fc00000u);
+        if (spoilt[h]) *at = value;
+      }
+      float mean[2], q[2];
+      hopper::unpack_pair<T>(c.mean(i / 2), mean[0], mean[1]);
+      hopper::unpack_pair<T>(c.pair(S::kQuery, i), q[0], q[1]);
+      leverage[h] += (mean[0] - q[0]) * value.low + (mean[1] - q[1]) * value.high;
+      c.pair(S::kLeft, i) = hopper::pack_pair<T>(value.low, value.high);
     }
-    float mean[2], q[2];
-    hopper::unpack_pair<T>(c.mean(i / 2), mean[0], mean[1]);
-    hopper::unpack_pair<T>(c.pair(S::kQuery, i), q[0], q[1]);
-    leverage[h] += (mean[0] - q[0]) * value.low + (mean[1] - q[1]) * value.high;
-    c.pair(S::kLeft, i) = hopper::pack_pair<T>(value.low, value.high);
   }
-  for (int h = 0; h < 2; ++h) leverage[h] = n.omega[h] == 0.0f ? 0.0f : quad_sum(leverage[h]);
+  for (int h = 0; h < 2; ++h) leverage[h] = n.inverse[h] == 0.0f ? 0.0f : quad_sum(leverage[h]);
   hopper::fence_async_shared();
   join_group(c);
 }
@@ -198,13 +202,14 @@ TILEWRIGHT_DEVICE void write_rows(const Consumer<T, D>& c, const RowNumbers& n, 
   if (p.rows == nullptr || c.thread % 4 != 0) return;
   for (int h = 0; h < 2; ++h) {
     if (!c.valid(h)) continue;
+    const float limit = c.number(RowNumber::kLimit, h);
     float* record = p.rows + at[h] * RowRecord::kSize;
     record[RowRecord::kPeak] = n.peak[h] / kLog2E;
-    record[RowRecord::kOmega] = n.omega[h];
+    record[RowRecord::kOmega] = n.inverse[h] == 0.0f ? 0.0f : 1.0f / n.inverse[h];
     record[RowRecord::kLeverage] = leverage[h];
     record[RowRecord::kResidual] =
-        n.limit[h] == 0.0f ? 0.0f : tolerance<T>(p.options) * sqrtf(n.square[h] / n.limit[h]);
-    p.iterations[at[h]] = n.iterations[h];
+        limit == 0.0f ? 0.0f : tolerance<T>(p.options) * sqrtf(c.number(RowNumber::kSquare, h) / limit);
+    p.iterations[at[h]] = static_cast<int32_t>(c.number(RowNumber::kCount, h));
   }
 }
 
@@ -220,7 +225,7 @@ TILEWRIGHT_DEVICE void forward_consumer(const FlashForwardParams<T>& p, char* me
   hopper::wait(reinterpret_cast<hopper::Barrier*>(memory + S::kBarriers)[2 * S::kStages], 0);
   gather_statistics(c, n, y);
   for (int h = 0; h < 2; ++h) {
-    if (c.valid(h) && c.marks()[c.row(h)] != 0) n.omega[h] = n.inverse[h] = hopper::bits_float(0x7fc00000u);
+    if (c.valid(h) && c.marks()[c.row(h)] != 0) n.inverse[h] = hopper::bits_float(0x7fc00000u);
   }
   if (!given) set_ridges(c, n, p.options, p.shape, p.ridge);
   keep_mean(c, y);

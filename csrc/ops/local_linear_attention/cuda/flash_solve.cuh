@@ -23,10 +23,7 @@ TILEWRIGHT_DEVICE float tolerance(const Options& options) {
 // A row's numbers, for the two rows of a thread.
 struct RowNumbers {
   float scale;  // of the scores, in units of the power of 2
-  float peak[2], omega[2], inverse[2];  // peak in the same units
-  float lambda[2];
-  float limit[2], square[2];  // |residual|^2 to stop at; |residual|^2
-  int iterations[2];
+  float peak[2], inverse[2];  // in the same units; 1 / omega, 0 for a row without keys
   bool active[2];
 };
 
@@ -34,10 +31,11 @@ struct RowNumbers {
 template <class T, int D, int Count>
 TILEWRIGHT_DEVICE void weigh_tile(const Consumer<T, D>& c, const RowNumbers& n, int tile, float (&s)[Count]) {
 #pragma unroll
-  for (int i = 0; i < Count; ++i) s[i] = exp2f(fmaf(s[i], n.scale, -n.peak[i / 2 % 2]));
+  for (int i = 0; i < Count; ++i) s[i] = hopper::exp2_flushed(fmaf(s[i], n.scale, -n.peak[i / 2 % 2]));
   if (c.whole(tile)) return;
+  const Seen seen = c.seen();
 #pragma unroll
-  for (int i = 0; i < Count; ++i) s[i] = c.sees(i, tile) ? s[i] : 0.0f;
+  for (int i = 0; i < Count; ++i) s[i] = c.sees(seen, i, tile) ? s[i] : 0.0f;
 }
 
 template <class T, int D>
@@ -69,14 +67,17 @@ TILEWRIGHT_DEVICE void start_solve(Consumer<T, D>& c, RowNumbers& n, const float
   const float rtol = tolerance<T>(options);
 #pragma unroll
   for (int h = 0; h < 2; ++h) {
-    n.square[h] = quad_sum(square[h]);
-    n.limit[h] = rtol * rtol * n.square[h];
-    n.iterations[h] = 0;
+    square[h] = quad_sum(square[h]);
+    const float limit = rtol * rtol * square[h];
+    c.set_number(RowNumber::kSquare, h, square[h]);
+    c.set_number(RowNumber::kLimit, h, limit);
+    c.set_number(RowNumber::kCount, h, 0.0f);
     // Written so that NaN is not active.
-    n.active[h] = !given && c.valid(h) && n.square[h] > n.limit[h] && n.lambda[h] == n.lambda[h] &&
-                  n.square[h] - n.square[h] == 0.0f;
-    unit[h] = n.active[h] ? rsqrtf(n.square[h]) : 0.0f;
+    n.active[h] = !given && c.valid(h) && square[h] > limit && square[h] - square[h] == 0.0f;
+    if (n.active[h]) n.active[h] = c.number(RowNumber::kLambda, h) > 0.0f;
+    unit[h] = n.active[h] ? rsqrtf(square[h]) : 0.0f;
   }
+  __syncwarp();
 #pragma unroll
   for (int i = 0; i < D / 2; i += 2) {
     c.pair(S::kLeft, i) = hopper::pack_pair<T>(y[i] * unit[i / 2 % 2], y[i + 1] * unit[i / 2 % 2]);
@@ -126,24 +127,46 @@ TILEWRIGHT_DEVICE float* solution_row(const Consumer<T, D>& c, float* solutions,
   return solutions + c.at(h, shape) * shape.key_size;
 }
 
+// x += step p for the rows that are active. Not unrolled: the sums that wait beside it leave few registers for loads.
+template <class T, int D>
+TILEWRIGHT_DEVICE void move_solution(const Consumer<T, D>& c, const RowNumbers& n, const float (&step)[2],
+                                     float* solutions, const Shape& shape) {
+  using S = FlashShape<T, D>;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    if (!n.active[h]) continue;
+    float* const x = solution_row(c, solutions, shape, h);
+#pragma unroll 2
+    for (int i = 2 * h; i < D / 2; i += 4) {
+      if (c.col(i) >= shape.key_size) break;
+      float low, high;
+      hopper::unpack_pair<T>(c.pair(S::kLeft, i), low, high);
+      auto* at = reinterpret_cast<FloatPair*>(x + c.col(i));
+      const FloatPair before = *at;
+      *at = FloatPair{before.low + step[h] * low, before.high + step[h] * high};
+    }
+  }
+}
+
 // One step from y: x, residual and direction of the rows that are active. With A p known, step = r.p / p.Ap and the next
 // direction is made conjugate to p as it was rounded: r - (r.Ap / p.Ap) p.
 template <class T, int D>
 TILEWRIGHT_DEVICE void take_step(Consumer<T, D>& c, RowNumbers& n, float (&y)[D / 2], const float (&drift)[2],
-                                 float* solutions, const Shape& shape, int max_iterations) {
+                                 float* solutions, const Shape& shape, float max_iterations) {
   using S = FlashShape<T, D>;
-  float* const x[2] = {solution_row(c, solutions, shape, 0), solution_row(c, solutions, shape, 1)};
+  const float lambda[2] = {c.number(RowNumber::kLambda, 0), c.number(RowNumber::kLambda, 1)};
   float curvature[2] = {0.0f, 0.0f}, along[2] = {0.0f, 0.0f}, step[2], square[2] = {0.0f, 0.0f},
         mixed[2] = {0.0f, 0.0f};
 #pragma unroll
   for (int i = 0; i < D / 2; i += 2) {
     const int h = i / 2 % 2;
+    if (i % 16 == 0) c.forget_addresses();  // few loads under way at a time
     float mean[2], p[2];
     hopper::unpack_pair<T>(c.mean(i / 2), mean[0], mean[1]);
     hopper::unpack_pair<T>(c.pair(S::kLeft, i), p[0], p[1]);
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
-      y[i + e] = fmaf(y[i + e] - drift[h] * mean[e], n.inverse[h], n.lambda[h] * p[e]);
+      y[i + e] = fmaf(y[i + e] - drift[h] * mean[e], n.inverse[h], lambda[h] * p[e]);
       curvature[h] += p[e] * y[i + e];
       along[h] += p[e] * c.residual(i + e);
     }
@@ -155,19 +178,12 @@ TILEWRIGHT_DEVICE void take_step(Consumer<T, D>& c, RowNumbers& n, float (&y)[D 
     // Rounding or NaN: nothing to be gained along this direction.
     n.active[h] = n.active[h] && curvature[h] > 0.0f;
     step[h] = n.active[h] ? along[h] / curvature[h] : 0.0f;
-    n.iterations[h] += n.active[h] ? 1 : 0;
   }
+  move_solution(c, n, step, solutions, shape);
   c.forget_addresses();
 #pragma unroll
   for (int i = 0; i < D / 2; i += 2) {
     const int h = i / 2 % 2;
-    float p[2];
-    hopper::unpack_pair<T>(c.pair(S::kLeft, i), p[0], p[1]);
-    if (n.active[h] && c.col(i) < shape.key_size) {
-      auto* at = reinterpret_cast<FloatPair*>(x[h] + c.col(i));
-      const FloatPair before = *at;
-      *at = FloatPair{before.low + step[h] * p[0], before.high + step[h] * p[1]};
-    }
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const float left = c.residual(i + e) - step[h] * y[i + e];
@@ -182,8 +198,12 @@ TILEWRIGHT_DEVICE void take_step(Consumer<T, D>& c, RowNumbers& n, float (&y)[D 
   for (int h = 0; h < 2; ++h) {
     square[h] = quad_sum(square[h]);
     mixed[h] = quad_sum(mixed[h]);
-    if (n.active[h]) n.square[h] = square[h];
-    n.active[h] = n.active[h] && square[h] > n.limit[h] && n.iterations[h] < max_iterations;
+    const float count = c.number(RowNumber::kCount, h) + 1.0f;
+    const bool goes_on = n.active[h] && square[h] > c.number(RowNumber::kLimit, h) && count < max_iterations;
+    __syncwarp();
+    if (n.active[h]) c.set_number(RowNumber::kSquare, h, square[h]);
+    if (n.active[h]) c.set_number(RowNumber::kCount, h, count);
+    n.active[h] = goes_on;
     unit[h] = n.active[h] ? rsqrtf(square[h]) : 0.0f;
     turn[h] = n.active[h] ? mixed[h] / curvature[h] : 0.0f;
   }
@@ -207,7 +227,7 @@ TILEWRIGHT_DEVICE bool decide(const Consumer<T, D>& c, const RowNumbers& n, int 
   int* flags = reinterpret_cast<int*>(c.memory + S::kFlags) + parity * 8;
   if (c.thread % 32 == 0) flags[c.group * 4 + c.thread / 32] = any;
   hopper::fence_async_shared();
-  hopper::named_sync(kDecisionBarrier, kConsumers + 32);
+  meet(kDecisionBarrier, kConsumers + 32);
   int total = 0, own = 0;
   for (int w = 0; w < 8; ++w) {
     total |= flags[w];
@@ -221,7 +241,7 @@ TILEWRIGHT_DEVICE bool decide(const Consumer<T, D>& c, const RowNumbers& n, int 
 template <class T, int D>
 TILEWRIGHT_DEVICE bool hear_decision(const char* memory, int parity) {
   using S = FlashShape<T, D>;
-  hopper::named_sync(kDecisionBarrier, kConsumers + 32);
+  meet(kDecisionBarrier, kConsumers + 32);
   const int* flags = reinterpret_cast<const int*>(memory + S::kFlags) + parity * 8;
   int total = 0;
   for (int w = 0; w < 8; ++w) total |= flags[w];
@@ -234,13 +254,16 @@ TILEWRIGHT_DEVICE void set_ridges(const Consumer<T, D>& c, RowNumbers& n, const 
                                   const float* ridge) {
   constexpr float kMost = 1e30f;
   for (int h = 0; h < 2; ++h) {
-    n.lambda[h] = 1.0f;
-    if (!c.valid(h) || n.omega[h] == 0.0f) continue;
-    const float factor = options.absolute ? fminf(exp2f(-n.peak[h]) * n.inverse[h], kMost) : 1.0f;
-    const float given = ridge[c.at(h, shape)];
-    n.lambda[h] = given > 0.0f ? fminf(given * factor, kMost) : hopper::bits_float(0x7fc00000u);
-    if (n.omega[h] != n.omega[h]) n.lambda[h] = n.omega[h];
+    float lambda = 1.0f;
+    if (c.valid(h) && n.inverse[h] != 0.0f) {
+      const float factor = options.absolute ? fminf(exp2f(-n.peak[h]) * n.inverse[h], kMost) : 1.0f;
+      const float given = ridge[c.at(h, shape)];
+      lambda = given > 0.0f ? fminf(given * factor, kMost) : hopper::bits_float(0x7fc00000u);
+      if (n.inverse[h] != n.inverse[h]) lambda = n.inverse[h];
+    }
+    c.set_number(RowNumber::kLambda, h, lambda);
   }
+  __syncwarp();
 }
 
 template <class T, int D>
@@ -252,7 +275,7 @@ TILEWRIGHT_DEVICE void solve_rows(Consumer<T, D>& c, RowNumbers& n, float* solut
     const int h = i / 2 % 2;
     if (c.valid(h) && c.col(i) < shape.key_size) *reinterpret_cast<FloatPair*>(x[h] + c.col(i)) = FloatPair{0.0f, 0.0f};
   }
-  const int most = options.max_iterations < 2147483647 ? static_cast<int>(options.max_iterations) : 2147483647;
+  const auto most = static_cast<float>(options.max_iterations);  // counts are exact in float32 up to 2^24
   bool mine;
   for (int parity = 0; decide(c, n, parity, mine); parity ^= 1) {
     float drift[2];

@@ -63,7 +63,7 @@ struct FlashBackward {
   float* dridge;  // null for kGiven
   float* dx;  // [N, HQ, K] for kGiven, else null
   float* u;  // [N, HQ, K], workspace; null for kGiven
-  void *rounded_x, *rounded_u;  // [N, HQ, K] in bf16, workspace
+  void *rounded_x, *rounded_u;  // [N, HQ, K] in bf16, workspace; x and -u
   void* records;  // [HQ, N] of flash_record_floats() floats, workspace
 };
 int64_t flash_record_floats();

@@ -2,6 +2,7 @@
 // Which sequence a row belongs to and which keys it sees.
 #pragma once
 
+#include "hopper/arithmetic.h"
 #include "hopper/hopper.h"
 #include "ops/local_linear_attention/cuda/launch.h"
 
