@@ -12,8 +12,8 @@
 // token in between; a thread adds a channel's pairs within squares of 16 tokens.
 #pragma once
 
-#include "ops/linear_attention/cuda/backward_collect.cuh"
 #include "ops/linear_attention/cuda/backward_prepare_channel.cuh"
+#include "ops/linear_attention/cuda/backward_slices.cuh"
 
 namespace tilewright::linear_attention::cuda::backward {
 
@@ -22,7 +22,7 @@ inline constexpr int kChannelThreads = kCollectGroups * kGroup;
 template <class T, int kKey>
 struct ChannelCollectShared {
   using All = Tiles<T, kKey>;
-  using Slice = CollectShared<T, kKey>;
+  using Slice = SliceShared<T, kKey>;
   static constexpr int kLeading = ChannelSums<kKey>::kLeading;
   static constexpr int kRowBytes = kChunk * kLeading * 4;
   static constexpr int kKeys = 0;
@@ -68,7 +68,7 @@ struct FloatRows {
 template <class T, int kKey, bool kDelta>
 class ChannelCollector {
   using Shared = ChannelCollectShared<T, kKey>;
-  using Slice = CollectShared<T, kKey>;
+  using Slice = SliceShared<T, kKey>;
   using All = Tiles<T, kKey>;
 
  public:
