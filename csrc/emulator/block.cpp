@@ -192,7 +192,7 @@ std::string deadlock_report(const Cluster& cluster) {
     }
     for (const auto& [what, threads] : groups) {
       text += "; block (" + std::to_string(block->index.x) + ", " + std::to_string(block->index.y) + ", " +
-              std::to_string(block->index.z) + ") threads " + ranges(threads) + " wait in " + what;
+              std::to_string(block->index.z) + ") threads " + ranges(threads) + " are in " + what;
     }
   }
   return text;

@@ -94,7 +94,10 @@ void check_place(const void* shared, uint32_t bytes, uint32_t multiple, const ch
 }
 
 void start_load(Block& block, std::vector<Chunk> chunks, uint32_t barrier, const char* what) {
-  for (const Chunk& chunk : chunks) mark_flight(block, chunk.offset, chunk.bytes, what);
+  for (const Chunk& chunk : chunks) {
+    if ((block.shared.flags[chunk.offset] & kInFlight) == 0) check_async_write(block, chunk.offset, chunk.bytes, what);
+    mark_flight(block, chunk.offset, chunk.bytes, what);
+  }
   auto flight = std::make_unique<Flight>();
   flight->block = &block;
   flight->what =

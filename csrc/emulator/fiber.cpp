@@ -7,7 +7,7 @@
 #include <cstring>
 #include <stdexcept>
 
-#if !defined(__x86_64__)
+#if !defined(__x86_64__) || defined(TILEWRIGHT_EMULATOR_UCONTEXT)
 #include <ucontext.h>
 #endif
 
@@ -37,7 +37,7 @@ void Stack::clear_stamps(size_t used_bytes) {
   std::memset(stamps() + (kStackBytes / 8 - words), 0, words * sizeof(uint32_t));
 }
 
-#if defined(__x86_64__)
+#if defined(__x86_64__) && !defined(TILEWRIGHT_EMULATOR_UCONTEXT)
 
 // rdi: where to save the stack pointer; rsi: the one to go on with.
 extern "C" void tilewright_switch_stack(void** from, void* to);
@@ -77,9 +77,11 @@ Context new_context(const Stack& stack, void (*entry)()) {
 
 #else
 
-// Elsewhere the C library switches; a context owns its ucontext for the life of the process.
+// Elsewhere the C library switches. A fiber's context lies on its stack; the scheduler, of which there is one at a time,
+// has none before it first switches.
 void switch_context(Context& from, Context& to) {
-  if (from.stack_pointer == nullptr) from.stack_pointer = new ucontext_t;
+  static ucontext_t scheduler;
+  if (from.stack_pointer == nullptr) from.stack_pointer = &scheduler;
   swapcontext(static_cast<ucontext_t*>(from.stack_pointer), static_cast<ucontext_t*>(to.stack_pointer));
 }
 

@@ -218,21 +218,50 @@ void land_bytes(Block& block, uint32_t offset, const char* data, uint32_t bytes,
   }
 }
 
-void mark_reading(Block& block, uint32_t offset, uint32_t bytes, const char* what) {
-  SharedMemory& shared = block.shared;
+namespace {
+
+// What a thread wrote by ordinary stores reaches the asynchronous proxy through its fence, and other threads' use of that
+// proxy through a barrier after the fence.
+void check_fenced(const Block& block, uint32_t offset, const char* what, const char* does) {
+  const ByteHistory& byte = block.shared.history[offset];
+  const Fiber& writer = *block.fibers[byte.writer % static_cast<size_t>(machine->shape.threads)];
+  const auto& fences = writer.proxy_fences;
+  const auto fence = std::upper_bound(fences.begin(), fences.end(), byte.stamp,
+                                      [](uint32_t stamp, const ProxyFence& f) { return stamp < f.stamp; });
+  if (fence == fences.end()) {
+    kernel_error("%s %s shared byte %u, which thread %d wrote without a fence_async_shared() since", what, does, offset,
+                 writer.thread);
+  }
+  if (&writer != current && !knows(*current, component_of(writer), fence->count)) {
+    kernel_error(
+        "%s %s shared byte %u, which thread %d wrote; its fence_async_shared() came only after the barrier "
+        "between the two threads",
+        what, does, offset, writer.thread);
+  }
+}
+
+}  // namespace
+
+void check_async_read(Block& block, uint32_t offset, uint32_t bytes, const char* what) {
+  const SharedMemory& shared = block.shared;
+  check_order(block, offset, bytes, false, what);
   for (uint32_t i = offset; i < offset + bytes; ++i) {
     const uint8_t flags = shared.flags[i];
     if ((flags & (kWritten | kInFlight | kBarrierWord)) != kWritten) report_shared(block, i, 1, false, what);
-    if ((flags & kGeneric) != 0) {
-      const Fiber& writer = *block.fibers[shared.history[i].writer % static_cast<size_t>(machine->shape.threads)];
-      if (writer.proxy_fence < shared.history[i].stamp) {
-        kernel_error("%s reads shared byte %u, which thread %d wrote without a fence_async_shared() since", what, i,
-                     writer.thread);
-      }
-    }
-    ++shared.readers[i];
+    if ((flags & kGeneric) != 0) check_fenced(block, i, what, "reads");
   }
-  check_order(block, offset, bytes, false, what);
+}
+
+void check_async_write(Block& block, uint32_t offset, uint32_t bytes, const char* what) {
+  check_order(block, offset, bytes, true, what);
+  for (uint32_t i = offset; i < offset + bytes; ++i) {
+    if ((block.shared.flags[i] & kGeneric) != 0) check_fenced(block, i, what, "overwrites");
+  }
+}
+
+void mark_reading(Block& block, uint32_t offset, uint32_t bytes, const char* what) {
+  check_async_read(block, offset, bytes, what);
+  for (uint32_t i = offset; i < offset + bytes; ++i) ++block.shared.readers[i];
 }
 
 void unmark_reading(Block& block, uint32_t offset, uint32_t bytes) {
@@ -242,7 +271,10 @@ void unmark_reading(Block& block, uint32_t offset, uint32_t bytes) {
 
 void fence_async_shared() {
   const Unwatched inside;
-  current->proxy_fence = ++this_block().cluster->stamp;
+  std::vector<ProxyFence>& fences = current->proxy_fences;
+  constexpr size_t kRemembered = 1024;
+  if (fences.size() == kRemembered) fences.erase(fences.begin(), fences.begin() + kRemembered / 2);
+  fences.push_back({++this_block().cluster->stamp, current->count});
 }
 
 // --- registers: a thread's stack

@@ -94,6 +94,11 @@ struct AsyncStore {
   int group = -1;
 };
 
+// A fence_async_shared(): when, and the thread's count of releases then.
+struct ProxyFence {
+  uint32_t stamp, count;
+};
+
 struct Fiber {
   enum class State : uint8_t { kReady, kRunning, kParked, kPolling, kDone };
 
@@ -114,7 +119,7 @@ struct Fiber {
   // registers (the stack)
   uint32_t clock = 1;
   uint32_t register_fence = 0;   // clock at the last wgmma_fence; 0: none yet
-  uint32_t proxy_fence = 0;      // block's stamp at the last fence_async_shared
+  std::vector<ProxyFence> proxy_fences;
 
   // wgmma
   uint64_t issued = 0;           // products issued by this thread
@@ -271,6 +276,8 @@ void take_shared(SharedMemory& shared, uint32_t bytes);
 uint32_t shared_offset(const Block& block, const void* pointer, size_t bytes, const char* what);
 void mark_flight(Block& block, uint32_t offset, uint32_t bytes, const char* what);
 void land_bytes(Block& block, uint32_t offset, const char* data, uint32_t bytes, const MBarrier* barrier);
+void check_async_read(Block& block, uint32_t offset, uint32_t bytes, const char* what);
+void check_async_write(Block& block, uint32_t offset, uint32_t bytes, const char* what);
 void mark_reading(Block& block, uint32_t offset, uint32_t bytes, const char* what);
 void unmark_reading(Block& block, uint32_t offset, uint32_t bytes);
 void check_global_range(const void* pointer, size_t bytes, bool writes, const char* what);

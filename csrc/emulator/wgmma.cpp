@@ -129,10 +129,12 @@ void execute(Block& block, Product& product) {
 }
 
 // Operands are read from the moment the first warp has issued the product until the last one has waited for it.
+// Each warp must have been told of what it reads.
 void start_reading(Block& block, Product& product) {
+  const auto check = product.reading ? &check_async_read : &mark_reading;
   product.reading = true;
-  for (const uint32_t chunk : product.a_chunks) mark_reading(block, chunk, 16, "wgmma (operand A)");
-  for (const uint32_t chunk : product.b_chunks) mark_reading(block, chunk, 16, "wgmma (operand B)");
+  for (const uint32_t chunk : product.a_chunks) check(block, chunk, 16, "wgmma (operand A)");
+  for (const uint32_t chunk : product.b_chunks) check(block, chunk, 16, "wgmma (operand B)");
 }
 
 void retire(Block& block, WarpGroup& group) {
@@ -232,7 +234,7 @@ void wgmma_issue(const ProductShape& shape, void* d, const uint32_t* a_registers
   std::fill_n(reinterpret_cast<uint32_t*>(registers), shape.n / 2, kPoison);
   fiber.products.push_back({&product, registers, bytes, -1});
   ++product.issued;
-  if (++product.issued_by_warp[t / 32] == 32 && !product.reading) start_reading(block, product);
+  if (++product.issued_by_warp[t / 32] == 32) start_reading(block, product);
   if (product.issued == 128) {
     for (Fiber* waiter : std::exchange(group.waiting, {})) wake(waiter);
   }

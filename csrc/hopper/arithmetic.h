@@ -8,8 +8,8 @@ namespace tilewright::hopper {
 
 #if defined(__CUDACC__)
 
-// (word & mask) | bits in one instruction, both constants kept in registers: left to itself the compiler takes two, with a
-// constant in each.
+// (word & mask) | bits in one instruction, both constants kept in registers: left to itself the compiler takes two,
+// with a constant in each.
 TILEWRIGHT_DEVICE uint32_t and_or(uint32_t word, uint32_t mask, uint32_t bits) {
   uint32_t result;
   asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(word), "r"(mask), "r"(bits));

@@ -260,7 +260,9 @@ Tensor int4_int8_linear(const Tensor& x, const Tensor& weight, const std::option
 }
 
 Tensor int4_fp8_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
-                       bool fold, int64_t layout) {
+                       bool fold, int64_t layout, const std::optional<Tensor>& residual) {
+  require(!residual.has_value(),
+          "int4_fp8_linear: residual is added by the CUDA kernels only; on the CPU add it to the result");
   require(layout == 0,
           "int4_fp8_linear: weight is in the layout of the CUDA kernels, but x is on the CPU; move x to the "
           "weight's device, or repack the weight with PackedInt4.to('cpu')");
@@ -296,7 +298,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tilewright, m) {
       "int4_linear_reference(Tensor x, Tensor weight, Tensor? bias, int out_features, int scale_group, bool fp8, bool "
       "fold) -> Tensor");
   m.def(
-      "int4_fp8_linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features, bool fold, int layout=0) -> Tensor");
+      "int4_fp8_linear(Tensor x, Tensor weight, Tensor? bias, SymInt out_features, bool fold, int layout=0, "
+      "Tensor? residual=None) -> Tensor");
   m.def("int4_repack(Tensor blob, bool hopper) -> Tensor");
   m.def("int4_blob_layout(Tensor blob) -> int");
   m.def(
@@ -305,7 +308,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tilewright, m) {
       "Tensor)");
   m.def(
       "int4_fp8_linear_quantized(Tensor codes, Tensor scales, Tensor sums, Tensor weight, Tensor? bias, SymInt "
-      "in_features, bool fold, int layout, Tensor(a!) y) -> ()");
+      "in_features, bool fold, int layout, Tensor(a!) y, Tensor? residual=None) -> ()");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tilewright, CPU, m) {

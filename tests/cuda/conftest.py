@@ -38,9 +38,11 @@ class Device:
             self.emulator.seed(seed)
 
     def tensor(self, x: torch.Tensor) -> torch.Tensor:
-        """x on the device, with its strides and its requires_grad."""
+        """x on the device, with its strides where that can be, and its requires_grad."""
         if self.is_emulator:
             return x
+        if any(stride == 0 and size > 1 for stride, size in zip(x.stride(), x.shape, strict=True)):
+            return x.detach().cuda().requires_grad_(x.requires_grad)  # expanded: elements share memory
         moved = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cuda").copy_(x)
         return moved.detach().requires_grad_(x.requires_grad)
 

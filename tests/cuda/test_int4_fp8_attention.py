@@ -188,6 +188,17 @@ def test_many_queries_match_float64(
     check(device, torch.randn(sum(counts), heads, head_dim), cache, counts, PREFILL)
 
 
+def test_rows_whose_chunks_would_take_too_much_memory_walk_their_keys_uncut(device: Any) -> None:
+    """More than 2 MB of partial results for each multiprocessor; a row of the cache has room for 32 chunks."""
+    where, tokens, head_dim = device.torch_device, 40 if device.is_emulator else 600, 64
+    heads = 32 if device.is_emulator else 64
+    assert tokens * heads * 32 * (head_dim + 2) * 4 > multiprocessors(device) * 2**21
+    cache = KVCache.allocate(1, 2, head_dim, 8192, "bf16", device=where)
+    k, v = (device.tensor(torch.randn(600 if tokens == 600 else 290, 2, head_dim)) for _ in range(2))
+    kv_append_(cache, k, v, offsets([k.shape[0]], where))
+    check(device, torch.randn(tokens, heads, head_dim), cache, [tokens], DECODE)
+
+
 @pytest.mark.parametrize("length", [1, 15, 16, 17, 63, 64, 65, 255, 256, 257, 700])
 def test_every_kind_of_length(device: Any, length: int) -> None:
     for head_dim in (64, 128):

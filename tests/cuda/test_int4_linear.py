@@ -246,6 +246,19 @@ def test_tokens_are_rounded_as_on_the_cpu(device: Any, columns: int, dtype: torc
     assert_within(got, sums, sub * UNIT_ROUNDOFF * padded.double().abs().view(6, -1, sub).sum(-1), "sums of codes")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows", [68, 67])
+def test_a_residual_is_added_before_the_rounding(device: Any, dtype: torch.dtype, rows: int) -> None:
+    packed = on(device, random_weight(rows, 256, 128))
+    for tokens in (3, 19):
+        x, residual = torch.randn(tokens, 256).to(dtype), torch.randn(tokens, rows).to(dtype)
+        got = ops.int4_fp8_linear(device.tensor(x), packed, residual=device.tensor(residual))
+        wide = ops.int4_fp8_linear(device.tensor(x.float()), packed)
+        assert torch.equal(got, (wide + device.tensor(residual).float()).to(dtype))
+        ahead = ops.int4_fp8_linear(ops.fp8_tokens(device.tensor(x), packed), packed, residual=device.tensor(residual))
+        assert torch.equal(ahead, got)
+
+
 @pytest.mark.parametrize("columns", [7, 300, 4500])
 @pytest.mark.parametrize(("gated", "normed"), [(True, False), (False, True), (True, True)])
 def test_gate_and_norm_on_the_way(device: Any, columns: int, gated: bool, normed: bool) -> None:
@@ -298,6 +311,8 @@ def test_bad_input_is_an_error_that_names_it(device: Any) -> None:
         call(x, packed.data, None, 8, False, 6)
     with pytest.raises(RuntimeError, match=r"bias has shape \[7\]"):
         call(x, packed.data, device.tensor(torch.ones(7)), 8, False, packed.layout)
+    with pytest.raises(RuntimeError, match="residual has shape"):
+        call(x, packed.data, None, 8, False, packed.layout, x)
     with pytest.raises(RuntimeError, match="x has dtype Int"):
         call(x.int(), packed.data, None, 8, False, packed.layout)
     with pytest.raises(RuntimeError, match="mode='exact'"):

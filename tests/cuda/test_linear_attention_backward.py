@@ -186,7 +186,7 @@ def test_gradients_equal_the_recurrence_in_float64(device: Device, rule: str, de
 @pytest.mark.parametrize("decay", DECAYS)
 @pytest.mark.parametrize("rule", RULES)
 def test_float32_is_as_good_as_the_same_arithmetic_in_torch(device: Device, rule: str, decay: str) -> None:
-    tokens, size = (9, 12) if device.is_emulator else (500, 128)
+    tokens, size = (9, 12) if device.is_emulator else (130, 128)
     assert_agrees(device, make(rule, decay, tokens, group=2, key=size, value=size, dtype=torch.float32))
 
 
@@ -196,7 +196,7 @@ def test_float32_is_as_good_as_the_same_arithmetic_in_torch(device: Device, rule
 def test_sixteen_bits(device: Device, rule: str, decay: str, dtype: torch.dtype) -> None:
     sizes = [(CHUNK + 6, 1, 1, 40, 72)]
     if not device.is_emulator:
-        sizes += [(1, 1, 1, 64, 64), (CHUNK, 2, 2, 128, 128), (1000, 2, 2, 128, 128), (300, 1, 4, 64, 256)]
+        sizes += [(1, 1, 1, 64, 64), (CHUNK, 2, 2, 128, 128), (250, 2, 2, 128, 128), (130, 1, 4, 64, 256)]
     for tokens, heads, group, key, value in sizes:
         inputs = make(
             rule, decay, tokens, heads=heads, group=group, key=key, value=value, strength=0.2, dtype=dtype, seed=tokens
@@ -232,8 +232,15 @@ def test_gates_that_forget_everything(device: Device, rule: str, decay: str) -> 
 
 
 @pytest.mark.parametrize("rule", RULES)
+def test_a_thousand_tokens(device: Device, rule: str) -> None:
+    if device.is_emulator:
+        pytest.skip("too long for the emulator")
+    assert_agrees(device, make(rule, "token", 1000, heads=2, group=2, key=128, value=128, strength=0.1))
+
+
+@pytest.mark.parametrize("rule", RULES)
 def test_same_sign_inputs(device: Device, rule: str) -> None:
-    inputs = make(rule, "token", 70 if device.is_emulator else 500, strength=0.5)
+    inputs = make(rule, "token", 70 if device.is_emulator else 250, strength=0.5)
     changed = {n: getattr(inputs, n).abs() for n in ("q", "k", "v", "initial_state", "d_out", "d_state")}
     assert_agrees(device, replace(inputs, **changed))
 
@@ -256,7 +263,7 @@ LENGTHS = [1, 0, CHUNK + 5, 9]
 )
 @pytest.mark.parametrize("rule", RULES)
 def test_packed_sequences_equal_the_loop_bit_for_bit(device: Device, rule: str, decay: str, dtype: torch.dtype) -> None:
-    lengths = (LENGTHS if dtype in NARROW else [1, 0, 9, 3]) if device.is_emulator else [*LENGTHS, 3 * CHUNK, 700]
+    lengths = (LENGTHS if dtype in NARROW else [1, 0, 9, 3]) if device.is_emulator else [*LENGTHS, 3 * CHUNK]
     size = 64 if dtype in NARROW else 9
     offsets = [0, *itertools.accumulate(lengths)]
     inputs = make(

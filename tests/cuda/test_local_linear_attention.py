@@ -431,22 +431,37 @@ def test_nothing_to_do(device: Device) -> None:
 
 
 def test_in_a_graph(device: Device) -> None:
+    """The operators themselves: autograd's engine has rules of its own about streams under capture."""
     if device.is_emulator:
         pytest.skip("there are no CUDA graphs in the emulator")
+    library = torch.ops.tilewright
+    options = (64**-0.5, True, None, 1e-4, 32, "cg", False, False, True)
     for dtype, tokens in ((torch.bfloat16, 300), (torch.float32, 40)):
-        tensors = [x.requires_grad_() for x in on(device, *inputs(tokens, 64, 64, heads=2, dtype=dtype))]
+        q, k, v = on(device, *inputs(tokens, 64, 64, heads=2, dtype=dtype))
         weight = torch.randn(1, tokens, 2, 64, device="cuda", dtype=dtype)
+        ridge = torch.ones(1, tokens, 2, device="cuda")
+        lengths = torch.tensor([tokens], device="cuda")
 
-        def step(tensors: list[Tensor] = tensors, weight: Tensor = weight) -> tuple[Tensor, ...]:
-            o = lla_attention(*tensors)
-            return (o, *torch.autograd.grad(o, tensors, weight))
+        def step(
+            q: Tensor = q,
+            k: Tensor = k,
+            v: Tensor = v,
+            weight: Tensor = weight,
+            ridge: Tensor = ridge,
+            lengths: Tensor = lengths,
+        ) -> tuple[Tensor, ...]:
+            o, tilt, *_ = library.lla_forward(q, k, v, ridge, None, None, None, *options)
+            grads = library.lla_backward(weight, q, k, v, ridge, tilt, None, *options)
+            decoded = library.lla_forward(q[:, -1:], k, v, ridge[:, -1:], None, None, lengths, *options)
+            return o, *grads, decoded[0]
 
-        eager = step()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            captured = step()
+        with torch.no_grad():
+            eager = step()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = step()
         for x in captured:
-            x.detach().zero_()
+            x.zero_()
         graph.replay()
         device.synchronize()
         for a, b in zip(captured, eager, strict=True):

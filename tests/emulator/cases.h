@@ -41,6 +41,7 @@ struct Case {
 };
 
 void run_layouts(const std::string& tables);  // prints like main
+std::vector<Case> unit_cases();
 std::vector<Case> simple_cases();
 std::vector<Case> pipeline_cases();
 std::vector<Case> product_cases();

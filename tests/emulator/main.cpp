@@ -45,7 +45,8 @@ int main(int count, char** arguments) {
   auto& settings = tilewright::emulator::current_settings();
   settings.seed = count > 1 ? std::strtoull(arguments[1], nullptr, 10) : 0;
   settings.strict = true;
-  for (const auto& cases : {simple_cases(), pipeline_cases(), product_cases(), store_cases(), cluster_cases()}) {
+  for (const auto& cases :
+       {unit_cases(), simple_cases(), pipeline_cases(), product_cases(), store_cases(), cluster_cases()}) {
     for (const Case& test : cases) {
       if (count < 3 || test.name == arguments[2]) run_case(test);
     }

@@ -26,6 +26,8 @@ enum class Ring {
   kPastEnd,
   kMisalignedCopy,
   kBarrierOverwritten,
+  kRewritten,
+  kRewrittenFenced,
 };
 
 struct RingParams {
@@ -88,6 +90,8 @@ __global__ void __launch_bounds__(160, 1) ring(const __grid_constant__ RingParam
     }
     sum[0] += tile[t];
     sum[1] += tile[t + 128];
+    if (F == Ring::kRewritten || F == Ring::kRewrittenFenced) const_cast<float*>(tile)[t] = sum[0];
+    if (F == Ring::kRewrittenFenced) fence_async_shared();
     if (F != Ring::kReleaseByOneOfTheWarp) __syncwarp();
     if (F != Ring::kEarlyRelease && t % 32 == 0) arrive(empty[state.stage]);
     if (F == Ring::kDoubleRelease && t == 0) arrive(empty[state.stage]);
@@ -180,7 +184,7 @@ std::vector<Case> pipeline_cases() {
       {"ring without init", "there is no barrier at shared byte", run_ring<Ring::kNoInit>},
       {"ring without __syncthreads after init", "init()", run_ring<Ring::kNoSyncAfterInit>},
       {"ring without fence_barrier_init", "not followed by fence_barrier_init()", run_ring<Ring::kNoInitFence>},
-      {"ring, a barrier never armed", "deadlock", run_ring<Ring::kNeverArmed>},
+      {"ring, a barrier never armed", "never armed in this phase", run_ring<Ring::kNeverArmed>},
       {"ring, too few bytes announced", "16 more bytes came to the barrier", run_ring<Ring::kTooFewBytes>},
       {"ring, too many bytes announced", "16 announced bytes never came", run_ring<Ring::kTooManyBytes>},
       {"ring, arrival that announces nothing", "reads shared byte", run_ring<Ring::kArriveWithoutBytes>},
@@ -198,6 +202,8 @@ std::vector<Case> pipeline_cases() {
       {"ring, a tile past the end", "load_bulk reads global memory out of bounds", run_ring<Ring::kPastEnd>},
       {"ring, misaligned copy", "load_bulk from the misaligned address", run_ring<Ring::kMisalignedCopy>},
       {"ring, a barrier overwritten", "writes the barrier at shared byte", run_ring<Ring::kBarrierOverwritten>},
+      {"ring, a stage written by hand and filled again", "overwrites shared byte", run_ring<Ring::kRewritten>},
+      {"ring, a stage written by hand, fenced, filled again", "", run_ring<Ring::kRewrittenFenced>},
       {"barrier for everybody", "", run_everybody<Many::kRight>},
       {"barrier for everybody, one arrives twice", "arrives twice in phase 0", run_everybody<Many::kTwice>},
       {"barrier for fewer than arrive", "shared byte", run_everybody<Many::kTooMany>},

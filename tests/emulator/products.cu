@@ -14,6 +14,7 @@ enum class Mma {
   kRegistersAfterFence,
   kNoProxyFence,
   kProxyFenceByOne,
+  kProxyFenceLate,
   kNoSync,
   kNoCommit,
   kNoWait,
@@ -46,8 +47,9 @@ TILEWRIGHT_DEVICE void fill(const MmaParams& p, char* a, char* b) {
   for (int i = static_cast<int>(threadIdx.x); i < 32 * 64; i += 128) {
     if (F != Mma::kUnwrittenOperand || i != 700) *TileB::at(b, i / 64, i % 64) = p.b[i];
   }
+  if (F == Mma::kProxyFenceLate) __syncthreads();
   if (F != Mma::kNoProxyFence && (F != Mma::kProxyFenceByOne || threadIdx.x == 0)) fence_async_shared();
-  if (F != Mma::kNoSync) __syncthreads();
+  if (F != Mma::kNoSync && F != Mma::kProxyFenceLate) __syncthreads();
 }
 
 template <Mma F>
@@ -176,6 +178,8 @@ std::vector<Case> product_cases() {
       {"wgmma without fence_async_shared", "without a fence_async_shared() since", run_product<Mma::kNoProxyFence>},
       {"wgmma, one thread's fence_async_shared", "without a fence_async_shared() since",
        run_product<Mma::kProxyFenceByOne>},
+      {"wgmma, fence_async_shared after __syncthreads",
+       "without a fence_async_shared() since|came only after the barrier", run_product<Mma::kProxyFenceLate>},
       {"wgmma without __syncthreads", "wgmma (operand", run_product<Mma::kNoSync>},
       {"wgmma without commit", "wgmma", run_product<Mma::kNoCommit>},
       {"wgmma without wait", "reads accumulator register", run_product<Mma::kNoWait>},

@@ -257,7 +257,10 @@ def corrupted(at: int, value: int) -> Tensor:
         ((torch.zeros(2, 32, dtype=torch.int8), PACKED.data, 9, 0), r"out_features = 9.*N = 8"),
         ((torch.zeros(2, 32, dtype=torch.int8), PACKED.data, 8, 1), r"packing = 1.*'q2'"),
         ((torch.zeros(2, 32, dtype=torch.int8), PACKED.data[:-1], 8, 0), r"holds \d+ bytes, its header's shape needs"),
-        ((torch.zeros(2, 32, dtype=torch.int8), PACKED.data[:10], 8, 0), r"10 bytes and is shorter than a packed header.*pack_ternary"),
+        (
+            (torch.zeros(2, 32, dtype=torch.int8), PACKED.data[:10], 8, 0),
+            r"10 bytes and is shorter than a packed header.*pack_ternary",
+        ),
         ((torch.zeros(2, 32, dtype=torch.int8), PACKED.data.view(2, -1), 8, 0), r"one-dimensional blob"),
         ((torch.zeros(2, 32, dtype=torch.int8), corrupted(0, 0), 8, 0), r"magic"),
         ((torch.zeros(2, 32, dtype=torch.int8), corrupted(10, 1), 8, 0), r"format 1"),

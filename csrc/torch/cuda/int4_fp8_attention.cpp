@@ -37,6 +37,14 @@ kernels::Tokens tokens_of(const Tensor& tensor) {
   return {data<void>(tensor), element_of(tensor), tensor.stride(0), tensor.stride(1)};
 }
 
+// The kernels count rows, keys and blocks in 32 bits.
+void require_countable(int64_t tokens, int64_t heads, int64_t capacity, const char* op) {
+  constexpr int64_t kMost = int64_t{1} << 28;
+  require(tokens * heads <= kMost, op, ": ", tokens, " tokens of ", heads, " heads, needed at most ", kMost,
+          " rows in one call; split the tokens over several");
+  require(capacity <= kMost, op, ": k_cache holds ", capacity, " tokens a sequence, needed at most ", kMost);
+}
+
 Tensor offsets_on(const Tensor& cu_seqlens, const Tensor& like, int64_t sequences, const char* op) {
   require_same_device(cu_seqlens, like, op, "cu_seqlens");
   const ScalarType type = cu_seqlens.scalar_type();
@@ -68,6 +76,7 @@ void int4_kv_append(const Tensor& k, const Tensor& v, const Tensor& cu_seqlens, 
   const Cache cache = cache_of<Device>(tensors, k.size(2), kAppend);
   require_size(k, 1, cache.heads, kAppend, "k", "H_kv");
   const int64_t sequences = k_cache.size(0);
+  require_countable(k.size(0), cache.heads, cache.capacity, kAppend);
   require_lengths<Device>(lengths, sequences, kAppend);
   const OnDevice guard(k);
   const Tensor offsets = offsets_on(cu_seqlens, k, sequences, kAppend);
@@ -95,6 +104,7 @@ Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, 
           " heads, needed a multiple of the cache's H_kv = ", cache.heads);
   require(!window.has_value() || *window >= 1, kAttention, ": window = ", window.value_or(0),
           ", needed at least 1, or None for no window");
+  require_countable(q.size(0), heads, cache.capacity, kAttention);
   require_lengths<Device>(lengths, sequences, kAttention);
   const OnDevice guard(q);
   const Tensor offsets = offsets_on(cu_seqlens, q, sequences, kAttention);
@@ -114,8 +124,9 @@ Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, 
                              .query = fp8_query ? int4_fp8_attention::Query::kFp8 : int4_fp8_attention::Query::kFloat32,
                              .out = mutable_data<void>(out),
                              .partials = nullptr};
-  const Tensor partials = empty_on(queries, {kernels::partials_needed(problem)}, ScalarType::Float);
-  problem.partials = mutable_data<float>(partials);
+  const int64_t needed = kernels::partials_needed(problem);
+  const Tensor partials = empty_on(queries, {needed}, ScalarType::Float);
+  problem.partials = needed > 0 ? mutable_data<float>(partials) : nullptr;
   kernels::attend(problem, stream_of(q));
   return torch::stable::to(out, q.scalar_type());
 }

@@ -50,7 +50,7 @@ Int4HopperView view_of(const Tensor& weight, const Tensor& beside, int64_t n, in
 // Rounded, or as they were given where the kernel rounds them.
 struct Tokens {
   Tensor codes, scales, sums;
-  std::optional<Tensor> given;
+  std::optional<Tensor> given = std::nullopt;
 };
 
 // What the layer before makes of x; see QuantizeProblem.
@@ -86,7 +86,8 @@ Tokens quantize(const Tensor& x, const Before& before, int64_t m, int64_t k, int
 
 // Checks bias, and multiplies. `counters` are zero by the time the product runs.
 void multiply(const Tokens& tokens, const Tensor& weight, const Int4HopperView& view, const std::optional<Tensor>& bias,
-              const Tensor& y, const Tensor& counters, const DevicePlan& plan, bool overlap, const char* op) {
+              const std::optional<Tensor>& residual, const Tensor& y, const Tensor& counters, const DevicePlan& plan,
+              bool overlap, const char* op) {
   std::optional<Tensor> b;
   if (bias.has_value()) {
     require_same_device(*bias, weight, op, "bias");
@@ -94,12 +95,20 @@ void multiply(const Tokens& tokens, const Tensor& weight, const Int4HopperView& 
     require_size(*bias, 0, view.n, op, "bias", "N");
     b = as_read(*bias);
   }
+  std::optional<Tensor> r;
+  if (residual.has_value()) {
+    require_same_device(*residual, weight, op, "residual");
+    require(shape_of(*residual) == shape_of(y), op, ": residual has shape ", shape_of(*residual),
+            ", needed that of the result, ", shape_of(y));
+    r = torch::stable::contiguous(torch::stable::to(*residual, y.scalar_type()));
+  }
   const Tensor pieces = empty_on(weight, {plan.piece_slots() * plan.piece_floats()}, ScalarType::Float);
   int4_linear::MatrixProblem problem{.weight = view,
                                      .blob = data<uint8_t>(weight),
                                      .m = y.numel() / view.n,
                                      .bias = b.has_value() ? data<char>(*b) : nullptr,
                                      .bias_type = b.has_value() ? number_of(*b, op, "bias") : Number::kFloat32,
+                                     .residual = r.has_value() ? data<char>(*r) : nullptr,
                                      .y = mutable_data<char>(y),
                                      .y_type = number_of(y, op, "y"),
                                      .pieces = mutable_data<float>(pieces),
@@ -129,7 +138,7 @@ DevicePlan plan_of(int64_t m, const Int4HopperView& view, bool fold, bool rounds
 bool needs_sums(const DevicePlan& plan) { return plan.form == int4_linear::Form::kUnsigned; }
 
 Tensor int4_fp8_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,
-                       bool fold, int64_t layout) {
+                       bool fold, int64_t layout, const std::optional<Tensor>& residual) {
   constexpr const char* kOp = "int4_fp8_linear";
   require_device(x, kOp, "x");
   require(x.dim() >= 1, kOp, ": x is a scalar, needed [..., K]");
@@ -147,11 +156,11 @@ Tensor int4_fp8_linear(const Tensor& x, const Tensor& weight, const std::optiona
   if (m > 0 && view.n > 0) {
     const Tensor counters = empty_on(input, {plan.counters()}, ScalarType::Int);
     if (plan.resident) {
-      multiply({.codes = {}, .scales = {}, .sums = {}, .given = input}, weight, view, bias, y, counters, plan, false,
-               kOp);
+      multiply({.codes = {}, .scales = {}, .sums = {}, .given = input}, weight, view, bias, residual, y, counters, plan,
+               false, kOp);
     } else {
       const Tokens tokens = quantize(input, {}, m, k, needs_sums(plan) ? view.sub : 0, counters, kOp);
-      multiply(tokens, weight, view, bias, y, counters, plan, true, kOp);
+      multiply(tokens, weight, view, bias, residual, y, counters, plan, true, kOp);
     }
   }
   return torch::stable::to(y, x.scalar_type());
@@ -170,7 +179,7 @@ std::tuple<Tensor, Tensor, Tensor> fp8_quantize_tokens(const Tensor& x, int64_t 
   const OnDevice guard(x);
   const Tensor input = as_read(x);
   const int64_t k = input.size(input.dim() - 1);
-  Before before{.eps = eps};
+  Before before{std::nullopt, std::nullopt, eps};
   if (gate.has_value()) {
     require_same_device(*gate, x, kOp, "gate");
     require(shape_of(*gate) == shape_of(x), kOp, ": gate has shape ", shape_of(*gate), ", needed that of x, ",
@@ -191,7 +200,7 @@ std::tuple<Tensor, Tensor, Tensor> fp8_quantize_tokens(const Tensor& x, int64_t 
 // The product alone, of tokens that fp8_quantize_tokens gave; y is written.
 void int4_fp8_linear_quantized(const Tensor& codes, const Tensor& scales, const Tensor& sums, const Tensor& weight,
                                const std::optional<Tensor>& bias, int64_t in_features, bool fold, int64_t layout,
-                               Tensor y) {
+                               Tensor y, const std::optional<Tensor>& residual) {
   constexpr const char* kOp = "int4_fp8_linear_quantized";
   require_device(codes, kOp, "codes");
   require_same_device(scales, codes, kOp, "scales");
@@ -217,7 +226,7 @@ void int4_fp8_linear_quantized(const Tensor& codes, const Tensor& scales, const 
           " columns; quantize the tokens with quantize_tokens(x, weight)");
   if (m == 0 || view.n == 0) return;
   const Tensor counters = zeros_on(codes, {plan.counters()}, ScalarType::Int);
-  multiply({codes, scales, sums}, weight, view, bias, y, counters, plan, false, kOp);
+  multiply({codes, scales, sums, std::nullopt}, weight, view, bias, residual, y, counters, plan, false, kOp);
 }
 
 }  // namespace

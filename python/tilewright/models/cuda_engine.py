@@ -8,7 +8,9 @@ lengths live on the device, so that a replay needs nothing from Python but the t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+import gc
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -41,6 +43,19 @@ class _Layer:
     gate: Linear
     up: Linear
     down: Linear
+
+
+@contextlib.contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Freeing another graph's memory, as a collection may do, breaks off a capture under way."""
+    gc.collect()
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 class CudaEngine(SequenceEngine):
@@ -191,7 +206,7 @@ class CudaEngine(SequenceEngine):
         torch.cuda.current_stream(self.device).wait_stream(side)
         self._put_lengths()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with _without_garbage_collection(), torch.cuda.graph(graph):
             self._logits = self._step()
         self._put_lengths()
         return graph
@@ -248,7 +263,8 @@ class CudaEngine(SequenceEngine):
         bias = self._vector(model, name + ".bias") if name + ".bias" in model.weights else None
         if isinstance(weight, Int4Weight):
             packed = weight.pack().to(self.device)
-            return lambda x: int4_fp8_linear(x, packed, bias, mode=self._mode)
+            mode = self._mode  # not self: an engine in a cycle would live until a garbage collection
+            return lambda x: int4_fp8_linear(x, packed, bias, mode=mode)
         return _dense(model.dense(name + ".weight", torch.bfloat16).to(self.device), bias)
 
 

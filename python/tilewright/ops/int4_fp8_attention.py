@@ -41,8 +41,9 @@ def int4_fp8_attention(
 
     Returns:
         `[T, H, D]` in the dtype of q. The bits of a query's result depend on the query and its keys: not on the number
-        of threads, the packing of sequences, or how many queries come at once. On a CUDA device two kernels share the
-        work, for few and for many queries a sequence, whose results may differ in the last bits.
+        of threads, the packing of sequences, or how many queries come at once. On a CUDA device the shapes of a call
+        choose among kernels for few and for many queries a sequence, which may differ in the last bits; within one of
+        them the same holds, except that a window may move the places where a long sequence is cut.
 
     Raises:
         RuntimeError: a shape, dtype or device does not fit, or a sequence holds fewer tokens than it has queries (on a

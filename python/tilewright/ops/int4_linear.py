@@ -60,6 +60,7 @@ def int4_fp8_linear(
     bias: Tensor | None = None,
     *,
     mode: Literal["exact", "fold"] = "exact",
+    residual: Tensor | None = None,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
     """`x @ weight.T + bias` with each token of x quantized to FP8 e4m3 by its largest magnitude.
@@ -70,6 +71,7 @@ def int4_fp8_linear(
         bias: `[N]` or None.
         mode: "exact" multiplies integers and applies group scales to partial sums; "fold" first rounds each weight to
             e4m3(q * scale), as the paper's FP8 x FP8 kernel does. Fold needs a symmetric weight.
+        residual: of the result's shape, added to it; on a CUDA device by the same kernel, before the result is rounded.
         out_dtype: of the result; that of x when None.
 
     Returns:
@@ -84,11 +86,16 @@ def int4_fp8_linear(
         raise ValueError(f"int4_fp8_linear: mode = {mode!r}, needed 'exact' or 'fold'")
     if isinstance(x, Fp8Tokens):
         y = x.data.new_empty((x.data.shape[0], weight.shape[0]), dtype=out_dtype or x.dtype)
+        flat = None if residual is None else residual.reshape(y.shape)
         _ops.int4_fp8_linear_quantized(
-            x.data, x.scales, x.sums, weight.data, bias, weight.shape[1], mode == "fold", weight.layout, y
+            x.data, x.scales, x.sums, weight.data, bias, weight.shape[1], mode == "fold", weight.layout, y, flat
         )
         return y.view(*x.shape[:-1], weight.shape[0])
-    y = _ops.int4_fp8_linear(x, weight.data, bias, weight.shape[0], mode == "fold", weight.layout)
+    if weight.layout == 0:
+        y = _ops.int4_fp8_linear(x, weight.data, bias, weight.shape[0], mode == "fold")
+        y = y if residual is None else y + residual
+    else:
+        y = _ops.int4_fp8_linear(x, weight.data, bias, weight.shape[0], mode == "fold", weight.layout, residual)
     return y if out_dtype is None else y.to(out_dtype)
 
 
@@ -194,7 +201,15 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, scale_g
 
 
 @torch.library.register_fake("tilewright::int4_fp8_linear")
-def _(x: Tensor, weight: Tensor, bias: Tensor | None, out_features: int, fold: bool, layout: int = 0) -> Tensor:
+def _(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    out_features: int,
+    fold: bool,
+    layout: int = 0,
+    residual: Tensor | None = None,
+) -> Tensor:
     return _fake_linear(x, bias, out_features)
 
 
@@ -223,5 +238,6 @@ def _(
     fold: bool,
     layout: int,
     y: Tensor,
+    residual: Tensor | None = None,
 ) -> None:
     torch._check(y.dim() == 2 and y.shape[0] == codes.shape[0], lambda: "y must be [M, N]")

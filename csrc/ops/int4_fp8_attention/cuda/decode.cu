@@ -7,7 +7,8 @@ namespace {
 
 template <int D, class Step, int kTerms>
 void launch_decode(const Attention& p, hopper::Stream stream) {
-  const int64_t items = most_row_blocks(p, kDecodeRows) * p.cache.heads * most_chunks(p.cache.capacity);
+  const int64_t chunks = p.partials == nullptr ? 1 : most_chunks(p.cache.capacity);
+  const int64_t items = most_row_blocks(p, kDecodeRows) * p.cache.heads * chunks;
   const int64_t blocks = smaller<int64_t>(items, int64_t{kDecodeBlocks<D, Step, kTerms>} * hopper::multiprocessors());
   hopper::launch(decode_attention<D, Step, kTerms>,
                  hopper::Grid{.blocks = {blocks},
@@ -38,7 +39,7 @@ void attend_decode(const Attention& p, hopper::Stream stream) {
   } else {
     launch_terms<256, Int4Step<256>>(p, stream);
   }
-  if (workspace_floats(p) == 0) return;
+  if (p.partials == nullptr) return;
   hopper::launch(combine_chunks,
                  hopper::Grid{.blocks = {ceil_div(p.tokens * p.heads, kCombineWarps)},
                               .threads = kCombineWarps * kWarp,

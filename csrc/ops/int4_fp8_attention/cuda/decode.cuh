@@ -6,8 +6,8 @@
 //   weights  2^(x - maximum) times the scale of the value, as bfloat16; four shuffles transpose the 16 x 8 of them
 //   sums     O^T[D, 8] += v^T p^T
 //
-// The maximum of a row is raised only when a score exceeds it by 2^8: weights may be up to 2^8 instead of 1, which costs
-// no accuracy, and sums are rescaled a few times in all instead of once a step.
+// The maximum of a row is raised only when a score exceeds it by 2^8: weights may be up to 2^8 instead of 1, which
+// costs no accuracy, and sums are rescaled a few times in all instead of once a step.
 #pragma once
 
 #include "ops/int4_fp8_attention/cuda/decode_rows.cuh"
@@ -20,7 +20,7 @@ inline constexpr float kRaise = 8.0f;  // in base-2 units
 
 struct DecodeCount {
   static TILEWRIGHT_DEVICE int of(const Attention& p, const Sequence& s) {
-    return ceil_of(s.queries * p.group(), kDecodeRows) * static_cast<int>(p.cache.heads) * decode_chunks(s);
+    return ceil_of(s.queries * p.group(), kDecodeRows) * static_cast<int>(p.cache.heads) * decode_chunks(p, s);
   }
 };
 
@@ -41,14 +41,14 @@ TILEWRIGHT_DEVICE DecodeItem decode_item(const Attention& p, const Place& place)
   item.sequence = sequence_at(p, place.sequence);
   item.index = place.sequence;
   item.group = p.group();
-  item.chunks = decode_chunks(item.sequence);
+  item.chunks = decode_chunks(p, item.sequence);
   item.chunk = place.index % item.chunks;
   const int rest = place.index / item.chunks, heads = static_cast<int>(p.cache.heads);
   item.kv_head = rest % heads;
   item.first_row = rest / heads * kDecodeRows;
   item.rows = smaller(kDecodeRows, item.sequence.queries * item.group - item.first_row);
   if (!item.sequence.valid()) return item;
-  const int chunk = chunk_keys(item.sequence.keys());
+  const int chunk = decode_chunk_keys(p, item.sequence);
   item.key_begin = item.sequence.key_begin + item.chunk * chunk;
   item.keys = smaller(chunk, item.sequence.length - item.key_begin);
   return item;
@@ -343,8 +343,8 @@ TILEWRIGHT_DEVICE Source source_of(const Attention& p, const DecodeItem& item) {
           seen_of_chunk(p, item, item.rows - 1).end};
 }
 
-// The steps of a chunk that are on their way from memory: two while a third is worked on, where registers allow it. Longer
-// rows bring more bytes in one, and other warps of the multiprocessor are enough.
+// The steps of a chunk that are on their way from memory: two while a third is worked on, where registers allow it.
+// Longer rows bring more bytes in one, and other warps of the multiprocessor are enough.
 template <class Step>
 struct Window {
   static constexpr int kStride = kDecodeWarps * kStepKeys;
@@ -372,8 +372,8 @@ struct Window {
   }
 };
 
-// Blocks of a multiprocessor: as many as registers allow. 16 keys of 128 bfloat16 take 64 of each lane, and a query of two
-// terms 32.
+// Blocks of a multiprocessor: as many as registers allow. 16 keys of 128 bfloat16 take 64 of each lane, and a query of
+// two terms 32.
 template <int D, class Step, int kTerms>
 inline constexpr int kDecodeBlocks = D == 64 || (D == 128 && Step::kAhead == 2 && kTerms == 1) ? 3 : 2;
 
@@ -394,8 +394,8 @@ struct ItemWalk {
   }
 };
 
-// A block has a contiguous share of the items: chunks of one sequence and head follow each other, so that their query is
-// read once.
+// A block has a contiguous share of the items: chunks of one sequence and head follow each other, so that their query
+// is read once.
 template <int D, class Step, int kTerms>
 __global__ void __launch_bounds__(kDecodeThreads, kDecodeBlocks<D, Step, kTerms>)
     decode_attention(const __grid_constant__ Attention p) {
@@ -465,7 +465,7 @@ __global__ void __launch_bounds__(kCombineWarps* kWarp) combine_chunks(const __g
   const int t = row / heads, h = row % heads;
   if (t >= smaller(p.tokens, p.cu_seqlens[p.sequences])) return;
   const Sequence sequence = sequence_at(p, sequence_with(p.cu_seqlens, p.sequences, t));
-  const int chunks = decode_chunks(sequence);
+  const int chunks = decode_chunks(p, sequence);
   if (chunks == 1) return;
   const int64_t first = partial_index(p, t, h, 0);
   const float maximum = lane < chunks ? partial_numbers(p, first + lane)[0] : lowest();

@@ -2,10 +2,10 @@
 // Rows of the cache as operands of mma.sync, straight from global memory into registers: 16 keys at a time, each lane
 // loading whole vectors of the rows whose elements it holds in the products.
 //
-// Lane l = 4 g + t. Scores: the lane holds keys g and g + 8 and a quarter of their rows (any order of the depth will do,
-// as long as the query comes in the same one). Values: the lane holds the keys 2t, 2t+1, 2t+8, 2t+9 and an eighth of their
-// rows, elements D/8 g to D/8 (g+1) - 1; two keys must meet in one word, so rows are interleaved while their codes are
-// still 4 bits wide: one byte permutation for each 4 pairs.
+// Lane l = 4 g + t. Scores: the lane holds keys g and g + 8 and a quarter of their rows (any order of the depth will
+// do, as long as the query comes in the same one). Values: the lane holds the keys 2t, 2t+1, 2t+8, 2t+9 and an eighth
+// of their rows, elements D/8 g to D/8 (g+1) - 1; two keys must meet in one word, so rows are interleaved while their
+// codes are still 4 bits wide: one byte permutation for each 4 pairs.
 #pragma once
 
 #include "ops/int4_fp8_attention/cuda/codes.cuh"
@@ -114,7 +114,8 @@ struct Int4Step {
     if (kAll || (present && at < from.row_bytes)) load_words<kWords>(row + at, words);
   }
 
-  // Two steps of the depth take 8 adjacent elements of the row, from here on; word `half` of step % 2 holds two of them.
+  // Two steps of the depth take 8 adjacent elements of the row, from here on; word `half` of step % 2 holds two of
+  // them.
   TILEWRIGHT_DEVICE static int piece_at(int piece, int t) {
     return piece / kKeyWords * kGroupDim + kGroupDim / 4 * t + 8 * (piece % kKeyWords);
   }

@@ -19,7 +19,8 @@ void append(const Append& problem, hopper::Stream stream) {
 }
 
 int64_t partials_needed(const Attention& problem) {
-  return path_of(problem, hopper::multiprocessors()) == Path::kDecode ? workspace_floats(problem) : 0;
+  const int multiprocessors = hopper::multiprocessors();
+  return path_of(problem, multiprocessors) == Path::kDecode ? workspace_floats(problem, multiprocessors) : 0;
 }
 
 void attend_plain(const Attention& problem, hopper::Stream stream) {

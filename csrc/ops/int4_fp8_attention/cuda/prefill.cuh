@@ -6,8 +6,8 @@
 //   weights  2^(x - maximum) times the scale of the value, as bfloat16, in registers
 //   sums     O[64, D] += p v        bfloat16
 //
-// Three stages are under way at once, as in FireQ: while the softmax of tile j runs, the matrix unit works on the sums of
-// tile j-1 and the scores of tile j+1; hence two buffers of scores. Weights stay bfloat16: at the e4m3 rate the
+// Three stages are under way at once, as in FireQ: while the softmax of tile j runs, the matrix unit works on the sums
+// of tile j-1 and the scores of tile j+1; hence two buffers of scores. Weights stay bfloat16: at the e4m3 rate the
 // exponentials (16 a cycle and multiprocessor) would be the bound, and e4m3 weights cost 2^-4 of accuracy.
 //
 // As in decode.cuh, a row's maximum is raised only when a score exceeds it by 2^8.

@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 // Tiles of 64 keys, decoded from the INT4 cache into shared memory by the producer warpgroup: K as e4m3, V as bfloat16.
 //
-// K is an operand with adjacent elements along the depth, in its natural order. V is one with adjacent elements along the
-// head (no transpose); within each 8 elements it lies in the order 0 4 1 5 2 6 3 7, in which pairs come out of a word of
-// codes, and the output is written back in the natural one.
+// K is an operand with adjacent elements along the depth, in its natural order. V is one with adjacent elements along
+// the head (no transpose); within each 8 elements it lies in the order 0 4 1 5 2 6 3 7, in which pairs come out of a
+// word of codes, and the output is written back in the natural one.
 #pragma once
 
 #include "ops/int4_fp8_attention/cuda/codes.cuh"
@@ -109,8 +109,8 @@ struct RawTile {
 TILEWRIGHT_DEVICE int stage_of(int n) { return n % kStages; }
 TILEWRIGHT_DEVICE uint32_t phase_of(int n) { return static_cast<uint32_t>(n / kStages) % 2; }
 
-// The producer warpgroup, for one item whose first tile is the block's n-th. The next tile's codes come from memory while
-// the thread waits for a free stage, which is most of the time.
+// The producer warpgroup, for one item whose first tile is the block's n-th. The next tile's codes come from memory
+// while the thread waits for a free stage, which is most of the time.
 template <int D>
 TILEWRIGHT_DEVICE void produce(PrefillShared<D>& shared, const PrefillSource& from, int n) {
   const int thread = static_cast<int>(threadIdx.x) % kProducers;

@@ -46,7 +46,8 @@ struct Place {
   int sequence, index;
 };
 
-// Items lie sequence by sequence; Count::of gives how many a sequence has. All lanes of a warp call it and get the same.
+// Items lie sequence by sequence; Count::of gives how many a sequence has. All lanes of a warp call it and get the
+// same.
 template <class Count>
 TILEWRIGHT_DEVICE Place find_item(const Attention& p, int index) {
   const int lane = static_cast<int>(threadIdx.x) % kWarp;
@@ -125,8 +126,8 @@ TILEWRIGHT_DEVICE void load_words(const uint8_t* from, uint32_t* to) {
   for (int i = 0; i < kWords; ++i) to[i] = vector.word[i];
 }
 
-// Pieces of kLength (4 or 8) adjacent elements of one row, as they are stored. Loading and converting are apart, so that
-// all loads are under way before the first is waited for.
+// Pieces of kLength (4 or 8) adjacent elements of one row, as they are stored. Loading and converting are apart, so
+// that all loads are under way before the first is waited for.
 template <int kPieces, int kLength>
 struct RawRow {
   uint32_t words[kPieces][kLength];  // of 16-bit elements the first half
@@ -211,8 +212,8 @@ TILEWRIGHT_DEVICE uint32_t warp_max(uint32_t x, int width = kWarp) {
 
 TILEWRIGHT_DEVICE uint32_t magnitude_bits(float x) { return hopper::float_bits(x) & kMagnitude; }
 
-// What one row of queries is divided by before it is rounded to e4m3: NaN for a row that is not finite, whose scores, and
-// with them its output, become NaN.
+// What one row of queries is divided by before it is rounded to e4m3: NaN for a row that is not finite, whose scores,
+// and with them its output, become NaN.
 struct QueryScale {
   float scale;
   float lift, divisor, reciprocal;  // a power of two that keeps the rest normal, lift * scale, 1 / divisor
@@ -234,8 +235,8 @@ TILEWRIGHT_DEVICE float fp8_query(float q, const QueryScale& s) {
   return fmaf(fmaf(-quotient, s.divisor, numerator), s.reciprocal, quotient);
 }
 
-// What turns a product with the integers of K into a score in base-2 units. Never 0, so that a score of -inf stays that:
-// where the softmax scale is 0, products times the least normal number are as good as 0.
+// What turns a product with the integers of K into a score in base-2 units. Never 0, so that a score of -inf stays
+// that: where the softmax scale is 0, products times the least normal number are as good as 0.
 TILEWRIGHT_DEVICE float score_factor(const Attention& p, float query_scale) {
   constexpr float kLeastNormal = 1.17549435e-38f;
   const float factor = query_scale * fabsf(p.scale) * kLog2e;

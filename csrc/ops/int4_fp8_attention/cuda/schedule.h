@@ -19,14 +19,16 @@ inline constexpr int kTiledHeadDim = 128;  // of the prefill kernel: above it a 
 inline constexpr int64_t kVectorBytes = 16;
 
 // Tiles of 128 rows pay from so many rows a sequence on, on average, and when there are enough of them for the device:
-// the decode kernel spends 4.5 cycles of a multiprocessor on a key for 8 rows, and may cut along the keys; a block of the
-// prefill kernel spends about 1100 on 64 keys for 128 rows, and may not. They meet at 28 rows times KV heads for each
-// multiprocessor.
+// the decode kernel issues 5.4 cycles of a multiprocessor for a key and 8 rows, and may cut along the keys; a block of
+// the prefill kernel takes about 1120 for 64 keys and 128 rows, and may not. They meet near 26 rows times KV heads for
+// each multiprocessor. Counted from the disassembly, not timed.
 inline constexpr int64_t kPrefillFrom = 48;
 inline constexpr int64_t kPrefillLoad = 28;
 
 // Long sequences are cut along their keys. The chunk grows with the sequence, so that partial results stay a few percent
-// of the cache's bytes: 8 (D + 2) * 4 bytes a head and chunk beside chunk * D bytes of codes.
+// of the cache's bytes: each row of queries leaves 4 (D + 2) bytes a chunk, beside D + 4 bytes a key and KV head. Where
+// they would take more memory than this for each multiprocessor, there are rows enough without cutting.
+inline constexpr int64_t kMostPartials = int64_t{2} << 20;  // bytes
 inline constexpr int kMaxChunks = 32;
 inline constexpr int kLeastChunk = 256;
 inline constexpr int kChunkStep = 64;
@@ -52,7 +54,8 @@ constexpr int most_chunks(int64_t capacity) {
   return capacity >= int64_t{kMaxChunks} * kLeastChunk ? kMaxChunks : chunks_of(static_cast<int>(capacity));
 }
 
-// One sequence as the kernels see it. Rows (T H) and the capacity are below 2^31.
+// One sequence as the kernels see it. Rows (T H) and the capacity are at most 2^28, and
+// items at most 4 T H + 32 S.
 struct Sequence {
   int first;  // row of q
   int queries;
@@ -84,7 +87,13 @@ constexpr Sequence sequence_of(const Attention& p, int64_t first, int64_t end, i
   return s;
 }
 
-constexpr int decode_chunks(const Sequence& s) { return s.valid() ? chunks_of(s.keys()) : 1; }
+// Without memory for partial results nothing is cut.
+constexpr int decode_chunks(const Attention& p, const Sequence& s) {
+  return s.valid() && p.partials != nullptr ? chunks_of(s.keys()) : 1;
+}
+constexpr int decode_chunk_keys(const Attention& p, const Sequence& s) {
+  return p.partials != nullptr ? chunk_keys(s.keys()) : s.keys();
+}
 
 // Blocks of rows over all sequences are at most this many, whatever cu_seqlens says.
 constexpr int64_t most_row_blocks(const Attention& p, int64_t rows) {
@@ -98,9 +107,10 @@ constexpr int64_t most_prefill_blocks(const Attention& p) {
 }
 
 // Floats of partial results: for each token, head and chunk D sums, then for each a maximum and a total.
-constexpr int64_t workspace_floats(const Attention& p) {
+constexpr int64_t workspace_floats(const Attention& p, int multiprocessors) {
   const int64_t chunks = most_chunks(p.cache.capacity);
-  return chunks == 1 ? 0 : p.tokens * p.heads * chunks * (p.cache.head_dim + 2);
+  const int64_t floats = p.tokens * p.heads * chunks * (p.cache.head_dim + 2);
+  return chunks == 1 || 4 * floats > kMostPartials * multiprocessors ? 0 : floats;
 }
 
 inline bool in_vectors(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0; }

@@ -11,9 +11,15 @@ struct Words {
   uint32_t word[8];
 };
 
+// Where a byte of a chunk is in its slot of shared memory.
+TILEWRIGHT_DEVICE uint32_t in_chunk(int offset) {
+  return hopper::swizzled<hopper::Swizzle::k128>(static_cast<uint32_t>(offset));
+}
+
 TILEWRIGHT_DEVICE void load_words(Words& words, const char* chunk, int thread) {
-  const hopper::U128 low = hopper::load_16(chunk + thread * 16);
-  const hopper::U128 high = hopper::load_16(chunk + Int4Hopper::kThreads * 16 + thread * 16);
+  const char* at = chunk + in_chunk(thread * 16);
+  const hopper::U128 low = hopper::load_16(at);
+  const hopper::U128 high = hopper::load_16(at + Int4Hopper::kThreads * 16);  // as many lines on: the same swizzle
   words = {{low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w}};
 }
 
@@ -23,14 +29,14 @@ struct Pair {
 };
 
 // Numbers of the rows r and r + 8 of warp w, side by side in row order.
-TILEWRIGHT_DEVICE Pair load_pair(const MatrixParams& p, const char* numbers, int thread) {
+TILEWRIGHT_DEVICE Pair load_pair(const MatrixParams& p, const char* chunk, int offset, int thread) {
   const int pair = thread / 32 * 8 + thread % 32 / 4;
   Pair result;
   if (p.scale_type == ScaleType::kFloat32) {
-    const auto* at = reinterpret_cast<const float*>(numbers) + pair * 2;
+    const auto* at = reinterpret_cast<const float*>(chunk + in_chunk(offset + pair * 8));
     return {at[0], at[1]};
   }
-  const uint32_t word = reinterpret_cast<const uint32_t*>(numbers)[pair];
+  const uint32_t word = *reinterpret_cast<const uint32_t*>(chunk + in_chunk(offset + pair * 4));
   if (p.scale_type == ScaleType::kBFloat16) {
     hopper::unpack_bf16x2(word, result.low, result.high);
   } else {
@@ -48,13 +54,13 @@ struct Scale {
 template <class C>
 TILEWRIGHT_DEVICE Scale load_scale(const MatrixParams& p, const char* chunk, int sub_index, int thread) {
   const int row_of_numbers = Int4Hopper::kRows * p.scale_bytes;
-  const char* numbers = chunk + Int4Hopper::kCodeBytes + sub_index * row_of_numbers;
-  Scale result{load_pair(p, numbers, thread), {0.0f, 0.0f}};
+  const int numbers = Int4Hopper::kCodeBytes + sub_index * row_of_numbers;
+  Scale result{load_pair(p, chunk, numbers, thread), {0.0f, 0.0f}};
   if constexpr (C::kForm == Form::kUnsigned) {
     constexpr float kUnit = 1.0f / (1 << Int4Hopper::kExponent);
     Pair zero{static_cast<float>(format::Int4::kSymmetricZero), static_cast<float>(format::Int4::kSymmetricZero)};
     if (p.offset_kind != OffsetKind::kSymmetric) {
-      zero = load_pair(p, numbers + Int4Hopper::kCols / p.sub * row_of_numbers, thread);
+      zero = load_pair(p, chunk, numbers + Int4Hopper::kCols / p.sub * row_of_numbers, thread);
     }
     const bool minimum = p.offset_kind == OffsetKind::kMinimum;
     result.offset.low = (minimum ? zero.low : -zero.low * result.scale.low) * kUnit;
@@ -237,7 +243,7 @@ template <class C>
 TILEWRIGHT_DEVICE void multiply_rows(const MatrixParams& p, const Shared<C>& shared, const Segment& segment, Ring ring,
                                      float (&totals)[C::kBlocks][C::kRegisters], Turns& turns, int here) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
-  const int to_next = here > 1 ? p.chunk_bytes : 0;
+  const int to_next = here > 1 ? p.slot_bytes : 0;
   Words words;
   Scale ahead_scale;
   uint32_t a[4][4];

@@ -108,6 +108,26 @@ TILEWRIGHT_DEVICE void store_quad(void* y, int64_t at, Number type, float v0, fl
   *reinterpret_cast<uint2*>(static_cast<uint16_t*>(y) + at) = words;
 }
 
+TILEWRIGHT_DEVICE void add_quad(const void* from, int64_t at, Number type, float (&v)[4]) {
+  float w[4];
+  if (type == Number::kFloat32) {
+    const hopper::U128 quad = hopper::load_16(static_cast<const float*>(from) + at);
+    w[0] = hopper::bits_float(quad.x), w[1] = hopper::bits_float(quad.y);
+    w[2] = hopper::bits_float(quad.z), w[3] = hopper::bits_float(quad.w);
+  } else {
+    const uint2 words = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(from) + at);
+    if (type == Number::kBFloat16) {
+      hopper::unpack_bf16x2(words.x, w[0], w[1]);
+      hopper::unpack_bf16x2(words.y, w[2], w[3]);
+    } else {
+      hopper::unpack_f16x2(words.x, w[0], w[1]);
+      hopper::unpack_f16x2(words.y, w[2], w[3]);
+    }
+  }
+#pragma unroll
+  for (int i = 0; i < 4; ++i) v[i] += w[i];
+}
+
 // Some tokens of a tile, from the staging [token][64 features] to y: sixteen threads write the 64 features of a token. The
 // code of this is there for every turn of the accumulators, so it is kept short.
 template <class C>
@@ -121,12 +141,14 @@ TILEWRIGHT_DEVICE void write_rows(const MatrixParams& p, const float* staging, c
     const int t = thread / 16 + 8 * j;
     const hopper::U128 sums = hopper::load_16(staging + t * kStagingPitch + thread % 16 * 4);
     const float scale = to.scales[turn * C::kStagingTokens + t];
+    float v[4] = {hopper::bits_float(sums.x), hopper::bits_float(sums.y), hopper::bits_float(sums.z),
+                  hopper::bits_float(sums.w)};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) v[i] = v[i] * to.factor * scale + bias[i];
+    const int64_t at = (first_token + t) * p.n + feature;
     if (first_token + t < p.m && feature < p.n) {
-      store_quad(p.y, (first_token + t) * p.n + feature, p.y_type,
-                 hopper::bits_float(sums.x) * to.factor * scale + bias[0],
-                 hopper::bits_float(sums.y) * to.factor * scale + bias[1],
-                 hopper::bits_float(sums.z) * to.factor * scale + bias[2],
-                 hopper::bits_float(sums.w) * to.factor * scale + bias[3]);
+      if (p.residual != nullptr) add_quad(p.residual, at, p.y_type, v);
+      store_quad(p.y, at, p.y_type, v[0], v[1], v[2], v[3]);
     }
   }
 }
@@ -142,7 +164,9 @@ TILEWRIGHT_DEVICE void write_ragged_rows(const MatrixParams& p, const float* sta
     if (token >= p.m || feature >= p.n) continue;
     const float bias = p.bias == nullptr ? 0.0f : load_number(p.bias, feature, p.bias_type);
     const float scale = to.scales[turn * C::kStagingTokens + t];
-    store_number(p.y, token * p.n + feature, p.y_type, staging[t * kStagingPitch + i % 64] * to.factor * scale + bias);
+    float value = staging[t * kStagingPitch + i % 64] * to.factor * scale + bias;
+    if (p.residual != nullptr) value += load_number(p.residual, token * p.n + feature, p.y_type);
+    store_number(p.y, token * p.n + feature, p.y_type, value);
   }
 }
 
@@ -278,6 +302,7 @@ template <class C>
 __global__ void __launch_bounds__(kMatrixThreads, 1) int4_fp8_kernel(const __grid_constant__ MatrixParams p) {
   const Shared<C> shared(p);
   if (threadIdx.x == 0) {
+    hopper::prefetch(p.chunks);
     if constexpr (!C::kResident) hopper::prefetch(p.x);
     for (int stage = 0; stage < p.stages; ++stage) {
       hopper::init(shared.full[stage], 1);

@@ -15,19 +15,28 @@ hopper::TensorMap map_tokens(const MatrixProblem& problem) {
   return hopper::make_tensor_map<hopper::e4m3>(problem.codes, 2, sizes, strides, box, hopper::Swizzle::k128);
 }
 
+inline hopper::TensorMap map_chunks(const MatrixProblem& problem) {
+  const uint64_t sizes[2] = {kLineBytes, static_cast<uint64_t>(problem.weight.payload_bytes() / kLineBytes)};
+  const uint64_t strides[1] = {kLineBytes};
+  const uint32_t box[2] = {kLineBytes, static_cast<uint32_t>(problem.weight.chunk_bytes / kLineBytes)};
+  return hopper::make_tensor_map<uint8_t>(problem.blob + Int4Hopper::kPayloadOffset, 2, sizes, strides, box,
+                                          hopper::Swizzle::k128);
+}
+
 template <class C>
 void launch_matrix(const MatrixProblem& problem, const DevicePlan& plan, hopper::Stream stream) {
   hopper::TensorMap tokens{};
   if constexpr (!C::kResident) tokens = map_tokens<C>(problem);
   const MatrixParams params{
       .x = tokens,
-      .chunks = reinterpret_cast<const char*>(problem.blob) + Int4Hopper::kPayloadOffset,
+      .chunks = map_chunks(problem),
       .per_tensor_scale =
           reinterpret_cast<const float*>(problem.blob + offsetof(format::PackedHeader, per_tensor_scale)),
       .x_given = problem.x,
       .x_scales = problem.scales,
       .x_sums = problem.sums,
       .bias = problem.bias,
+      .residual = problem.residual,
       .y = problem.y,
       .pieces = problem.pieces,
       .counters = problem.counters,
@@ -37,6 +46,7 @@ void launch_matrix(const MatrixProblem& problem, const DevicePlan& plan, hopper:
       .sums_stride = problem.sums_stride,
       .piece_floats = plan.piece_floats(),
       .chunk_bytes = static_cast<int>(problem.weight.chunk_bytes),
+      .slot_bytes = slot_bytes(problem.weight),
       .row_blocks = static_cast<int>(problem.weight.blocks),
       .token_tiles = plan.token_tiles,
       .stages = plan.stages,

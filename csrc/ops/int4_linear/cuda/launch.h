@@ -35,14 +35,16 @@ struct MatrixProblem {
   format::Int4HopperView weight;
   const uint8_t* blob;  // on the device, header first
   int64_t m;
-  const void* x;  // [M, K] of x_type where plan.resident; then codes, scales and sums are not read
-  Number x_type;
-  const uint8_t* codes;  // [M, Kp]
-  const float* scales;  // [M]
-  const float* sums;  // [Kp / sub, sums_stride] for weights that are not signed; sums_stride a multiple of 128
-  int64_t sums_stride;
+  const void* x = nullptr;  // [M, K] of x_type where plan.resident; then codes, scales and sums are not read
+  Number x_type = Number::kFloat32;
+  const uint8_t* codes = nullptr;  // [M, Kp]
+  const float* scales = nullptr;  // [M]
+  const float* sums =
+      nullptr;  // [Kp / sub, sums_stride] for weights that are not signed; sums_stride a multiple of 128
+  int64_t sums_stride = 0;
   const void* bias;  // [N] or null
   Number bias_type;
+  const void* residual = nullptr;     // null, or [M, N] of y_type, added before the one rounding of y
   void* y;  // [M, N]
   Number y_type;
   float* pieces;  // plan.piece_slots() * plan.piece_floats()

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // y^T = W x^T on the matrix units, W in 4 bits as the register operand.
 //
-// One warpgroup loads: chunks of weights by bulk copies, 128 columns of a tile of tokens by TMA. Two warpgroups multiply:
+// One warpgroup loads chunks of weights and 128 columns of a tile of tokens. Two warpgroups multiply:
 // each turns the words of its 64 (or 2 x 64) rows into e4m3 bytes in registers, multiplies them by the tokens in shared
 // memory, and adds the partial sums of a group, times the group's scale, to its float32 totals. With few tokens both have
 // the same 64 rows and every other 128 columns.
@@ -43,19 +43,23 @@ inline constexpr int kConsumerBarrier = 1;  // each consumer has its own
 inline constexpr int kHandOverBarrier = kConsumerBarrier + kConsumers;  // two
 inline constexpr int kRoundBarrier = kHandOverBarrier + 2;
 
+// Chunks come as boxes with the widest swizzle: the copy engine moves plain runs of bytes at a fraction of that rate.
+inline constexpr int kLineBytes = 128;
+
 struct MatrixParams {
   hopper::TensorMap x;  // codes, boxes of 128 columns by kTokens
-  const char* chunks;
+  hopper::TensorMap chunks;  // of weights: rows of 128 bytes, boxes of a chunk
   const float* per_tensor_scale;
   const void* x_given;  // [M, K] of x_type, for resident tokens
   const float* x_scales;
   const float* x_sums;  // [k_tiles * subs, sums_stride]
   const void* bias;
+  const void* residual;  // null, or [M, N] of y_type, added
   void* y;
   float* pieces;
   int32_t* counters;
   int64_t m, n, k, sums_stride, piece_floats;
-  int chunk_bytes, row_blocks, token_tiles, stages, sub, scale_bytes;
+  int chunk_bytes, slot_bytes, row_blocks, token_tiles, stages, sub, scale_bytes;
   ScaleType scale_type;
   OffsetKind offset_kind;
   Number x_type, bias_type, y_type;
@@ -78,7 +82,7 @@ struct Shared {
   int weight_bytes, sum_bytes;  // of a stage
 
   TILEWRIGHT_DEVICE explicit Shared(const MatrixParams& p) {
-    weight_bytes = C::kTileBlocks * p.chunk_bytes;
+    weight_bytes = C::kTileBlocks * p.slot_bytes;
     sum_bytes = C::kForm == Form::kUnsigned ? Int4Hopper::kCols / p.sub * C::kTokens * 4 : 0;
     tokens = hopper::shared_memory();
     weights = tokens + (C::kResident ? p.work.k_tiles : p.stages) * C::Tokens::kBytes;
@@ -95,7 +99,7 @@ struct Shared {
     return tokens + (C::kResident ? k : stage) * C::Tokens::kBytes;
   }
   TILEWRIGHT_DEVICE char* chunk_of(const MatrixParams& p, int stage, int block) const {
-    return weights + stage * weight_bytes + block * p.chunk_bytes;
+    return weights + stage * weight_bytes + block * p.slot_bytes;
   }
   TILEWRIGHT_DEVICE float* sums_of(int stage) const { return reinterpret_cast<float*>(sums + stage * sum_bytes); }
 };
@@ -162,9 +166,8 @@ TILEWRIGHT_DEVICE void load_weights(const MatrixParams& p, const Shared<C>& shar
   const int token_bytes = C::kResident ? 0 : C::Tokens::kBytes;
   hopper::arrive_expect(full, static_cast<uint32_t>(blocks * p.chunk_bytes + token_bytes + shared.sum_bytes));
   for (int b = 0; b < blocks; ++b) {
-    const int64_t chunk = static_cast<int64_t>(first + b) * p.work.k_tiles + at.k;
-    hopper::load_bulk(shared.chunk_of(p, stage, b), p.chunks + chunk * p.chunk_bytes,
-                      static_cast<uint32_t>(p.chunk_bytes), full);
+    const int chunk = (first + b) * p.work.k_tiles + at.k;
+    hopper::load_tile(shared.chunk_of(p, stage, b), p.chunks, full, 0, chunk * (p.chunk_bytes / kLineBytes));
   }
 }
 

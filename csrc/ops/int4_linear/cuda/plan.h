@@ -38,6 +38,7 @@ constexpr int staging_floats(int token_tile) {
 }
 
 inline constexpr int kResidentTokens = 4;  // at most: rounding them in every block costs less than a kernel before
+inline constexpr double kRoundingKernel = 3.0;  // microseconds that a kernel before costs
 inline constexpr int kFewestStages = 8;  // what two batches of a consumer that takes turns span
 
 // Signed: sign-and-magnitude codes. Unsigned: codes 0..15 and a correction by the sums of x. Fold: e4m3(q * scale).
@@ -99,15 +100,22 @@ struct DevicePlan {
   int64_t counters() const { return int64_t{work.split_tiles} * cluster() * kConsumers; }
 };
 
+// Of a chunk in shared memory, where swizzled boxes start at multiples of 1024.
+inline int slot_bytes(const format::Int4HopperView& weight) {
+  return static_cast<int>(round_up(weight.chunk_bytes, 1024));
+}
+
 namespace detail {
 
 // Microseconds on an H100, near enough to choose between ways of cutting. A unit is 128 columns of a tile. It is bound by
-// the matrix unit, by what one multiprocessor can take in, or by what all the busy ones take from the second-level cache.
+// the matrix unit, by what one multiprocessor can take in (15 KB of weights in a microsecond and the start of a copy of
+// tokens, as measured with plain bulk copies; boxes are taken to be no slower), or by what all the busy ones take from the
+// second-level cache.
 inline double unit_time(const DevicePlan& plan, int busy_blocks) {
   const double rows = plan.blocks_of_tile() * 64.0;
   const double weights = rows * 66, tokens = plan.token_tile * 128.0;
   const double cached = (weights + tokens / plan.cluster()) * busy_blocks * plan.cluster() / 5.0e6;
-  return std::max({rows * plan.token_tile * 128 / 4096 / 1500, (weights + tokens) / 70e3, cached});
+  return std::max({rows * plan.token_tile * 128 / 4096 / 1500, weights / 15e3 + (plan.resident ? 0.0 : 0.05), cached});
 }
 // The weights of some tiles come from memory once.
 inline double memory_time(const DevicePlan& plan, int tiles) {
@@ -151,7 +159,7 @@ inline void divide_memory(DevicePlan& plan, const format::Int4HopperView& weight
   constexpr int kMaxShared = 232448, kBarriers = 1024;
   const int sums = plan.form == Form::kUnsigned ? weight.subs() * plan.token_tile * 4 : 0;
   const int tokens = plan.token_tile * format::Int4Hopper::kCols;
-  plan.stage_bytes = plan.blocks_of_tile() * static_cast<int>(weight.chunk_bytes) + sums + (plan.resident ? 0 : tokens);
+  plan.stage_bytes = plan.blocks_of_tile() * slot_bytes(weight) + sums + (plan.resident ? 0 : tokens);
   const int64_t beside = staging_floats(plan.token_tile) * 4 + kBarriers + (plan.resident ? weight.tiles * tokens : 0);
   plan.stages = static_cast<int>(std::clamp<int64_t>((kMaxShared - beside) / plan.stage_bytes, 0, kMaxStages));
   plan.shared_bytes = static_cast<int>(plan.stages * plan.stage_bytes + beside);
@@ -190,9 +198,11 @@ inline DevicePlan choose_device_plan(int64_t m, const format::Int4HopperView& we
   plan.group_blocks = 1;
   plan.resident = rounds && m <= kResidentTokens && plan.token_tile == 8;
   const double one = detail::complete(plan, m, weight, multiprocessors);
-  if (plan.resident && plan.stages < 2 * kFewestStages) {  // a very long row
-    plan.resident = false;
-    detail::complete(plan, m, weight, multiprocessors);
+  if (plan.resident) {
+    DevicePlan rounded = plan;
+    rounded.resident = false;
+    const double other = detail::complete(rounded, m, weight, multiprocessors) + kRoundingKernel;
+    if (plan.stages < 2 * kFewestStages || other < one) return rounded;  // a very long row, or tiles worth splitting
   }
   if (plan.token_tile == 128 && plan.form != Form::kUnsigned && !plan.fine) {
     DevicePlan wide = plan;

@@ -306,6 +306,9 @@ struct Helper {
         ++loaded;
         loading.advance();
       }
+      // The copies' thread waits for stages alone. Without scores to make, the others would run ahead of it to the last
+      // chunk's rows, and find its stage free by the parity of a phase long past.
+      if constexpr (kChannel) hopper::named_sync(kHelperBarrier, 128);
     }
   }
 };

@@ -211,6 +211,7 @@ TILEWRIGHT_DEVICE void exchange(Decoder<T, Rows>& c, const float (&own)[Rows][kO
 #pragma unroll
     for (int r = 0; r < Rows; ++r) mine[r * row_floats + size + 1] = peak[r];
   }
+  __syncwarp();  // lanes come to the cluster's barrier together
   hopper::cluster_sync();
   const float* all = c.partials + c.parity * kDecodeCluster * Rows * row_floats;
   for (int i = thread; i < Rows * (size + 1); i += kDecodeThreads) {

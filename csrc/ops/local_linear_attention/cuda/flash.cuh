@@ -21,6 +21,12 @@ inline constexpr int kProducerRegisters = 24, kConsumerRegisters = 240;
 inline constexpr int kCleanBarrier = 1, kDecisionBarrier = 2, kGroupBarrier = 3;  // and 4
 inline constexpr float kLog2E = 1.4426950408889634f;
 
+// A barrier of part of the block. Lanes come back together first: a warp that arrives in pieces counts more than once.
+TILEWRIGHT_DEVICE void meet(int barrier, int threads) {
+  __syncwarp();
+  hopper::named_sync(barrier, threads);
+}
+
 // 128 queries of one sequence, and the tiles of keys that they see.
 struct QueryBlock {
   Segment segment;
@@ -319,7 +325,7 @@ TILEWRIGHT_DEVICE void clean(const Consumer<T, D>& c, int stage, int tile, bool 
   const int thread = c.group * 128 + c.thread;
   if (thread < kParts * S::kKeys) clean_part<T, D, kParts>(c, stage, tile, thread / kParts, thread % kParts, mark);
   hopper::fence_async_shared();
-  hopper::named_sync(kCleanBarrier, kConsumers);
+  meet(kCleanBarrier, kConsumers);
 }
 
 // A warp is done with a stage.
@@ -390,7 +396,7 @@ TILEWRIGHT_DEVICE void pack_factors(const float (&values)[Count], uint32_t (&fac
 // Until all warps of the group are here: their products have read what this one is about to write.
 template <class T, int D>
 TILEWRIGHT_DEVICE void join_group(const Consumer<T, D>& c) {
-  hopper::named_sync(kGroupBarrier + c.group, 128);
+  meet(kGroupBarrier + c.group, 128);
 }
 
 // Walks the block's tiles of keys: issue(keys) starts the products of a tile, digest(tile) works on their results,

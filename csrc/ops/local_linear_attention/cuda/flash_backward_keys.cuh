@@ -144,7 +144,7 @@ TILEWRIGHT_DEVICE void clean_rows(KeysConsumer<T, D>& c, int step) {
   // Behind the last row of the tensor there is no record either.
   if (outside || record_is_spoilt(c.records()[row]) || part_is_spoilt<T, D>(tile, row, part))
     atomicAdd(spoilt + row, 1);
-  hopper::named_sync(kCleanBarrier, kConsumers);
+  meet(kCleanBarrier, kConsumers);
   if (thread < S::kRows) others[thread] = 0;
   if (spoilt[row] != 0) {
     for (int col = part * (D / 2); col < (part + 1) * (D / 2); col += 8) {
@@ -160,7 +160,7 @@ TILEWRIGHT_DEVICE void clean_rows(KeysConsumer<T, D>& c, int step) {
     }
   }
   hopper::fence_async_shared();
-  hopper::named_sync(kCleanBarrier, kConsumers);
+  meet(kCleanBarrier, kConsumers);
   c.turn = 1 - c.turn;
 }
 
@@ -286,7 +286,7 @@ TILEWRIGHT_DEVICE void keys_consumer(const FlashKeysParams<T>& p, char* memory, 
       c.at.advance();
     }
   }
-  hopper::named_sync(kCleanBarrier, kConsumers);  // the last marks
+  meet(kCleanBarrier, kConsumers);  // the last marks
   write_keys(c, p, dk, dv);
 }
 

@@ -178,10 +178,21 @@ struct Tilts {
   float key_x[2], key_u[2], both[2];  // kbar.x, kbar.u, u.x
 };
 
-// x and -u as tiles, in memory for the pass over keys too; dx of Parallax is -t, which is in y.
+// dx of Parallax is -t, which is in y.
 template <class T, int D>
-TILEWRIGHT_DEVICE void take_tilts(Consumer<T, D>& c, const FlashQueriesParams<T>& p, const float (&y)[D / 2],
-                                  Tilts& tilts) {
+TILEWRIGHT_DEVICE void write_tilt_gradient(const Consumer<T, D>& c, const FlashQueriesParams<T>& p,
+                                           const float (&y)[D / 2]) {
+#pragma unroll
+  for (int i = 0; i < D / 2; i += 2) {
+    const int h = i / 2 % 2;
+    if (!c.valid(h) || c.col(i) >= p.shape.key_size) continue;
+    *reinterpret_cast<FloatPair*>(p.dx + c.at(h, p.shape) * p.shape.key_size + c.col(i)) = FloatPair{-y[i], -y[i + 1]};
+  }
+}
+
+// x and -u as tiles, in memory for the pass over keys too.
+template <class T, int D>
+TILEWRIGHT_DEVICE void take_tilts(Consumer<T, D>& c, const FlashQueriesParams<T>& p, Tilts& tilts) {
   using Tiles = TiltTiles<T, D>;
   const bool given = p.options.solver == Solver::kGiven;
   bool spoilt[2];
@@ -191,24 +202,24 @@ TILEWRIGHT_DEVICE void take_tilts(Consumer<T, D>& c, const FlashQueriesParams<T>
     spoilt[h] = limit - limit != 0.0f || (!given && c.number(RowNumber::kLambda, h) != c.number(RowNumber::kLambda, h));
   }
 #pragma unroll
-  for (int i = 0; i < D / 2; i += 2) {
-    const int h = i / 2 % 2;
-    if (i % 16 == 0) c.forget_addresses();
-    FloatPair x{0.0f, 0.0f}, u{0.0f, 0.0f};
-    const bool inside = c.valid(h) && c.col(i) < p.shape.key_size;
-    const int64_t at = inside ? c.at(h, p.shape) * p.shape.key_size + c.col(i) : 0;
-    if (inside) x = *reinterpret_cast<const FloatPair*>(p.x + at);
-    if (inside && !given) u = *reinterpret_cast<const FloatPair*>(p.u + at);
-    if (inside && !given && spoilt[h]) u.low = u.high = hopper::bits_float(0x7fc00000u);
-    if (inside && given) *reinterpret_cast<FloatPair*>(p.dx + at) = FloatPair{-y[i], -y[i + 1]};
-    const uint32_t word_x = hopper::pack_pair<T>(x.low, x.high), word_u = hopper::pack_pair<T>(-u.low, -u.high);
-    c.pair(Tiles::kX, i) = word_x;
-    c.pair(Tiles::kU, i) = word_u;
-    if (inside) *reinterpret_cast<uint32_t*>(p.rounded_x + at) = word_x;
-    if (inside) *reinterpret_cast<uint32_t*>(p.rounded_u + at) = word_u;
-    tilts.key_x[h] += pair_dot<T, D>(c.mean(i / 2), word_x);
-    tilts.key_u[h] -= pair_dot<T, D>(c.mean(i / 2), word_u);
-    tilts.both[h] += x.low * u.low + x.high * u.high;
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll 2
+    for (int i = 2 * h; i < D / 2; i += 4) {
+      FloatPair x{0.0f, 0.0f}, u{0.0f, 0.0f};
+      const bool inside = c.valid(h) && c.col(i) < p.shape.key_size;
+      const int64_t at = inside ? c.at(h, p.shape) * p.shape.key_size + c.col(i) : 0;
+      if (inside) x = *reinterpret_cast<const FloatPair*>(p.x + at);
+      if (inside && !given) u = *reinterpret_cast<const FloatPair*>(p.u + at);
+      if (inside && !given && spoilt[h]) u.low = u.high = hopper::bits_float(0x7fc00000u);
+      const uint32_t word_x = hopper::pack_pair<T>(x.low, x.high), word_u = hopper::pack_pair<T>(-u.low, -u.high);
+      c.pair(Tiles::kX, i) = word_x;
+      c.pair(Tiles::kU, i) = word_u;
+      if (inside) *reinterpret_cast<uint32_t*>(p.rounded_x + at) = word_x;
+      if (inside) *reinterpret_cast<uint32_t*>(p.rounded_u + at) = word_u;
+      tilts.key_x[h] += pair_dot<T, D>(c.mean(i / 2), word_x);
+      tilts.key_u[h] -= pair_dot<T, D>(c.mean(i / 2), word_u);
+      tilts.both[h] += x.low * u.low + x.high * u.high;
+    }
   }
   for (int h = 0; h < 2; ++h) {
     tilts.key_x[h] = quad_sum(tilts.key_x[h]);
@@ -325,12 +336,13 @@ TILEWRIGHT_DEVICE void queries_consumer(const FlashQueriesParams<T>& p, char* me
   start_solve(c, n, y, p.options, given);
   bool mine;
   if (given) {
+    write_tilt_gradient(c, p, y);
     decide(c, n, 0, mine);  // no row is active
   } else {
     solve_rows(c, n, p.u, p.options, p.shape, y);
   }
-  hopper::named_sync(kCleanBarrier, kConsumers);  // residuals of both groups give way to tiles
-  take_tilts(c, p, y, tilts);
+  meet(kCleanBarrier, kConsumers);  // residuals of both groups give way to tiles
+  take_tilts(c, p, tilts);
   hopper::wait(rows_full, 1);
   multiply_factors(c, n, tilts, value, y, sum);
   write_gradients(c, n, p, y, sum, value, tilts);

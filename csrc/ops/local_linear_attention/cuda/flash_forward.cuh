@@ -160,21 +160,22 @@ TILEWRIGHT_DEVICE void take_solution(Consumer<T, D>& c, const RowNumbers& n, flo
     spoilt[h] = !given && (limit - limit != 0.0f || c.number(RowNumber::kLambda, h) != c.number(RowNumber::kLambda, h));
   }
 #pragma unroll
-  for (int i = 0; i < D / 2; i += 2) {
-    const int h = i / 2 % 2;
-    if (i % 16 == 0) c.forget_addresses();
-    FloatPair value{0.0f, 0.0f};
-    if (c.valid(h) && c.col(i) < shape.key_size) {
-      auto* at = reinterpret_cast<FloatPair*>(x[h] + c.col(i));
-      value = *at;
-      if (spoilt[h]) value.low = value.high = hopper::bits_float(0x7fc00000u);
-      if (spoilt[h]) *at = value;
+  for (int h = 0; h < 2; ++h) {
+#pragma unroll 2
+    for (int i = 2 * h; i < D / 2; i += 4) {
+      FloatPair value{0.0f, 0.0f};
+      if (c.valid(h) && c.col(i) < shape.key_size) {
+        auto* at = reinterpret_cast<FloatPair*>(x[h] + c.col(i));
+        value = *at;
+        if (spoilt[h]) value.low = value.high = hopper::bits_float(0x7fc00000u);
+        if (spoilt[h]) *at = value;
+      }
+      float mean[2], q[2];
+      hopper::unpack_pair<T>(c.mean(i / 2), mean[0], mean[1]);
+      hopper::unpack_pair<T>(c.pair(S::kQuery, i), q[0], q[1]);
+      leverage[h] += (mean[0] - q[0]) * value.low + (mean[1] - q[1]) * value.high;
+      c.pair(S::kLeft, i) = hopper::pack_pair<T>(value.low, value.high);
     }
-    float mean[2], q[2];
-    hopper::unpack_pair<T>(c.mean(i / 2), mean[0], mean[1]);
-    hopper::unpack_pair<T>(c.pair(S::kQuery, i), q[0], q[1]);
-    leverage[h] += (mean[0] - q[0]) * value.low + (mean[1] - q[1]) * value.high;
-    c.pair(S::kLeft, i) = hopper::pack_pair<T>(value.low, value.high);
   }
   for (int h = 0; h < 2; ++h) leverage[h] = n.inverse[h] == 0.0f ? 0.0f : quad_sum(leverage[h]);
   hopper::fence_async_shared();

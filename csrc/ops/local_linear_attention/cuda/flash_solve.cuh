@@ -127,13 +127,33 @@ TILEWRIGHT_DEVICE float* solution_row(const Consumer<T, D>& c, float* solutions,
   return solutions + c.at(h, shape) * shape.key_size;
 }
 
+// x += step p for the rows that are active. Not unrolled: the sums that wait beside it leave few registers for loads.
+template <class T, int D>
+TILEWRIGHT_DEVICE void move_solution(const Consumer<T, D>& c, const RowNumbers& n, const float (&step)[2],
+                                     float* solutions, const Shape& shape) {
+  using S = FlashShape<T, D>;
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    if (!n.active[h]) continue;
+    float* const x = solution_row(c, solutions, shape, h);
+#pragma unroll 2
+    for (int i = 2 * h; i < D / 2; i += 4) {
+      if (c.col(i) >= shape.key_size) break;
+      float low, high;
+      hopper::unpack_pair<T>(c.pair(S::kLeft, i), low, high);
+      auto* at = reinterpret_cast<FloatPair*>(x + c.col(i));
+      const FloatPair before = *at;
+      *at = FloatPair{before.low + step[h] * low, before.high + step[h] * high};
+    }
+  }
+}
+
 // One step from y: x, residual and direction of the rows that are active. With A p known, step = r.p / p.Ap and the next
 // direction is made conjugate to p as it was rounded: r - (r.Ap / p.Ap) p.
 template <class T, int D>
 TILEWRIGHT_DEVICE void take_step(Consumer<T, D>& c, RowNumbers& n, float (&y)[D / 2], const float (&drift)[2],
                                  float* solutions, const Shape& shape, float max_iterations) {
   using S = FlashShape<T, D>;
-  float* const x[2] = {solution_row(c, solutions, shape, 0), solution_row(c, solutions, shape, 1)};
   const float lambda[2] = {c.number(RowNumber::kLambda, 0), c.number(RowNumber::kLambda, 1)};
   float curvature[2] = {0.0f, 0.0f}, along[2] = {0.0f, 0.0f}, step[2], square[2] = {0.0f, 0.0f},
         mixed[2] = {0.0f, 0.0f};
@@ -159,18 +179,11 @@ TILEWRIGHT_DEVICE void take_step(Consumer<T, D>& c, RowNumbers& n, float (&y)[D 
     n.active[h] = n.active[h] && curvature[h] > 0.0f;
     step[h] = n.active[h] ? along[h] / curvature[h] : 0.0f;
   }
+  move_solution(c, n, step, solutions, shape);
   c.forget_addresses();
 #pragma unroll
   for (int i = 0; i < D / 2; i += 2) {
     const int h = i / 2 % 2;
-    if (i % 16 == 0) c.forget_addresses();
-    float p[2];
-    hopper::unpack_pair<T>(c.pair(S::kLeft, i), p[0], p[1]);
-    if (n.active[h] && c.col(i) < shape.key_size) {
-      auto* at = reinterpret_cast<FloatPair*>(x[h] + c.col(i));
-      const FloatPair before = *at;
-      *at = FloatPair{before.low + step[h] * p[0], before.high + step[h] * p[1]};
-    }
 #pragma unroll
     for (int e = 0; e < 2; ++e) {
       const float left = c.residual(i + e) - step[h] * y[i + e];
@@ -214,7 +227,7 @@ TILEWRIGHT_DEVICE bool decide(const Consumer<T, D>& c, const RowNumbers& n, int 
   int* flags = reinterpret_cast<int*>(c.memory + S::kFlags) + parity * 8;
   if (c.thread % 32 == 0) flags[c.group * 4 + c.thread / 32] = any;
   hopper::fence_async_shared();
-  hopper::named_sync(kDecisionBarrier, kConsumers + 32);
+  meet(kDecisionBarrier, kConsumers + 32);
   int total = 0, own = 0;
   for (int w = 0; w < 8; ++w) {
     total |= flags[w];
@@ -228,7 +241,7 @@ TILEWRIGHT_DEVICE bool decide(const Consumer<T, D>& c, const RowNumbers& n, int 
 template <class T, int D>
 TILEWRIGHT_DEVICE bool hear_decision(const char* memory, int parity) {
   using S = FlashShape<T, D>;
-  hopper::named_sync(kDecisionBarrier, kConsumers + 32);
+  meet(kDecisionBarrier, kConsumers + 32);
   const int* flags = reinterpret_cast<const int*>(memory + S::kFlags) + parity * 8;
   int total = 0;
   for (int w = 0; w < 8; ++w) total |= flags[w];
