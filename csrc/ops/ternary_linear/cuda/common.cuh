@@ -63,12 +63,12 @@ TILEWRIGHT_DEVICE void put(uint16_t* y, const RowPair& pair, uint32_t both) {
 }
 
 template <Element kElement>
-TILEWRIGHT_DEVICE void store_pair(const Problem& p, const RowPair& pair, int64_t token, int32_t first, int32_t second) {
+TILEWRIGHT_DEVICE void store_pair(const Problem& p, const RowPair& pair, int64_t token, float token_scale,
+                                  int32_t first, int32_t second) {
   const int64_t at = token * p.n + pair.n;
   if constexpr (kElement == Element::kInt32) {
     put(static_cast<uint32_t*>(p.out.y) + at, pair, static_cast<uint32_t>(first), static_cast<uint32_t>(second));
   } else {
-    const float token_scale = p.out.token_scales[token];
     const float low = finished(pair, 0, first, token_scale), high = finished(pair, 1, second, token_scale);
     if constexpr (kElement == Element::kFloat) {
       put(static_cast<uint32_t*>(p.out.y) + at, pair, hopper::float_bits(low), hopper::float_bits(high));
@@ -82,11 +82,12 @@ TILEWRIGHT_DEVICE void store_pair(const Problem& p, const RowPair& pair, int64_t
 
 // The same for an element that is known only now.
 TILEWRIGHT_DEVICE void store_pair(const Problem& p, const RowPair& pair, int64_t token, int32_t first, int32_t second) {
+  const float token_scale = p.out.element == Element::kInt32 ? 0.0f : p.out.token_scales[token];
   switch (p.out.element) {
-    case Element::kInt32: return store_pair<Element::kInt32>(p, pair, token, first, second);
-    case Element::kFloat: return store_pair<Element::kFloat>(p, pair, token, first, second);
-    case Element::kBFloat16: return store_pair<Element::kBFloat16>(p, pair, token, first, second);
-    case Element::kHalf: return store_pair<Element::kHalf>(p, pair, token, first, second);
+    case Element::kInt32: return store_pair<Element::kInt32>(p, pair, token, token_scale, first, second);
+    case Element::kFloat: return store_pair<Element::kFloat>(p, pair, token, token_scale, first, second);
+    case Element::kBFloat16: return store_pair<Element::kBFloat16>(p, pair, token, token_scale, first, second);
+    case Element::kHalf: return store_pair<Element::kHalf>(p, pair, token, token_scale, first, second);
   }
 }
 

@@ -244,6 +244,8 @@ struct Large {
   template <Element kElement>
   static TILEWRIGHT_DEVICE void store_as(const Problem& p, const Item& item, const Sums& sums, int shift) {
     const int thread = static_cast<int>(threadIdx.x) % 128, lane = thread % 32;
+    const int first_token = item.token + lane % 4 * 2, last_token = static_cast<int>(p.m) - 1;
+    constexpr int kAtOnce = 8;
 #pragma unroll
     for (int s = 0; s < kSubtiles; ++s) {
       const int64_t n = int64_t{item.row_block + group() * kSubtiles + s} * TernaryMma2::kRowsPerBlock +
@@ -251,10 +253,23 @@ struct Large {
       if (n >= p.n) continue;
       const RowPair pair = row_pair(p, n);
 #pragma unroll
-      for (int i = 0; i < Product::kRegisters / 2; ++i) {
-        const int64_t token = item.token + i / 2 * 8 + lane % 4 * 2 + i % 2;
-        const int at = i / 2 * 4 + i % 2;
-        if (token < p.m) store_pair<kElement>(p, pair, token, sums[s][at] >> shift, sums[s][at + 2] >> shift);
+      for (int begin = 0; begin < Product::kRegisters / 2; begin += kAtOnce) {
+        // Some loads together: one before each store would be waited for each time. Tokens past M repeat the last.
+        float token_scale[kAtOnce] = {};
+        if constexpr (kElement != Element::kInt32) {
+#pragma unroll
+          for (int i = 0; i < kAtOnce; ++i) {
+            const int token = first_token + (begin + i) / 2 * 8 + i % 2;
+            token_scale[i] = p.out.token_scales[token < last_token ? token : last_token];
+          }
+        }
+#pragma unroll
+        for (int i = 0; i < kAtOnce; ++i) {
+          const int64_t token = first_token + (begin + i) / 2 * 8 + i % 2;
+          const int at = (begin + i) / 2 * 4 + i % 2;
+          if (token > last_token) continue;
+          store_pair<kElement>(p, pair, token, token_scale[i], sums[s][at] >> shift, sums[s][at + 2] >> shift);
+        }
       }
     }
   }
