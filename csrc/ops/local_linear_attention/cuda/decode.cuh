@@ -161,21 +161,39 @@ TILEWRIGHT_DEVICE void load_batch(const Decoder<T, Rows>& c, const T* from, int6
   }
 }
 
-// For each of the thread's keys: work(key, its elements, those of its value, or of nothing), a batch under way at a time. The
-// last call of a thread may be for a key behind the end, whose elements are zero: lanes stay together.
-template <bool Values, class T, int Rows, class Work>
+// What a walk wants of a key beside its elements.
+struct Wanted {
+  bool scores, values;
+};
+
+// For each of the thread's keys: work(key, its elements, those of its value, the rows' scores), a batch under way at a time.
+// The last call of a thread may be for a key behind the end, whose elements are zero: lanes stay together. The score of a key
+// that a row does not see is -infinity.
+template <Wanted W, class T, int Rows, class Work>
 TILEWRIGHT_DEVICE void walk_cache(const Decoder<T, Rows>& c, const Work& work) {
   constexpr int kBatch = (sizeof(T) == 2 ? 4 : 2) / (Rows == 1 ? 1 : 2);
   for (int64_t first = c.begin + c.group; first - c.group < c.end; first += kBatch * c.groups) {
     Pieces<T> keys[kBatch], values[kBatch];
+    float scores[kBatch][Rows];
     load_batch(c, c.keys, c.key_step, c.key_size, first, keys);
-    if constexpr (Values) load_batch(c, c.values, c.value_step, c.value_size, first, values);
+    if constexpr (W.values) load_batch(c, c.values, c.value_step, c.value_size, first, values);
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+#pragma unroll
+      for (int r = 0; r < Rows; ++r) {
+        const int64_t key = first + b * c.groups;
+        scores[b][r] = hopper::bits_float(0xff800000u);
+        if constexpr (W.scores) {
+          if (key < c.end && c.sees(r, key)) scores[b][r] = c.scores(r)[key];
+        }
+      }
+    }
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {
       float elements[kOwnElements], value[kOwnElements];
       keys[b].unpack(elements);
-      if constexpr (Values) values[b].unpack(value);
-      work(first + b * c.groups, elements, value);
+      if constexpr (W.values) values[b].unpack(value);
+      work(first + b * c.groups, elements, value, scores[b]);
     }
   }
 }
@@ -244,28 +262,29 @@ TILEWRIGHT_DEVICE void weigh_cache(Decoder<T, Rows>& c) {
 #pragma unroll
     for (int e = 0; e < kOwnElements; ++e) own[r][e] = 0.0f;
   }
-  walk_cache<false>(c, [&](int64_t key, const float (&elements)[kOwnElements], const float (&)[kOwnElements]) {
+  walk_cache<Wanted{false, false}>(
+      c, [&](int64_t key, const float (&elements)[kOwnElements], const float (&)[kOwnElements], const float (&)[Rows]) {
 #pragma unroll
-    for (int r = 0; r < Rows; ++r) {
-      float score = 0.0f;
+        for (int r = 0; r < Rows; ++r) {
+          float score = 0.0f;
 #pragma unroll
-      for (int e = 0; e < kOwnElements; ++e) score = fmaf(query[r][e], elements[e], score);
-      score = c.group_sum(score) * scale;
-      if (key >= c.end || !c.sees(r, key)) continue;
-      if (c.lane == 0) c.scores(r)[key] = score;
-      if (score > peak[r]) {
-        const float shrink = hopper::exp2_flushed(peak[r] - score);
-        peak[r] = score;
-        omega[r] *= shrink;
+          for (int e = 0; e < kOwnElements; ++e) score = fmaf(query[r][e], elements[e], score);
+          score = c.group_sum(score) * scale;
+          if (key >= c.end || !c.sees(r, key)) continue;
+          if (c.lane == 0) c.scores(r)[key] = score;
+          if (score > peak[r]) {
+            const float shrink = hopper::exp2_flushed(peak[r] - score);
+            peak[r] = score;
+            omega[r] *= shrink;
 #pragma unroll
-        for (int e = 0; e < kOwnElements; ++e) own[r][e] *= shrink;
-      }
-      const float w = hopper::exp2_flushed(score - peak[r]);
-      omega[r] += w;
+            for (int e = 0; e < kOwnElements; ++e) own[r][e] *= shrink;
+          }
+          const float w = hopper::exp2_flushed(score - peak[r]);
+          omega[r] += w;
 #pragma unroll
-      for (int e = 0; e < kOwnElements; ++e) own[r][e] = fmaf(w, elements[e], own[r][e]);
-    }
-  });
+          for (int e = 0; e < kOwnElements; ++e) own[r][e] = fmaf(w, elements[e], own[r][e]);
+        }
+      });
   // To the block's own peaks.
   __syncthreads();
   float most[Rows];
@@ -294,24 +313,27 @@ TILEWRIGHT_DEVICE void weigh_cache(Decoder<T, Rows>& c) {
 template <class T, int Rows>
 TILEWRIGHT_DEVICE void apply_to_cache(Decoder<T, Rows>& c, const float* from) {
   using M = DecodeMemory<Rows>;
-  float vector[Rows][kOwnElements], own[Rows][kOwnElements], drift[Rows], none[Rows];
+  float vector[Rows][kOwnElements], own[Rows][kOwnElements], drift[Rows], none[Rows], peak[Rows], shift[Rows];
   c.take(from, c.key_size, vector);
 #pragma unroll
   for (int r = 0; r < Rows; ++r) {
     drift[r] = none[r] = 0.0f;
+    peak[r] = c.m.number(r, M::kPeak);
+    shift[r] = c.m.number(r, M::kShift);
 #pragma unroll
     for (int e = 0; e < kOwnElements; ++e) own[r][e] = 0.0f;
   }
-  walk_cache<false>(c, [&](int64_t key, const float (&elements)[kOwnElements], const float (&)[kOwnElements]) {
+  walk_cache<Wanted{true, false}>(c, [&](int64_t, const float (&elements)[kOwnElements], const float (&)[kOwnElements],
+                                         const float (&scores)[Rows]) {
 #pragma unroll
     for (int r = 0; r < Rows; ++r) {
       float along = 0.0f;
 #pragma unroll
       for (int e = 0; e < kOwnElements; ++e) along = fmaf(vector[r][e], elements[e], along);
       along = c.group_sum(along);
-      if (key >= c.end || !c.sees(r, key)) continue;
-      const float factor =
-          hopper::exp2_flushed(c.scores(r)[key] - c.m.number(r, M::kPeak)) * (along - c.m.number(r, M::kShift));
+      // Where a cluster has one row, its block's keys are those that it sees, and a step has no branch.
+      if (Rows > 1 && scores[r] == hopper::bits_float(0xff800000u)) continue;
+      const float factor = hopper::exp2_flushed(scores[r] - peak[r]) * (along - shift[r]);
       drift[r] += factor;
 #pragma unroll
       for (int e = 0; e < kOwnElements; ++e) own[r][e] = fmaf(factor, elements[e], own[r][e]);
@@ -325,24 +347,29 @@ template <class T, int Rows>
 TILEWRIGHT_DEVICE void read_cache(Decoder<T, Rows>& c) {
   using M = DecodeMemory<Rows>;
   float vector[Rows][kOwnElements], own[Rows][kOwnElements], total[Rows], none[Rows];
+  float peak[Rows], shift[Rows], inverse[Rows];
   c.take(c.m.x, c.key_size, vector);
 #pragma unroll
   for (int r = 0; r < Rows; ++r) {
     total[r] = none[r] = 0.0f;
+    peak[r] = c.m.number(r, M::kPeak);
+    shift[r] = c.m.number(r, M::kShift);
+    inverse[r] = c.m.number(r, M::kInverse);
 #pragma unroll
     for (int e = 0; e < kOwnElements; ++e) own[r][e] = 0.0f;
   }
-  walk_cache<true>(c, [&](int64_t key, const float (&elements)[kOwnElements], const float (&value)[kOwnElements]) {
+  walk_cache<Wanted{true, true}>(c, [&](int64_t, const float (&elements)[kOwnElements],
+                                        const float (&value)[kOwnElements], const float (&scores)[Rows]) {
 #pragma unroll
     for (int r = 0; r < Rows; ++r) {
       float along = 0.0f;
 #pragma unroll
       for (int e = 0; e < kOwnElements; ++e) along = fmaf(vector[r][e], elements[e], along);
       along = c.group_sum(along);
-      if (key >= c.end || !c.sees(r, key)) continue;
-      const float weight =
-          hopper::exp2_flushed(c.scores(r)[key] - c.m.number(r, M::kPeak)) * c.m.number(r, M::kInverse);
-      const float tilted = weight * (1.0f + c.m.number(r, M::kShift) - along);
+      // Where a cluster has one row, its block's keys are those that it sees, and a step has no branch.
+      if (Rows > 1 && scores[r] == hopper::bits_float(0xff800000u)) continue;
+      const float weight = hopper::exp2_flushed(scores[r] - peak[r]) * inverse[r];
+      const float tilted = weight * (1.0f + shift[r] - along);
       total[r] += tilted;
 #pragma unroll
       for (int e = 0; e < kOwnElements; ++e) own[r][e] = fmaf(tilted, value[e], own[r][e]);
