@@ -50,11 +50,20 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     return torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
-def check(device: Any, q: Tensor, cache: KVCache, counts: list[int], path: str, options: Options = DEFAULT) -> Tensor:
+def check(
+    device: Any,
+    q: Tensor,
+    cache: KVCache,
+    counts: list[int],
+    path: str,
+    options: Options = DEFAULT,
+    *,
+    every_seed: bool = True,
+) -> Tensor:
     """Every seed of the emulator gives the same bits, and they are within the bound of the path."""
     q = device.tensor(q)
     results = []
-    for seed in device.seeds:
+    for seed in device.seeds if every_seed else device.seeds[:1]:
         device.seed(seed)
         results.append(int4_fp8_attention(q, cache, offsets(counts, device.torch_device), **options.keywords()))
     arithmetic = Arithmetic(path, short_sums=path == PREFILL and not device.is_emulator)
@@ -203,11 +212,11 @@ def test_rows_whose_chunks_would_take_too_much_memory_walk_their_keys_uncut(devi
 def test_every_kind_of_length(device: Any, length: int) -> None:
     for head_dim in (64, 128):
         cache = filled_cache([length], 2, head_dim, device.torch_device)
-        check(device, torch.randn(1, 4, head_dim), cache, [1], DECODE)
+        check(device, torch.randn(1, 4, head_dim), cache, [1], DECODE, every_seed=False)
         count, kv_heads = min(length, 100), many_heads(device, 1)
         cache = filled_cache([length], kv_heads, head_dim, device.torch_device)
         path = fast_path(device, [count], 4 * kv_heads, kv_heads)
-        check(device, torch.randn(count, 4 * kv_heads, head_dim), cache, [count], path)
+        check(device, torch.randn(count, 4 * kv_heads, head_dim), cache, [count], path, every_seed=False)
 
 
 @pytest.mark.parametrize("window", [1, 63, 64, 65, 1000])
@@ -215,22 +224,22 @@ def test_every_kind_of_length(device: Any, length: int) -> None:
 def test_windows(device: Any, window: int, causal: bool) -> None:
     options = Options(window=window, causal=causal)
     cache = filled_cache([600, 90, 30], 2, 64, device.torch_device)
-    check(device, torch.randn(3, 4, 64), cache, [1, 0, 2], DECODE, options)
+    check(device, torch.randn(3, 4, 64), cache, [1, 0, 2], DECODE, options, every_seed=False)
     kv_heads = many_heads(device, 2)
     cache = filled_cache([600, 90, 30], kv_heads, 64, device.torch_device)
-    check(device, torch.randn(120, 2 * kv_heads, 64), cache, [1, 90, 29], PREFILL, options)
+    check(device, torch.randn(120, 2 * kv_heads, 64), cache, [1, 90, 29], PREFILL, options, every_seed=False)
     plain = filled_cache([150, 90], 2, 36, device.torch_device, "bf16")
-    check(device, torch.randn(31, 4, 36), plain, [1, 30], PLAIN, options)
+    check(device, torch.randn(31, 4, 36), plain, [1, 30], PLAIN, options, every_seed=False)
 
 
 @pytest.mark.parametrize("scale", [0.0, -0.125, 3.0])
 def test_any_softmax_scale(device: Any, scale: float) -> None:
     kv_heads = many_heads(device, 2)
     cache = filled_cache([80], kv_heads, 64, device.torch_device)
-    check(device, torch.randn(80, 2 * kv_heads, 64), cache, [80], PREFILL, Options(scale=scale))
+    check(device, torch.randn(80, 2 * kv_heads, 64), cache, [80], PREFILL, Options(scale=scale), every_seed=False)
     cache = filled_cache([80], 2, 64, device.torch_device)
-    check(device, torch.randn(3, 4, 64), cache, [3], DECODE, Options(scale=scale))
-    check(device, torch.randn(3, 4, 64), cache, [3], DECODE, Options(scale=scale, query="float32"))
+    check(device, torch.randn(3, 4, 64), cache, [3], DECODE, Options(scale=scale), every_seed=False)
+    check(device, torch.randn(3, 4, 64), cache, [3], DECODE, Options(scale=scale, query="float32"), every_seed=False)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
