@@ -151,8 +151,11 @@ def gate_floor(inputs: Inputs, wanted: list[Tensor]) -> float:
     return float(later.sum() if inputs.g is not None and inputs.g.dim() == 1 else later.norm())
 
 
-def assert_agrees(device: Device, inputs: Inputs) -> None:
-    """Every gradient near autograd's in float64, as near as the inputs' type and arithmetic allow."""
+def assert_agrees(device: Device, inputs: Inputs, forgets: bool = False) -> None:
+    """Every gradient near autograd's in float64, as near as the inputs' type and arithmetic allow.
+
+    forgets: decays are so strong that dg is next to nothing beside the terms whose difference it is.
+    """
     dtype = inputs.q.dtype
     wanted = gradients(inputs.to(torch.float64), recurrence)
     got = on_device(device, inputs)
@@ -161,7 +164,7 @@ def assert_agrees(device: Device, inputs: Inputs) -> None:
         assert a.dtype == leaf.dtype
         assert a.shape == leaf.shape
         # 16 bits of one decay for all tokens: a sum of differences of both signs, not a number of its own size.
-        floored = name == "g" and (dtype not in NARROW or leaf.dim() == 1)
+        floored = name == "g" and (dtype not in NARROW or leaf.dim() == 1 or forgets)
         # What float32 cannot hold is zero.
         floor = gate_floor(inputs, wanted) if floored else 0.0 if dtype == torch.float64 else 1e-37
         # Twice what the same recurrence loses in torch, and no less than the rounding of the result.
@@ -214,7 +217,8 @@ def test_sizes_that_tensor_cores_do_not_take(device: Device, key: int, value: in
 @pytest.mark.parametrize("rule", RULES)
 def test_decays_that_underflow(device: Device, rule: str, decay: str, strength: float) -> None:
     for dtype, tokens, size in ((torch.float64, 9 if device.is_emulator else 70, 8), (torch.bfloat16, 70, 64)):
-        assert_agrees(device, make(rule, decay, tokens, key=size, value=size, strength=strength, dtype=dtype))
+        inputs = make(rule, decay, tokens, key=size, value=size, strength=strength, dtype=dtype)
+        assert_agrees(device, inputs, forgets=True)
 
 
 @pytest.mark.parametrize("decay", ["token", "channel"])
