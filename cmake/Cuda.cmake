@@ -11,7 +11,7 @@ target_include_directories(tilewright_cuda PRIVATE csrc)
 target_link_libraries(tilewright_cuda PRIVATE tilewright::torch_stable_cuda)
 set_target_properties(tilewright_cuda PROPERTIES CUDA_RUNTIME_LIBRARY Static CUDA_VISIBILITY_PRESET hidden)
 target_compile_options(tilewright_cuda PRIVATE
-  $<$<COMPILE_LANGUAGE:CUDA>:-gencode=arch=compute_90a,code=sm_90a;--expt-relaxed-constexpr;-lineinfo>)
+  $<$<COMPILE_LANGUAGE:CUDA>:-gencode=arch=compute_90a,code=sm_90a;--expt-relaxed-constexpr>)
 tilewright_baseline(tilewright_cuda)
 tilewright_warnings(tilewright_cuda)
 install(TARGETS tilewright_cuda LIBRARY DESTINATION lib)
