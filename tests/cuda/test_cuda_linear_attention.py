@@ -4,12 +4,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
+from linear_attention_calls import CHUNK, DECAYS, RULES, Inputs, make, relative
 from torch import Tensor
 
 from tilewright.ops import linear_attention, linear_attention_step_
@@ -19,76 +19,10 @@ from tilewright.reference.linear_attention import recurrence
 if TYPE_CHECKING:
     from conftest import Device
 
-RULES = ("additive", "delta")
-DECAYS = ("none", "head", "token", "channel")
-CHUNK = 64
 # Relative L2 error of values and states. On tensor cores an operand is rounded to the inputs' type in at most five
 # places between an input and an output (state, residual, inverse, correction, score) and the output once more: the
 # square root of 6 times half an ulp, times 1.25 for what the inverse adds up. float16 has three more bits.
 BOUNDS = {torch.bfloat16: 6e-3, torch.float16: 7.5e-4}
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """One call's tensors, on the CPU."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    beta: Tensor | None
-    g: Tensor | None
-    initial_state: Tensor | None
-    rule: Any
-    cu_seqlens: Tensor | None = None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
-        """The same call with every tensor changed."""
-        changed = {f.name: function(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)}
-        return replace(self, **changed)
-
-
-def make(
-    rule: str,
-    decay: str,
-    tokens: int,
-    *,
-    batch: int = 1,
-    heads: int = 1,
-    group: int = 1,
-    key: int = 64,
-    value: int = 64,
-    strength: float = 1.0,
-    offsets: list[int] | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    seed: int = 0,
-) -> Inputs:
-    """Random inputs with keys of unit length, beta in (0, 1) and log decays in (-strength, 0); gates are float32."""
-    rng = torch.Generator().manual_seed(seed)
-    value_heads = heads * group
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=rng)
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=rng)
-
-    gates = {
-        "none": lambda: None,
-        "head": lambda: -strength * uniform(value_heads),
-        "token": lambda: -strength * uniform(batch, tokens, value_heads),
-        "channel": lambda: -strength * uniform(batch, tokens, value_heads, key),
-    }
-    sequences = batch if offsets is None else len(offsets) - 1
-    return Inputs(
-        q=normal(batch, tokens, heads, key).to(dtype),
-        k=torch.nn.functional.normalize(normal(batch, tokens, heads, key), dim=-1).to(dtype),
-        v=normal(batch, tokens, value_heads, value).to(dtype),
-        beta=uniform(batch, tokens, value_heads) if rule == "delta" else None,
-        g=gates[decay](),
-        initial_state=normal(sequences, value_heads, key, value),
-        rule=rule,
-        cu_seqlens=None if offsets is None else torch.tensor(offsets),
-    )
 
 
 def run(device: Device, inputs: Inputs, mode: Any = "chunk") -> tuple[Tensor, Tensor]:
@@ -117,12 +51,6 @@ def reference(inputs: Inputs, dtype: torch.dtype = torch.float64) -> tuple[Tenso
     return recurrence(
         x.q, x.k, x.v, beta=x.beta, g=x.g, rule=x.rule, initial_state=x.initial_state, cu_seqlens=x.cu_seqlens
     )
-
-
-def relative(got: Tensor, wanted: Tensor) -> float:
-    """||got - wanted|| / ||wanted||; 0 for empty tensors."""
-    error = (got.double() - wanted.double()).norm()
-    return 0.0 if error == 0 else float(error / wanted.double().norm().clamp(min=1e-300))
 
 
 def assert_agrees(device: Device, inputs: Inputs, mode: str = "chunk") -> None:
@@ -410,7 +338,7 @@ def test_a_row_that_does_not_exist_gives_nan(device: Device) -> None:
 def test_a_wider_type_keeps_the_pool_in_float32(device: Device) -> None:
     inputs = make("delta", "token", 1, batch=2, dtype=torch.float64)
     assert inputs.initial_state is not None
-    x, states = inputs.map(device.tensor), device.tensor(inputs.initial_state.clone())
+    x, states = inputs.map(device.tensor), device.tensor(inputs.initial_state.float())
     o = linear_attention_step_(x.q, x.k, x.v, states, beta=x.beta, g=x.g, rule="delta").cpu()
     assert o.dtype == torch.float64
     assert relative(o, reference(inputs)[0]) <= 1e-5

@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
+from linear_attention_calls import CHUNK, DECAYS, RULES, Inputs, make, relative
 from torch import Tensor
 
 from tilewright.ops import linear_attention
@@ -18,10 +19,7 @@ from tilewright.reference.linear_attention import recurrence
 if TYPE_CHECKING:
     from conftest import Device
 
-RULES = ("additive", "delta")
-DECAYS = ("none", "head", "token", "channel")
 NARROW = (torch.bfloat16, torch.float16)
-CHUNK = 64
 # float64: a sum of some hundred products with an error of 2^-53 each; the decays' exponentials cost a few more.
 EXACT = 1e-12
 # Relative L2 error on tensor cores. Between an input and a gradient an operand is rounded to the inputs' type in eight
@@ -29,83 +27,6 @@ EXACT = 1e-12
 # result once more; each time half an ulp of 2^-8 or 2^-11 at most, 0.58 of that on average: the square root of 9 times
 # that is 3.4e-3, and twice that for what the inverse adds up. float16 has three more bits.
 BOUNDS = {torch.bfloat16: 8e-3, torch.float16: 1e-3}
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """One call and what its gradient starts from, on the CPU."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    beta: Tensor | None
-    g: Tensor | None
-    initial_state: Tensor
-    d_out: Tensor
-    d_state: Tensor
-    rule: str
-    cu_seqlens: Tensor | None = None
-
-    def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
-        """The same call with every tensor changed."""
-        changed: dict[str, Any] = {
-            f.name: function(x) for f in fields(self) if isinstance(x := getattr(self, f.name), Tensor)
-        }
-        return replace(self, **changed)
-
-    def to(self, dtype: torch.dtype) -> Inputs:
-        return self.map(lambda x: x.to(dtype) if x.is_floating_point() else x)
-
-    def leaves(self) -> dict[str, Tensor]:
-        found = {n: getattr(self, n) for n in ("q", "k", "v", "beta", "g", "initial_state")}
-        return {name: x for name, x in found.items() if x is not None}
-
-
-def make(
-    rule: str,
-    decay: str,
-    tokens: int,
-    *,
-    batch: int = 1,
-    heads: int = 1,
-    group: int = 1,
-    key: int = 64,
-    value: int = 64,
-    strength: float = 1.0,
-    offsets: list[int] | None = None,
-    dtype: torch.dtype = torch.bfloat16,
-    seed: int = 0,
-) -> Inputs:
-    """Random inputs with keys of unit length, beta in (0, 1) and log decays in (-strength, 0)."""
-    rng = torch.Generator().manual_seed(seed)
-    value_heads = heads * group
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=rng, dtype=wide)
-
-    def uniform(*shape: int) -> Tensor:
-        return torch.rand(*shape, generator=rng, dtype=wide)
-
-    gates = {
-        "none": lambda: None,
-        "head": lambda: -strength * uniform(value_heads),
-        "token": lambda: -strength * uniform(batch, tokens, value_heads),
-        "channel": lambda: -strength * uniform(batch, tokens, value_heads, key),
-    }
-    sequences = batch if offsets is None else len(offsets) - 1
-    return Inputs(
-        q=normal(batch, tokens, heads, key).to(dtype),
-        k=torch.nn.functional.normalize(normal(batch, tokens, heads, key), dim=-1).to(dtype),
-        v=normal(batch, tokens, value_heads, value).to(dtype),
-        beta=uniform(batch, tokens, value_heads) if rule == "delta" else None,
-        g=gates[decay](),
-        initial_state=normal(sequences, value_heads, key, value),
-        d_out=normal(batch, tokens, value_heads, value).to(dtype),
-        d_state=normal(sequences, value_heads, key, value),
-        rule=rule,
-        cu_seqlens=None if offsets is None else torch.tensor(offsets),
-    )
 
 
 def gradients(inputs: Inputs, function: Callable[..., tuple[Tensor, Tensor | None]], **options: bool) -> list[Tensor]:
@@ -123,6 +44,8 @@ def gradients(inputs: Inputs, function: Callable[..., tuple[Tensor, Tensor | Non
         **options,
     )
     assert state is not None
+    assert inputs.d_out is not None
+    assert inputs.d_state is not None
     found = torch.autograd.grad(
         [o, state],
         list(leaves.values()),
@@ -134,12 +57,6 @@ def gradients(inputs: Inputs, function: Callable[..., tuple[Tensor, Tensor | Non
 
 def on_device(device: Device, inputs: Inputs) -> list[Tensor]:
     return [d.cpu() for d in gradients(inputs.map(device.tensor), linear_attention, output_final_state=True)]
-
-
-def relative(got: Tensor, wanted: Tensor, floor: float = 0.0) -> float:
-    """||got - wanted|| / max(||wanted||, floor); 0 for empty tensors."""
-    error = (got.double() - wanted.double()).norm()
-    return 0.0 if error == 0 else float(error / wanted.double().norm().clamp(min=max(floor, 1e-300)))
 
 
 def gate_floor(inputs: Inputs, wanted: list[Tensor]) -> float:
