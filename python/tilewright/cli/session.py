@@ -75,10 +75,10 @@ class Session:
         """Build the engine for sequences of up to `context` tokens; the model's weights move into it."""
         from tilewright.models.engine import Engine
 
-        act: Any = self.act
         if self.device == "cuda":
             self.engine = self._cuda_engine(context)
             return
+        act: Any = self.act
         self.engine = Engine(self.model, max_length=context, act=act, kv_bits=self.kv_bits, release=True)
 
     def _cuda_engine(self, context: int) -> Any:
@@ -86,7 +86,7 @@ class Session:
 
         if self.act == "int8":
             raise ValueError("--device cuda runs FP8 activations; leave out --act int8, or run on the CPU")
-        mode: Any = "fold" if self.act == "fp8-fold" else "exact"
+        mode: Any = {"fp8": "exact", "fp8-fold": "fold", None: None}[self.act]
         return CudaEngine(self.model, context, kv_bits=self.kv_bits, mode=mode)
 
     def generate(

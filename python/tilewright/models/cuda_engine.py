@@ -70,7 +70,7 @@ class CudaEngine(SequenceEngine):
         batch: sequences.
         device: a CUDA device. On "cpu" the same steps run without a graph, to compare with.
         kv_bits: 4 or 16; None: what the model's quantizer decided, else 16.
-        mode: of the INT4 linears, "exact" or "fold".
+        mode: of the INT4 linears, "exact" or "fold"; None: what the model's quantizer decided, else "exact".
 
     Raises:
         ValueError: an option is out of range, a layer has linear attention, or there is no CUDA device.
@@ -84,7 +84,7 @@ class CudaEngine(SequenceEngine):
         *,
         device: torch.device | str = "cuda",
         kv_bits: int | None = None,
-        mode: Literal["exact", "fold"] = "exact",
+        mode: Literal["exact", "fold"] | None = None,
     ) -> None:
         model.require_softmax("CudaEngine")
         c = model.config
@@ -99,7 +99,8 @@ class CudaEngine(SequenceEngine):
                 "CudaEngine: no CUDA device can be used here (`tw doctor` says why); use Engine on the CPU"
             )
         super().__init__(c, length, batch)
-        self.device, self._mode = torch.device(device), mode
+        self.device = torch.device(device)
+        self._mode: Literal["exact", "fold"] = model.settings.get("mode", "exact") if mode is None else mode
         self._embedding = model.dense("model.embed_tokens.weight", torch.bfloat16).to(self.device)
         self._layers = [self._layer(model, i, "int4" if bits == 4 else "bf16") for i in range(c.num_hidden_layers)]
         self._norm = self._vector(model, "model.norm.weight")
