@@ -4,11 +4,19 @@
 
 #include "core/memory.h"
 #include "ops/linear_attention/kernels.h"
-#include "torch/tensors.h"
+#include "torch/linear_attention_checks.h"
 
 namespace tilewright::torch_adapter {
 namespace {
 
+using attention_checks::check_beta;
+using attention_checks::check_packing;
+using attention_checks::check_shapes;
+using attention_checks::decay_of;
+using attention_checks::Inputs;
+using attention_checks::mutable_rows_of;
+using attention_checks::rows_of;
+using attention_checks::Shape;
 using linear_attention::Decay;
 using linear_attention::Gradients;
 using linear_attention::Problem;
@@ -22,67 +30,9 @@ constexpr int64_t kColumnsPerPart = 32;
 // Of all heads that go through time together: half of a second-level cache of one megabyte.
 constexpr int64_t kStateBytes = int64_t{1} << 19;
 
-struct Inputs {
-  const Tensor& q;
-  const Tensor& k;
-  const Tensor& v;
-  const std::optional<Tensor>& beta;
-  const std::optional<Tensor>& g;
-  const std::optional<Tensor>& cu_seqlens;
-};
-
-struct Shape {
-  int64_t batch, tokens, heads, value_heads, key_size, value_size;
-};
-
-Shape check_shapes(const Inputs& in, const char* op) {
-  require_cpu(in.q, op, "q");
-  require_cpu(in.k, op, "k");
-  require_cpu(in.v, op, "v");
-  require_dim(in.q, 4, op, "q", "[B, T, H, K]");
-  require_dim(in.k, 4, op, "k", "[B, T, H, K]");
-  require_dim(in.v, 4, op, "v", "[B, T, HV, V]");
-  const Shape s{in.q.size(0), in.q.size(1), in.q.size(2), in.v.size(2), in.q.size(3), in.v.size(3)};
-  for (int64_t d = 0; d < 4; ++d) require_size(in.k, d, in.q.size(d), op, "k", "that of q");
-  require_size(in.v, 0, s.batch, op, "v", "B");
-  require_size(in.v, 1, s.tokens, op, "v", "T");
-  require(s.heads >= 1 && s.key_size >= 1, op, ": q has shape ", shape_of(in.q), ", needed H >= 1 and K >= 1");
-  require(s.value_heads >= 1 && s.value_size >= 1, op, ": v has shape ", shape_of(in.v), ", needed HV >= 1 and V >= 1");
-  require(s.value_heads % s.heads == 0, op, ": v has HV = ", s.value_heads,
-          " heads, needed a multiple of q's H = ", s.heads, "; repeat the values, or give q and k fewer heads");
-  return s;
-}
-
-void check_gate(const Tensor& gate, const Shape& s, const char* op, const char* argument) {
-  require_cpu(gate, op, argument);
-  require_size(gate, 0, s.batch, op, argument, "B");
-  require_size(gate, 1, s.tokens, op, argument, "T");
-  require_size(gate, 2, s.value_heads, op, argument, "HV");
-}
-
-Decay decay_of(const std::optional<Tensor>& g, const Shape& s, const char* op) {
-  if (!g.has_value()) return Decay::kNone;
-  if (g->dim() == 1) {
-    require_cpu(*g, op, "g");
-    require_size(*g, 0, s.value_heads, op, "g", "HV");
-    return Decay::kToken;
-  }
-  require(g->dim() == 3 || g->dim() == 4, op, ": g has shape ", shape_of(*g),
-          ", needed [HV], [B, T, HV] or [B, T, HV, K]");
-  check_gate(*g, s, op, "g");
-  if (g->dim() == 3) return Decay::kToken;
-  require_size(*g, 3, s.key_size, op, "g", "K");
-  return Decay::kChannel;
-}
-
-template <class T>
-Rows<const T> rows_of(const Tensor& tensor) {
-  return {data<T>(tensor), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
-
-template <class T>
-Rows<T> mutable_rows_of(const Tensor& tensor) {
-  return {mutable_data<T>(tensor), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+// Refuses tensors that are not on the CPU.
+auto on_cpu(const char* op) {
+  return [op](const Tensor& tensor, const char* argument) { require_cpu(tensor, op, argument); };
 }
 
 // A checked call. The tensors keep alive what the problem points to; outputs are yet to be set.
@@ -103,7 +53,7 @@ struct Call {
 template <class T>
 Call<T> check(const Inputs& in, double scale, bool delta, const char* op) {
   constexpr ScalarType kType = scalar_type_of<T>();
-  const Shape s = check_shapes(in, op);
+  const Shape s = check_shapes(in, op, on_cpu(op));
   Call<T> call{s,
                with_adjacent_rows(in.q, kType, op, "q"),
                with_adjacent_rows(in.k, kType, op, "k"),
@@ -114,13 +64,10 @@ Call<T> check(const Inputs& in, double scale, bool delta, const char* op) {
                {}};
   Problem<T>& p = call.problem;
   p.rule = delta ? Rule::kDelta : Rule::kAdditive;
-  p.decay = decay_of(in.g, s, op);
+  p.decay = decay_of(in.g, s, op, on_cpu(op));
   p.sequences = {s.batch, s.tokens, nullptr};
   if (in.cu_seqlens.has_value()) {
-    require(s.batch == 1, op, ": q has B = ", s.batch,
-            " with cu_seqlens, needed B = 1: packed sequences lie one after ", "the other along T");
-    require_dim(*in.cu_seqlens, 1, op, "cu_seqlens", "[N+1]");
-    require(in.cu_seqlens->size(0) >= 1, op, ": cu_seqlens is empty, needed [N+1] offsets");
+    check_packing(*in.cu_seqlens, s, op);
     call.offsets = offsets_of(*in.cu_seqlens, in.cu_seqlens->size(0) - 1, s.tokens, op);
     p.sequences = {in.cu_seqlens->size(0) - 1, s.tokens, data<int64_t>(call.offsets)};
   }
@@ -132,14 +79,10 @@ Call<T> check(const Inputs& in, double scale, bool delta, const char* op) {
   p.q = rows_of<T>(call.q);
   p.k = rows_of<T>(call.k);
   p.v = rows_of<T>(call.v);
+  check_beta(in, s, delta, op, on_cpu(op));
   if (delta) {
-    require(in.beta.has_value(), op, ": beta is missing, needed [B, T, HV] for the delta rule");
-    require_dim(*in.beta, 3, op, "beta", "[B, T, HV]");
-    check_gate(*in.beta, s, op, "beta");
     call.beta = torch::stable::to(*in.beta, kType);
     p.beta = rows_of<T>(call.beta);
-  } else {
-    require(!in.beta.has_value(), op, ": beta is given, but only the delta rule has one; pass None or rule='delta'");
   }
   if (p.decay == Decay::kNone) return call;
   call.g = with_adjacent_rows(*in.g, kType, op, "g");
@@ -244,10 +187,7 @@ FourTensors forward_as(const Inputs& in, const std::optional<Tensor>& initial_st
   return {torch::stable::to(out, in.v.scalar_type()), state, checkpoints, errors};
 }
 
-bool wants_double(const Inputs& in) {
-  return in.q.scalar_type() == ScalarType::Double || in.k.scalar_type() == ScalarType::Double ||
-         in.v.scalar_type() == ScalarType::Double;
-}
+bool wants_double(const Inputs& in) { return in.type() == ScalarType::Double; }
 
 FourTensors forward(const Tensor& q, const Tensor& k, const Tensor& v, const std::optional<Tensor>& beta,
                     const std::optional<Tensor>& g, const std::optional<Tensor>& initial_state,

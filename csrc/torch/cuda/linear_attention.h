@@ -6,9 +6,18 @@
 
 #include "ops/linear_attention/cuda/problem.h"
 #include "torch/cuda/device.h"
+#include "torch/linear_attention_checks.h"
 
 namespace tilewright::torch_adapter::device_attention {
 
+using attention_checks::check_beta;
+using attention_checks::check_packing;
+using attention_checks::check_shapes;
+using attention_checks::decay_of;
+using attention_checks::Inputs;
+using attention_checks::mutable_rows_of;
+using attention_checks::rows_of;
+using attention_checks::Shape;
 using linear_attention::Decay;
 using linear_attention::Rows;
 using linear_attention::Rule;
@@ -26,22 +35,6 @@ constexpr ScalarType storage_type() {
   return scalar_type_of<Wide<In>>();
 }
 
-struct Inputs {
-  const Tensor& q;
-  const Tensor& k;
-  const Tensor& v;
-  const std::optional<Tensor>& beta;
-  const std::optional<Tensor>& g;
-  const std::optional<Tensor>& cu_seqlens;
-
-  // That of q, k and v where they agree, else one that holds them all.
-  ScalarType type() const {
-    const ScalarType a = q.scalar_type(), b = k.scalar_type(), c = v.scalar_type();
-    if (a == ScalarType::Double || b == ScalarType::Double || c == ScalarType::Double) return ScalarType::Double;
-    return a == b && a == c && (a == ScalarType::BFloat16 || a == ScalarType::Half) ? a : ScalarType::Float;
-  }
-};
-
 // Calls function<In>() for the type that inputs are stored in.
 template <class Function>
 auto for_type(ScalarType type, const Function& function) {
@@ -51,59 +44,9 @@ auto for_type(ScalarType type, const Function& function) {
   return function.template operator()<float>();
 }
 
-struct Shape {
-  int64_t batch, tokens, heads, value_heads, key_size, value_size;
-};
-
-inline Shape check_shapes(const Inputs& in, const char* op) {
-  require_device(in.q, op, "q");
-  require_same_device(in.k, in.q, op, "k");
-  require_same_device(in.v, in.q, op, "v");
-  require_dim(in.q, 4, op, "q", "[B, T, H, K]");
-  require_dim(in.k, 4, op, "k", "[B, T, H, K]");
-  require_dim(in.v, 4, op, "v", "[B, T, HV, V]");
-  const Shape s{in.q.size(0), in.q.size(1), in.q.size(2), in.v.size(2), in.q.size(3), in.v.size(3)};
-  for (int64_t d = 0; d < 4; ++d) require_size(in.k, d, in.q.size(d), op, "k", "that of q");
-  require_size(in.v, 0, s.batch, op, "v", "B");
-  require_size(in.v, 1, s.tokens, op, "v", "T");
-  require(s.heads >= 1 && s.key_size >= 1, op, ": q has shape ", shape_of(in.q), ", needed H >= 1 and K >= 1");
-  require(s.value_heads >= 1 && s.value_size >= 1, op, ": v has shape ", shape_of(in.v), ", needed HV >= 1 and V >= 1");
-  require(s.value_heads % s.heads == 0, op, ": v has HV = ", s.value_heads,
-          " heads, needed a multiple of q's H = ", s.heads, "; repeat the values, or give q and k fewer heads");
-  return s;
-}
-
-inline void check_gate(const Tensor& gate, const Inputs& in, const Shape& s, const char* op, const char* argument) {
-  require_same_device(gate, in.q, op, argument);
-  require_size(gate, 0, s.batch, op, argument, "B");
-  require_size(gate, 1, s.tokens, op, argument, "T");
-  require_size(gate, 2, s.value_heads, op, argument, "HV");
-}
-
-inline Decay decay_of(const Inputs& in, const Shape& s, const char* op) {
-  if (!in.g.has_value()) return Decay::kNone;
-  const Tensor& g = *in.g;
-  if (g.dim() == 1) {
-    require_same_device(g, in.q, op, "g");
-    require_size(g, 0, s.value_heads, op, "g", "HV");
-    return Decay::kToken;
-  }
-  require(g.dim() == 3 || g.dim() == 4, op, ": g has shape ", shape_of(g),
-          ", needed [HV], [B, T, HV] or [B, T, HV, K]");
-  check_gate(g, in, s, op, "g");
-  if (g.dim() == 3) return Decay::kToken;
-  require_size(g, 3, s.key_size, op, "g", "K");
-  return Decay::kChannel;
-}
-
-template <class T>
-Rows<const T> rows_of(const Tensor& tensor) {
-  return {data<T>(tensor), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
-}
-
-template <class T>
-Rows<T> mutable_rows_of(const Tensor& tensor) {
-  return {mutable_data<T>(tensor), tensor.stride(0), tensor.stride(1), tensor.stride(2)};
+// Refuses tensors that are not on q's device.
+inline auto beside_q(const Inputs& in, const char* op) {
+  return [&q = in.q, op](const Tensor& tensor, const char* argument) { require_same_device(tensor, q, op, argument); };
 }
 
 // A checked call. The tensors keep alive what the problem points to; outputs and states are yet to be set.
@@ -127,10 +70,7 @@ struct Call {
 inline Tensor check_offsets(const Inputs& in, const Shape& s, const char* op) {
   const Tensor& offsets = *in.cu_seqlens;
   require_same_device(offsets, in.q, op, "cu_seqlens");
-  require(s.batch == 1, op, ": q has B = ", s.batch,
-          " with cu_seqlens, needed B = 1: packed sequences lie one after the other along T");
-  require_dim(offsets, 1, op, "cu_seqlens", "[N+1]");
-  require(offsets.size(0) >= 1, op, ": cu_seqlens is empty, needed [N+1] offsets");
+  check_packing(offsets, s, op);
   const ScalarType type = offsets.scalar_type();
   require(type == ScalarType::Long || type == ScalarType::Int, op, ": cu_seqlens has dtype ", dtype_name(type),
           ", needed int64 or int32");
@@ -141,7 +81,7 @@ template <class In>
 Call<In> check(const Inputs& in, double scale, bool delta, const char* op) {
   using T = Wide<In>;
   constexpr ScalarType kIn = storage_type<In>(), kWide = scalar_type_of<T>();
-  const Shape s = check_shapes(in, op);
+  const Shape s = check_shapes(in, op, beside_q(in, op));
   Call<In> call{s,
                 with_adjacent_rows(in.q, kIn, op, "q"),
                 with_adjacent_rows(in.k, kIn, op, "k"),
@@ -152,7 +92,7 @@ Call<In> check(const Inputs& in, double scale, bool delta, const char* op) {
                 {}};
   Problem<In, T>& p = call.problem;
   p.rule = delta ? Rule::kDelta : Rule::kAdditive;
-  p.decay = decay_of(in, s, op);
+  p.decay = decay_of(in.g, s, op, beside_q(in, op));
   p.sequences = {s.batch, s.tokens, nullptr};
   if (in.cu_seqlens.has_value()) {
     call.offsets = check_offsets(in, s, op);
@@ -166,16 +106,12 @@ Call<In> check(const Inputs& in, double scale, bool delta, const char* op) {
   p.q = rows_of<In>(call.q);
   p.k = rows_of<In>(call.k);
   p.v = rows_of<In>(call.v);
+  check_beta(in, s, delta, op, beside_q(in, op));
   if (delta) {
-    require(in.beta.has_value(), op, ": beta is missing, needed [B, T, HV] for the delta rule");
-    require_dim(*in.beta, 3, op, "beta", "[B, T, HV]");
-    check_gate(*in.beta, in, s, op, "beta");
     require(is_floating(in.beta->scalar_type()), op, ": beta has dtype ", dtype_name(in.beta->scalar_type()),
             ", needed float32, bfloat16, float16 or float64");
     call.beta = torch::stable::to(*in.beta, kWide);
     p.beta = rows_of<T>(call.beta);
-  } else {
-    require(!in.beta.has_value(), op, ": beta is given, but only the delta rule has one; pass None or rule='delta'");
   }
   if (p.decay == Decay::kNone) return call;
   if (p.decay == Decay::kChannel) {
