@@ -6,7 +6,8 @@ from __future__ import annotations
 import difflib
 import importlib
 import pkgutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, TypeVar
 
 T = TypeVar("T")
@@ -20,6 +21,22 @@ def discover(package: str, path: Iterable[str]) -> dict[str, Any]:
             one = importlib.import_module(f"{package}.{module.name}").METHOD
             found[one.name] = one
     return found
+
+
+def modules(name: str) -> Iterator[str]:
+    """``tilewright.<family>.<method>.<name>`` for every such file on disk; no package is imported to look."""
+    import tilewright
+
+    for family, family_path in _packages(list(tilewright.__path__)):
+        for method, method_path in _packages(family_path):
+            if any(module.name == name for module in pkgutil.iter_modules(method_path)):
+                yield f"tilewright.{family}.{method}.{name}"
+
+
+def _packages(path: list[str]) -> Iterator[tuple[str, list[str]]]:
+    for module in pkgutil.iter_modules(path):
+        if module.ispkg:
+            yield module.name, [str(Path(p) / module.name) for p in path]
 
 
 def choose(known: Mapping[str, T], name: str, what: str) -> T:

@@ -17,7 +17,6 @@ import itertools
 import json
 import math
 import os
-import pkgutil
 import platform
 import re
 import sys
@@ -31,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tilewright._files import atomic_write
+from tilewright._methods import modules
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -164,20 +164,9 @@ def discover() -> dict[str, Claim]:
 
 
 def _in_package() -> Iterable[tuple[str, Callable[[], Any]]]:
-    """``tilewright.<family>.<method>.claim:CLAIM`` for every claim.py on disk; no package is imported to look."""
-    import tilewright
-
-    for family, family_path in _packages(list(tilewright.__path__)):
-        for method, method_path in _packages(family_path):
-            if any(m.name == "claim" for m in pkgutil.iter_modules(method_path)):
-                name = f"tilewright.{family}.{method}.claim"
-                yield f"{name}:CLAIM", lambda name=name: importlib.import_module(name).CLAIM  # type: ignore[misc]
-
-
-def _packages(path: list[str]) -> Iterable[tuple[str, list[str]]]:
-    for module in pkgutil.iter_modules(path):
-        if module.ispkg:
-            yield module.name, [str(Path(p) / module.name) for p in path]
+    """``tilewright.<family>.<method>.claim:CLAIM`` for every claim.py on disk."""
+    for name in modules("claim"):
+        yield f"{name}:CLAIM", lambda name=name: importlib.import_module(name).CLAIM  # type: ignore[misc]
 
 
 def _in_entry_points() -> Iterable[tuple[str, Callable[[], Any]]]:

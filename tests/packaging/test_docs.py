@@ -66,7 +66,11 @@ def test_every_command_exists_with_its_options(page):
         if words[0] == "make":
             assert set(words[1:]) <= targets, line
         elif words[0] == "tw":
-            verb = group.commands[words[1]] if not words[1].startswith("--") else group
+            verb = group
+            for word in words[1:]:
+                if not hasattr(verb, "commands") or word.startswith("-"):
+                    break
+                verb = verb.commands[word]
             known = {option for parameter in verb.params for option in parameter.opts} | {
                 "--help",
                 "--debug",

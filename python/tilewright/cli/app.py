@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The verbs put together."""
+"""The verbs put together: those of the house, and those that a method brings in its own folder."""
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Callable
 from typing import Annotated
 
 import typer
 
+from tilewright._methods import modules
 from tilewright.cli import (
     bench,
     chat,
@@ -17,7 +19,6 @@ from tilewright.cli import (
     evaluate,
     fetch,
     generate,
-    kernel_report,
     linearize,
     quantize,
     reproduce,
@@ -36,7 +37,6 @@ VERBS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
     "fetch": fetch.fetch,
     "quantize": quantize.quantize,
-    "kernel-report": kernel_report.kernel_report,
     "linearize": linearize.linearize,
     "train": train.train,
     "generate": generate.generate,
@@ -70,5 +70,13 @@ def options(
         os.environ[DEBUG_VARIABLE] = "1"
 
 
-for name, verb in VERBS.items():
-    app.command(name)(verb)
+def method_verbs() -> dict[str, Callable[..., None] | typer.Typer]:
+    """``VERBS`` of every ``<family>/<method>/cli.py``: a function, or an application with verbs of its own."""
+    return {name: verb for module in modules("cli") for name, verb in importlib.import_module(module).VERBS.items()}
+
+
+for name, verb in {**VERBS, **method_verbs()}.items():
+    if isinstance(verb, typer.Typer):
+        app.add_typer(verb, name=name)
+    else:
+        app.command(name)(verb)

@@ -60,3 +60,6 @@ def table(layers: list[LayerReport]) -> list[str]:
     token, cross = (sum(one.kernel[m] for one in layers) / len(layers) for m in ("per token", "CrossQuant"))
     lines.append(f"mean kernel of {len(layers)} linears: {100 * token:.2f} % per token, {100 * cross:.2f} % CrossQuant")
     return lines
+
+
+VERBS = {"kernel-report": kernel_report}

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from tilewright.cli.kernel_report import table
 from tilewright.quantize.crossquant import LayerReport
+from tilewright.quantize.crossquant.cli import table
 
 
 def test_table_has_a_line_for_each_layer_and_the_mean():
@@ -24,7 +24,7 @@ def test_table_has_a_line_for_each_layer_and_the_mean():
 @pytest.mark.model
 @pytest.mark.slow
 def test_report_of_the_real_model(smollm2_gguf, capsys):
-    from tilewright.cli.kernel_report import kernel_report
+    from tilewright.quantize.crossquant.cli import kernel_report
 
     kernel_report(str(smollm2_gguf), bits=6, alpha=0.15, text="speeches", batches=1, length=64)
     lines = capsys.readouterr().out.splitlines()

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Activation sparsity: fewer neurons a token, by one folder per method."""

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Proofs about a network's outputs over a set of inputs, one folder per method."""
