@@ -6,7 +6,9 @@ from __future__ import annotations
 from tilewright.edge.contract.softmax import MAX_CONTEXT, MAX_HEAD_SIZE, attention, score_factor
 from tilewright.edge.contract.layer import KvCache, Layer, Linear, decoder_layer
 from tilewright.edge.contract.rows import (
+    FUSE_MODES,
     NormConstants,
+    dequant_fuse,
     dequantize,
     quantize,
     residual_add,
@@ -24,6 +26,7 @@ from tilewright.edge.contract.stream import beats_of, buffer_place, vectors_per_
 from tilewright.edge.contract.weights import Tiling, TlmmWeights, pack_tlmm, tlmm
 
 __all__ = [
+    "FUSE_MODES",
     "MAX_CONTEXT",
     "MAX_HEAD_SIZE",
     "Factor",
@@ -39,6 +42,7 @@ __all__ = [
     "beats_of",
     "buffer_place",
     "decoder_layer",
+    "dequant_fuse",
     "dequantize",
     "pack_tlmm",
     "quantize",

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,11 +24,7 @@ class Units(Protocol):
     rms_max: Callable[..., tuple[Half, Int]]
     row_max: Callable[..., Int]
     quantize: Callable[..., tuple[Int8, Int]]
-    dequantize: Callable[..., Half]
-    rope: Callable[..., Half]
-    silu_multiply: Callable[..., Half]
-    squared_relu_multiply: Callable[..., Half]
-    residual_add: Callable[..., Half]
+    dequant_fuse: Callable[..., Half]
     attention: Callable[..., Half]
 
 
@@ -39,11 +35,7 @@ class PythonUnits:
     rms_max = staticmethod(rows.rms_max)
     row_max = staticmethod(rows.row_max)
     quantize = staticmethod(rows.quantize)
-    dequantize = staticmethod(rows.dequantize)
-    rope = staticmethod(rows.rope)
-    silu_multiply = staticmethod(rows.silu_multiply)
-    squared_relu_multiply = staticmethod(rows.squared_relu_multiply)
-    residual_add = staticmethod(rows.residual_add)
+    dequant_fuse = staticmethod(rows.dequant_fuse)
     attention = staticmethod(softmax.attention)
 
 
@@ -122,18 +114,18 @@ def decoder_layer(
         normed, largest = units.rms_max(row, linear.norm, constants, status=status)
         return units.quantize(normed, largest, status=status)
 
-    def through(entered: tuple[Int8, Int], linear: Linear) -> Half:
+    def through(entered: tuple[Int8, Int], linear: Linear, mode: str = "bypass", side: NDArray[Any] | None = None) -> Half:
         acc = units.tlmm(entered[0], linear.weights, status=status)
-        return units.dequantize(acc, entered[1], linear.scale, status=status)
+        return units.dequant_fuse(acc, entered[1], linear.scale, mode, side, status=status)
 
     entered = enter(x, layer.q)
     here = angles[first : first + tokens]
-    q, k, v = (through(entered, linear).reshape(tokens, -1, layer.head_size) for linear in (layer.q, layer.k, layer.v))
-    q, k = units.rope(q, here, status=status), units.rope(k, here, status=status)
-    cache.append(k, v)
+    heads = (tokens, -1, layer.head_size)
+    q = through(entered, layer.q, "rope", here).reshape(heads)
+    k = through(entered, layer.k, "rope", here).reshape(heads)
+    cache.append(k, through(entered, layer.v).reshape(heads))
     mixed = units.attention(q, cache.k[: cache.seen], cache.v[: cache.seen], first=first, status=status)
-    x = units.residual_add(x, through(enter(mixed.reshape(tokens, -1), layer.o), layer.o), status=status)
+    x = through(enter(mixed.reshape(tokens, -1), layer.o), layer.o, "residual", x)
     entered = enter(x, layer.gate)
-    gate, up = through(entered, layer.gate), through(entered, layer.up)
-    gated = (units.silu_multiply if layer.gate_map == "silu" else units.squared_relu_multiply)(gate, up, status=status)
-    return units.residual_add(x, through(enter(gated, layer.down), layer.down), status=status)
+    gated = through(entered, layer.up, layer.gate_map, through(entered, layer.gate))
+    return through(enter(gated, layer.down), layer.down, "residual", x)

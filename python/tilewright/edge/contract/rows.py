@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -191,3 +192,38 @@ def rope(x: Half, angles: NDArray[np.int16], status: StatusRegister | None = Non
     first = pack(a[..., 0] * cosine - a[..., 1] * sine, exponent, status)
     second = pack(a[..., 1] * cosine + a[..., 0] * sine, exponent, status)
     return np.stack([first, second], -1).reshape(x.shape)
+
+
+FUSE_MODES = ("bypass", "residual", "rope", "silu", "squared_relu")
+"""What can follow the dequantizer, by number."""
+
+
+def dequant_fuse(
+    acc: Int32,
+    scale: Int,
+    weight_scale: Factor,
+    mode: str = "bypass",
+    side: NDArray[Any] | None = None,
+    status: StatusRegister | None = None,
+) -> Half:
+    """:func:`dequantize`, then one of :data:`FUSE_MODES`.
+
+    Args:
+        side: the residual, float16 of the result's shape; for "rope" the angles, int16 `[tokens, head_size / 2, 2]`; for
+            "silu" and "squared_relu" the gate, the accumulators being up's.
+
+    Raises:
+        ValueError: the mode is unknown or comes without what it needs.
+    """
+    y = dequantize(acc, scale, weight_scale, status)
+    if mode not in FUSE_MODES or (mode == "bypass") != (side is None):
+        raise ValueError(f"dequant_fuse: mode = {mode!r} with side {type(side).__name__}, needed one of {FUSE_MODES} and its side")
+    if side is None:
+        return y
+    if mode == "rope":
+        return rope(y.reshape(len(y), -1, 2 * side.shape[1]), side, status).reshape(y.shape)
+    if side.shape != y.shape:
+        raise ValueError(f"dequant_fuse: side has shape {side.shape}, needed {y.shape}")
+    if mode == "residual":
+        return residual_add(side, y, status)
+    return (silu_multiply if mode == "silu" else squared_relu_multiply)(side, y, status)
