@@ -106,6 +106,10 @@ def decoder_layer(
     """
     units = units or PythonUnits()
     tokens, first = len(x), cache.seen
+    if first + tokens > min(len(cache.k), len(angles)):
+        raise ValueError(
+            f"decoder_layer: {first + tokens} tokens, the cache has capacity {len(cache.k)} and angles {len(angles)} rows"
+        )
 
     def enter(row: Half, linear: Linear) -> tuple[Int8, Int]:
         if linear.norm is None:
