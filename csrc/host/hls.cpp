@@ -140,7 +140,7 @@ void bind_hls(py::module_& parent) {
   m.def("framed_quantize", &framed_quantize);
   bind_point<Point<3, 28, 16, 4, 12288, 8192, 768>>(m);
   bind_point<Point<3, 4, 4, 2, 8192, 8192, 128>>(m);
-  bind_point<Point<2, 3, 2, 1, 16384, 8192, 64>>(m);
+  bind_point<Point<2, 3, 2, 1, 32768, 8192, 64>>(m);
   bind_point<Point<3, 7, 10, 3, 8192, 8192, 256>>(m);
 }
 

@@ -3,24 +3,13 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 from edge_inputs import POINTS, halves, small_layer
 
 from tilewright.edge import contract as c
-
-
-def softmax_attention(q: np.ndarray, k: np.ndarray, v: np.ndarray, first: int = 0) -> np.ndarray:
-    """float64 causal attention."""
-    q, k, v = (part.astype(np.float64) for part in (q, k, v))
-    group = q.shape[1] // k.shape[1]
-    k, v = k.repeat(group, 1), v.repeat(group, 1)
-    scores = np.einsum("ihd,jhd->hij", q, k) / math.sqrt(q.shape[2])
-    scores = np.where(np.arange(len(k))[None] <= first + np.arange(len(q))[:, None], scores, -np.inf)
-    weights = np.exp(scores - scores.max(-1, keepdims=True))
-    return np.einsum("hij,jhd->ihd", weights / weights.sum(-1, keepdims=True), v)
+from tilewright.edge import reference
+from tilewright.edge.reference import softmax_attention
 
 
 @pytest.mark.parametrize(("heads", "kv_heads", "size"), [(1, 1, 2), (4, 2, 32), (9, 3, 64), (2, 2, 96), (1, 1, 256)])
@@ -113,22 +102,5 @@ def test_a_layer_is_near_the_same_layer_in_float64(rng: np.random.Generator) -> 
     x = halves(rng, 9, 24, spread=0.3)
     got = c.decoder_layer(x, layer, c.KvCache.empty(9, 2, 8), c.rope_table(9, 8)).astype(np.float64)
 
-    def linear(row: np.ndarray, one: c.Linear, norm: np.ndarray | None) -> np.ndarray:
-        if norm is not None:
-            row = row / np.sqrt((row**2).mean(-1, keepdims=True) + layer.eps) * norm.astype(np.float64)
-        s = np.maximum(np.abs(row).max(-1, keepdims=True), 1e-5)
-        return np.rint(row * 127 / s) * s * float(one.scale) @ one.weights.unpack().astype(np.float64).T
-
-    def rotated(heads: np.ndarray) -> np.ndarray:
-        theta = np.arange(9)[:, None] * 10000.0 ** (-np.arange(0, 8, 2) / 8)
-        a, b = heads[..., 0::2], heads[..., 1::2]
-        cosine, sine = np.cos(theta)[:, None], np.sin(theta)[:, None]
-        return np.stack([a * cosine - b * sine, b * cosine + a * sine], -1).reshape(heads.shape)
-
-    wide = x.astype(np.float64)
-    q, k, v = (linear(wide, one, layer.q.norm).reshape(9, -1, 8) for one in (layer.q, layer.k, layer.v))
-    mixed = softmax_attention(rotated(q), rotated(k), v).reshape(9, -1)
-    wide = wide + linear(mixed, layer.o, layer.o.norm)
-    gate, up = linear(wide, layer.gate, layer.gate.norm), linear(wide, layer.up, layer.gate.norm)
-    wide = wide + linear(gate / (1 + np.exp(-gate)) * up, layer.down, layer.down.norm)
+    wide = reference.decoder_layer(x, layer)
     assert np.abs(got - wide).max() < 0.05 * np.abs(wide - x).max()

@@ -79,7 +79,7 @@ def test_tables_stay_within_their_bounds() -> None:
     x = np.arange(0x7C00, dtype=np.uint16).view(np.float16)
     for sign in (1, -1):
         mantissa, exponent = half.split(np.float16(sign) * x)
-        true = 65536 / (1 + np.exp(-sign * x.astype(np.float64)))
+        true = 65536 / (1 + np.exp(-sign * np.minimum(x.astype(np.float64), 600)))
         assert np.abs(tables.sigmoid(mantissa, exponent) - true).max() < 3.4
 
 

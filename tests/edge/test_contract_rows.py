@@ -8,8 +8,8 @@ from fractions import Fraction
 
 import numpy as np
 import pytest
-
 from edge_inputs import adversarial_rows, halves
+
 from tilewright.edge import contract as c
 from tilewright.edge.contract import rows
 

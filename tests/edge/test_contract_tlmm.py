@@ -8,8 +8,8 @@ import itertools
 import numpy as np
 import pytest
 import torch
-
 from edge_inputs import POINT_IDS, POINTS
+
 from tilewright import ops
 from tilewright.edge import contract as c
 from tilewright.edge.contract.stream import paper_place

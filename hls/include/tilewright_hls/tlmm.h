@@ -78,7 +78,8 @@ void wbmu_load(hls::stream<WeightBeat<Bits>>& in, WeightBuffer<G, T, Q, Words>& 
 template <int G>
 struct Table {
   static constexpr int kCodes = power_of_three(G);
-  using Entry = ap_int<8 + bits_for(G < 2 ? 2 : G)>;
+  // 128 G of either sign: at G = 2 and 4 one bit more than 8 + ceil(log2 G), which -128 times -1 overflows.
+  using Entry = ap_int<1 + bits_for(128 * G + 1)>;
   Entry entry[1 << bits_for(kCodes)];
 
   void fill(const ap_int<8>* x) {

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from tilewright.edge.contract.softmax import MAX_CONTEXT, MAX_HEAD_SIZE, attention, score_factor
 from tilewright.edge.contract.layer import KvCache, Layer, Linear, decoder_layer
 from tilewright.edge.contract.rows import (
     FUSE_MODES,
@@ -21,6 +20,7 @@ from tilewright.edge.contract.rows import (
     squared_relu_multiply,
 )
 from tilewright.edge.contract.scale import Factor
+from tilewright.edge.contract.softmax import MAX_CONTEXT, MAX_HEAD_SIZE, attention, score_factor
 from tilewright.edge.contract.status import Status, StatusRegister
 from tilewright.edge.contract.stream import beats_of, buffer_place, vectors_per_beat, weights_of
 from tilewright.edge.contract.weights import Tiling, TlmmWeights, pack_tlmm, tlmm

@@ -118,7 +118,9 @@ def decoder_layer(
         normed, largest = units.rms_max(row, linear.norm, constants, status=status)
         return units.quantize(normed, largest, status=status)
 
-    def through(entered: tuple[Int8, Int], linear: Linear, mode: str = "bypass", side: NDArray[Any] | None = None) -> Half:
+    def through(
+        entered: tuple[Int8, Int], linear: Linear, mode: str = "bypass", side: NDArray[Any] | None = None
+    ) -> Half:
         acc = units.tlmm(entered[0], linear.weights, status=status)
         return units.dequant_fuse(acc, entered[1], linear.scale, mode, side, status=status)
 

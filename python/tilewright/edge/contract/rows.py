@@ -217,7 +217,9 @@ def dequant_fuse(
     """
     y = dequantize(acc, scale, weight_scale, status)
     if mode not in FUSE_MODES or (mode == "bypass") != (side is None):
-        raise ValueError(f"dequant_fuse: mode = {mode!r} with side {type(side).__name__}, needed one of {FUSE_MODES} and its side")
+        raise ValueError(
+            f"dequant_fuse: mode = {mode!r} with side {type(side).__name__}, needed one of {FUSE_MODES} and its side"
+        )
     if side is None:
         return y
     if mode == "rope":

@@ -235,7 +235,12 @@ class TellmeConfig:
         kv = self.kv_bytes(context) / self._bandwidth(self.calibration.bw_kv)
         attend = 2 * context * -(-self.shape.width // self.tiling.lanes) * self.shape.layers / self._hz
         rows = 0.0 if self.calibration.eta < 1 else self.row_cycles() * self.shape.layers / self._hz
-        parts = {"weights": self.load_seconds(), "look-up": self.linear_seconds(), "cache": max(kv, attend), "rows": rows}
+        parts = {
+            "weights": self.load_seconds(),
+            "look-up": self.linear_seconds(),
+            "cache": max(kv, attend),
+            "rows": rows,
+        }
         if self.overlap:
             # Weights come in all the time; the ports of the cache are others. What computes is a chain.
             chain = parts["look-up"] + parts["cache"] + rows
@@ -255,7 +260,11 @@ class TellmeConfig:
         if self.overlap:
             # The first piece, then whichever is longer.
             first = self.load_seconds() / self.shape.layers / 4
-            parts = {"weights": first, "look-up": max(parts["look-up"], parts["weights"] - first), "attention": parts["attention"]}
+            parts = {
+                "weights": first,
+                "look-up": max(parts["look-up"], parts["weights"] - first),
+                "attention": parts["attention"],
+            }
         return {**parts, "head": self.head_seconds()}
 
     def ttft(self, tokens: int) -> float:

@@ -25,7 +25,8 @@ class Found:
 
     @property
     def score(self) -> float:
-        return min(self.decode / 1.3, self.prefill / 2.0)
+        """Decode matters where prefill is fast already, and the other way round: their product."""
+        return self.decode * self.prefill
 
 
 def builds(
@@ -36,7 +37,14 @@ def builds(
         T_CHOICES, Q_CHOICES, P_CHOICES, (False, True), (False, True), packings
     ):
         config = TellmeConfig(
-            shape, Tiling(3, t, q, p), OURS, f_mhz, fill=0 if hidden else 27, fused=True, overlap=overlap, packing=packing
+            shape,
+            Tiling(3, t, q, p),
+            OURS,
+            f_mhz,
+            fill=0 if hidden else 27,
+            fused=True,
+            overlap=overlap,
+            packing=packing,
         )
         try:
             config.layer_cycles()
@@ -49,13 +57,18 @@ def search(
     shape: Shape,
     budget: Resources = PAPER_BUDGET,
     *,
+    f_mhz: float = 250.0,
     decode: float = 25.0,
     ttft: tuple[float, float] = (0.45, 0.96),
     packings: Sequence[Packing] = ("beats", "dense", "trits"),
 ) -> list[Found]:
-    """Builds inside the budget, best first: by the lesser of decode over 1.3 and prefill over 2 times the figures given."""
+    """Builds inside the budget, best first.
+
+    Args:
+        decode, ttft: published tokens a second at 64 tokens of context, and seconds to the first token of 64 and 128.
+    """
     found = []
-    for config in builds(shape, packings=packings):
+    for config in builds(shape, f_mhz, packings):
         if config.resources().fits(budget):
             prefill = min(ttft[0] / config.ttft(64), ttft[1] / config.ttft(128))
             found.append(Found(config, config.tokens_per_s() / decode, prefill))
