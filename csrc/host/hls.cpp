@@ -58,7 +58,8 @@ py::tuple dequant_rows(const Array<int32_t>& acc, const Array<int64_t>& scales, 
   for (int row = 0; row < rows; ++row) scale.write(scales.data()[row]);
   if (side) write_rows<Half>(*side, partners, 0x7BFF);
   if (angle) {
-    require(width % 2 == 0 && angle->size() == static_cast<py::ssize_t>(rows) * width, "angles: needed [rows, width / 2, 2]");
+    require(width % 2 == 0 && angle->size() == static_cast<py::ssize_t>(rows) * width,
+            "angles: needed [rows, width / 2, 2]");
     for (int row = 0; row < rows; ++row) {
       for (int beat = 0; beat < beats_for(width, kLanes); ++beat) {
         AngleBeat<kLanes> made;
@@ -111,23 +112,20 @@ void bind_point(py::module_& m) {
   point.def_static("load", [](const Array<uint8_t>& beats, int inputs, int outputs, int norms) {
     return P::load({beats, inputs, outputs, norms});
   });
-  point.def_static("tlmm",
-                   [](const Array<int8_t>& x, const Array<uint8_t>& beats, int inputs, int outputs, int norms) {
-                     return P::multiply(x, {beats, inputs, outputs, norms});
-                   });
-  point.def_static("linear",
-                   [](const Array<uint16_t>& x, const Array<uint8_t>& beats, int inputs, int outputs, int norms,
-                      uint64_t eps, int mantissa, int exponent, int depth, int row_depth, uint64_t seed) {
-                     return P::linear(x, {beats, inputs, outputs, norms}, eps, Factor{mantissa, exponent},
-                                      {depth, row_depth, seed});
-                   });
-  point.def_static("attention",
-                   [](const Array<uint16_t>& q, const Array<uint16_t>& k, const Array<uint16_t>& v, int heads,
-                      int kv_heads, int mantissa, int exponent, int first, bool prefill) {
-                     require(heads > 0 && kv_heads > 0 && q.ndim() == 2, "attention: no heads");
-                     const int size = static_cast<int>(q.shape(1)) / heads;
-                     return P::attend(q, k, v, {heads, kv_heads, size, Factor{mantissa, exponent}}, first, prefill);
-                   });
+  point.def_static("tlmm", [](const Array<int8_t>& x, const Array<uint8_t>& beats, int inputs, int outputs, int norms) {
+    return P::multiply(x, {beats, inputs, outputs, norms});
+  });
+  point.def_static(
+      "linear", [](const Array<uint16_t>& x, const Array<uint8_t>& beats, int inputs, int outputs, int norms,
+                   uint64_t eps, int mantissa, int exponent, int depth, int row_depth, uint64_t seed) {
+        return P::linear(x, {beats, inputs, outputs, norms}, eps, Factor{mantissa, exponent}, {depth, row_depth, seed});
+      });
+  point.def_static("attention", [](const Array<uint16_t>& q, const Array<uint16_t>& k, const Array<uint16_t>& v,
+                                   int heads, int kv_heads, int mantissa, int exponent, int first, bool prefill) {
+    require(heads > 0 && kv_heads > 0 && q.ndim() == 2, "attention: no heads");
+    const int size = static_cast<int>(q.shape(1)) / heads;
+    return P::attend(q, k, v, {heads, kv_heads, size, Factor{mantissa, exponent}}, first, prefill);
+  });
 }
 
 }  // namespace

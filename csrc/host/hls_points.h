@@ -30,9 +30,7 @@ struct Point {
   using Buffer = WeightBuffer<G, T, Q, Words>;
   using Own = TlmmBuffers<G, T, Q, MaxOutputs>;
 
-  static int vectors(const LinearCall& call) {
-    return beats_for(call.inputs, T * G) * beats_for(call.outputs, Q) * Q;
-  }
+  static int vectors(const LinearCall& call) { return beats_for(call.inputs, T * G) * beats_for(call.outputs, Q) * Q; }
 
   static void feed(const Array<uint8_t>& beats, hls::stream<WeightBeat<Bits>>& out) {
     require(beats.ndim() == 2 && beats.shape(1) == Bits / 8, "beats: needed [count, ", Bits / 8, "] bytes");
@@ -115,8 +113,7 @@ struct Point {
                              own_status[0]);
     });
     network.add("quant", [&] { quant<kLanes>(normed, largest, narrow, scale, width, rows, own_status[1]); });
-    network.add("gearbox",
-                [&] { gearbox<ap_int<8>, kLanes, T * G>(narrow, wide, width, rows, own_status[2]); });
+    network.add("gearbox", [&] { gearbox<ap_int<8>, kLanes, T * G>(narrow, wide, width, rows, own_status[2]); });
     network.add("tlmm", [&] {
       tlmm<G, T, Q, kLanes, Words, MaxOutputs>(wide, *buffer, *own, sums, width, call.outputs, rows, own_status[3]);
     });
@@ -150,7 +147,8 @@ struct Point {
     std::vector<Half> k(static_cast<size_t>(keys.size())), v(static_cast<size_t>(values.size()));
     for (int t = 0; t < count; ++t) {
       for (int i = 0; i < shape.kv_width(); ++i) {
-        const size_t at = static_cast<size_t>(count - 1 - t) * static_cast<size_t>(shape.kv_width()) + static_cast<size_t>(i);
+        const size_t at =
+            static_cast<size_t>(count - 1 - t) * static_cast<size_t>(shape.kv_width()) + static_cast<size_t>(i);
         k[at] = keys.at(t, i);
         v[at] = values.at(t, i);
       }

@@ -30,8 +30,8 @@ extern "C" void tw_quant(hls::stream<HalfBeat<16>>& in, hls::stream<Magnitude>& 
 
 extern "C" void tw_dequant_fuse(hls::stream<Beat<ap_int<32>, 16>>& in, hls::stream<Magnitude>& scale,
                                 Factor weight_scale, int mode, hls::stream<HalfBeat<16>>& side,
-                                hls::stream<AngleBeat<16>>& angles, hls::stream<HalfBeat<16>>& out, int width,
-                                int rows, StatusWord& status) {
+                                hls::stream<AngleBeat<16>>& angles, hls::stream<HalfBeat<16>>& out, int width, int rows,
+                                StatusWord& status) {
 #pragma HLS interface axis port = in
 #pragma HLS interface axis port = scale
 #pragma HLS interface axis port = side

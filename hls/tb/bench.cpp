@@ -60,7 +60,8 @@ int check_product() {
   for (int row = 0; row < kRows; ++row) {
     for (int block = 0; block < blocks; ++block) {
       Beat<ap_int<8>, 84> beat;
-      for (int i = 0; i < 84 && block * 84 + i < kInputs; ++i) beat.at[i] = x[static_cast<size_t>(row * kInputs + block * 84 + i)];
+      for (int i = 0; i < 84 && block * 84 + i < kInputs; ++i)
+        beat.at[i] = x[static_cast<size_t>(row * kInputs + block * 84 + i)];
       beat.last = block == blocks - 1;
       in.write(beat);
     }

@@ -85,7 +85,7 @@ def test_a_matrix_beyond_the_buffer_is_refused_with_a_status_bit() -> None:
     point = points()[tiling.g, tiling.t, tiling.q, tiling.p]
     status = c.StatusRegister()
     outputs = point.buffer_vectors + 4
-    with pytest.raises(RuntimeError, match="at the end|empty stream"):
+    with pytest.raises(RuntimeError, match=r"at the end|empty stream"):
         HlsUnits(tiling).tlmm(np.zeros((1, 1), np.int8), c.pack_tlmm(np.zeros((outputs, 1), np.int8), tiling), status)
 
 

@@ -23,7 +23,7 @@ namespace tilewright_hls {
 template <int W>
 using Storage = std::conditional_t<
     (W <= 8), std::int8_t,
-    std::conditional_t<(W <= 16), std::int16_t, std::conditional_t<(W <= 32), std::int32_t, std::int64_t>>>;
+    std::conditional_t<(W <= 16), std::int16_t, std::conditional_t<(W <= 32), std::int32_t, std::int64_t> > >;
 
 }  // namespace tilewright_hls
 
@@ -33,7 +33,7 @@ class ap_int {
 
  public:
   constexpr ap_int() = default;
-  constexpr ap_int(long long value) : value_(static_cast<tilewright_hls::Storage<W>>(value)) {
+  constexpr ap_int(long long value) : value_(static_cast<tilewright_hls::Storage<W> >(value)) {
     if constexpr (W < 64) {
       constexpr long long kLimit = 1LL << (W - 1);
       if (value < -kLimit || value >= kLimit) tilewright_hls::does_not_fit("ap_int", W, value);
@@ -57,7 +57,7 @@ class ap_uint {
   constexpr operator long long() const { return static_cast<long long>(value_); }
 
  private:
-  using Unsigned = std::make_unsigned_t<tilewright_hls::Storage<W>>;
+  using Unsigned = std::make_unsigned_t<tilewright_hls::Storage<W> >;
   Unsigned value_ = 0;
 };
 

@@ -159,8 +159,7 @@ inline bool attention_fits(const AttentionShape& shape, int keys, int max_width,
 // Queries come and results leave newest token first.
 template <int P, int L, int MaxWidth, int MaxHeads>
 void rpa(hls::stream<HalfBeat<L>>& q, const CachePort& cache, RpaBuffers<P, MaxWidth, MaxHeads>& own,
-         hls::stream<HalfBeat<L>>& out, const AttentionShape& shape, int tokens, Traffic& traffic,
-         StatusWord& status) {
+         hls::stream<HalfBeat<L>>& out, const AttentionShape& shape, int tokens, Traffic& traffic, StatusWord& status) {
 #pragma HLS array_partition variable = own.q dim = 1 complete
 #pragma HLS array_partition variable = own.sums dim = 1 complete
   const bool fits = attention_fits(shape, tokens, MaxWidth, MaxHeads) && tokens <= cache.capacity;

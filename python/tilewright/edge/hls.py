@@ -140,8 +140,8 @@ class HlsUnits:
         """Norm to dequantizer as one dataflow region: processes run concurrently over streams of bounded depth.
 
         Args:
-            depth: of the streams. row_depth: of the one that holds a normed row until its maximum is known; a row's beats
-                when None, with fewer the region deadlocks.
+            depth: of the streams. row_depth: of the one that holds a normed row until its maximum is known; a row's
+                beats when None, with fewer the region deadlocks.
             seed: the order in which processes are run; it must not matter.
 
         Returns:

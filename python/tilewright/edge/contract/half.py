@@ -95,8 +95,8 @@ def pack(value: Int, exponent: Int | int, status: StatusRegister | None = None) 
 def align(x: Half, width: int, status: StatusRegister | None = None, floor: int = MIN_EXPONENT) -> tuple[Int, Int]:
     """Integers with one exponent for the whole last axis: x ~ a * 2**(top - (width - 11)), |a| < 2**width.
 
-    ``top`` is the largest exponent on the axis, at least ``floor``. Bits below the last place are dropped (toward zero),
-    so |x - a * 2**(top - (width - 11))| < 2**(top - (width - 11)).
+    ``top`` is the largest exponent on the axis, at least ``floor``. Bits below the last place are dropped,
+    toward zero, so |x - a * 2**(top - (width - 11))| < 2**(top - (width - 11)).
 
     Returns:
         a, shape of x; top, shape of x without its last axis.

@@ -41,7 +41,7 @@ class PythonUnits:
 
 @dataclass(frozen=True)
 class Linear:
-    """A ternary matrix, its gamma / 127, and the RMS norm in front of it (None: the row goes straight to the quantizer)."""
+    """A ternary matrix, its gamma / 127, and the RMS norm in front of it; None: the row goes to the quantizer."""
 
     weights: TlmmWeights
     scale: Factor
@@ -108,7 +108,7 @@ def decoder_layer(
     tokens, first = len(x), cache.seen
     if first + tokens > min(len(cache.k), len(angles)):
         raise ValueError(
-            f"decoder_layer: {first + tokens} tokens, the cache has capacity {len(cache.k)} and angles {len(angles)} rows"
+            f"decoder_layer: {first + tokens} tokens, the cache has capacity {len(cache.k)} and angles {len(angles)}"
         )
 
     def enter(row: Half, linear: Linear) -> tuple[Int8, Int]:

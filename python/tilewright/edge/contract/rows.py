@@ -117,8 +117,8 @@ def quantize(x: Half, largest: Int, status: StatusRegister | None = None) -> tup
     ms, es = (part[:, None] for part in split_bits(scale))
     reciprocal = ((127 << 24) + ms - 1) // ms
     m, e = split_bits(bits)
-    # The reciprocal is too large by less than 2**-24: what that adds to a product is below 2**11, and no quotient that is
-    # not a tie comes as near to one. So 11 bits fewer make the ties exact.
+    # The reciprocal is too large by less than 2**-24: what that adds to a product is below 2**11, and no quotient that
+    # is not a tie comes as near to one. So 11 bits fewer make the ties exact.
     value = shift_right_even(m * reciprocal >> 11, np.maximum(13 + es - e, 0))
     over = bits > scale[:, None]
     if status is not None:
@@ -129,7 +129,7 @@ def quantize(x: Half, largest: Int, status: StatusRegister | None = None) -> tup
 
 
 def row_factor(scale: int, weight_scale: Factor) -> Factor:
-    """s * (gamma / 127) of a row, 17 bits, nearest, ties to even; ``weight_scale`` is gamma / 127, ``scale`` bits of s."""
+    """s * (gamma / 127) of a row, 17 bits, nearest, ties to even; ``scale`` is bits of s."""
     mantissa, exponent = split_bits(np.asarray(scale, np.int64))
     return Factor.normal(int(mantissa) * weight_scale.mantissa, int(exponent) + weight_scale.exponent)
 
@@ -209,8 +209,8 @@ def dequant_fuse(
     """:func:`dequantize`, then one of :data:`FUSE_MODES`.
 
     Args:
-        side: the residual, float16 of the result's shape; for "rope" the angles, int16 `[tokens, head_size / 2, 2]`; for
-            "silu" and "squared_relu" the gate, the accumulators being up's.
+        side: the residual, float16 of the result's shape; for "rope" the angles, int16 `[tokens, head_size / 2, 2]`;
+            for "silu" and "squared_relu" the gate, the accumulators being up's.
 
     Raises:
         ValueError: the mode is unknown or comes without what it needs.

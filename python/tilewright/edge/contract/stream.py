@@ -30,9 +30,9 @@ def vectors_per_beat(tiling: Tiling, beat_bits: int = BEAT_BITS) -> int:
 def beats_of(weights: TlmmWeights, norm: Half | None = None, beat_bits: int = BEAT_BITS) -> NDArray[np.uint8]:
     """The stream of one matrix: uint8 `[beats, beat_bits / 8]`, little-endian bit order.
 
-    A beat holds vectors v, v + 1, ... from bit 0 on, each vector_bits wide, and in its bits vectors_per_beat * vector_bits
-    and up the next float16 norm weight. Vectors go block by block, within a block output by output. There are as many
-    beats as vectors or norm weights need; what is left over is zero bits, which the loader does not read.
+    A beat holds vectors v, v + 1, ... from bit 0 on, each vector_bits wide, and above them, from bit vectors_per_beat *
+    vector_bits on, the next float16 norm weight. Vectors go block by block, within a block output by output. There are
+    as many beats as vectors or norm weights need; what is left over is zero bits, which the loader does not read.
     """
     tiling = weights.tiling
     count = vectors_per_beat(tiling, beat_bits)
@@ -74,10 +74,10 @@ def weights_of(
 
 
 def buffer_place(block: int, output: int, outputs: int, tiling: Tiling) -> tuple[int, int]:
-    """(bank, word) of an index vector: max(q / 2, 1) banks of two ports each, so that q neighbours are read in one cycle.
+    """(bank, word) of an index vector: max(q / 2, 1) banks of two ports each, so that q neighbours are one cycle.
 
-    The address is linear, block * padded_outputs + output, for square, wide and tall matrices alike: vectors come in that
-    order, so the loader only counts, and since padded_outputs is a multiple of q each read is aligned.
+    The address is linear, block * padded_outputs + output, for square, wide and tall matrices alike: vectors come in
+    that order, so the loader only counts, and since padded_outputs is a multiple of q each read is aligned.
     """
     address = block * tiling.padded_outputs(outputs) + output
     banks = max(tiling.q // 2, 1)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TeLLMe v2: table-lookup products for ternary models on an edge FPGA (arXiv 2510.15926): what a build costs and gives."""
+"""TeLLMe v2: table-lookup products for ternary models on an edge FPGA (arXiv 2510.15926): costs and speed."""
 
 from __future__ import annotations
 

@@ -113,7 +113,7 @@ def attention_rows(experiment: Experiment) -> Iterator[Row]:
 
 
 def real_rows(experiment: Experiment) -> Iterator[Row]:
-    """Item 2: SmolLM2's weights rounded to ternary, 64 tokens of text through HLS and through float64 BitLinear layers."""
+    """Item 2: SmolLM2's weights rounded to ternary, 64 tokens of text through HLS and through float64 layers."""
     import numpy as np
 
     from tilewright import data, evaluate, models

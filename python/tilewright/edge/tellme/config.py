@@ -63,19 +63,19 @@ class Calibration:
     """Parameters that no counting gives. Defaults reproduce the paper's KV260 figures together."""
 
     bw_weight: float = 9.5e9
-    """Bytes a second of the three weight ports at 250 MHz: 79 % of their 12 GB/s. Fitted with ``head_seconds`` to 25 tok/s."""
+    """Bytes a second of the three weight ports at 250 MHz: 79 % of their 12 GB/s. Fitted to 25 tok/s with the next."""
     bw_kv: float = 8.0e9
     """Bytes a second of the cache's ports at 250 MHz. Assumed; 1.2 ms of 40 at 64 tokens of context."""
     head_bandwidth: float = 6.14e9
-    """Bytes a second at which the host's cores read the float16 head; 16 ms at 0.73B. Fitted with ``bw_weight`` to 25 tok/s."""
+    """Bytes a second at which the host reads the float16 head; 16 ms at 0.73B. Fitted to 25 tok/s with the first."""
     eta: float = 0.36
-    """Share of the table-lookup rate that is reached. Fitted to the TTFT of 64 and 128 tokens; no published part explains it."""
+    """Share of the table-lookup rate that is reached. Fitted to the TTFT of 64 and 128 tokens; nothing explains it."""
     key_cycles: float = 862.0
     """Cycles of prefill attention for one key and one block of queries. Fitted to the same two."""
 
 
 OURS = Calibration(eta=1.0, key_cycles=0.0)
-"""The same memory and host as the paper's; cycles as the units' schedules count them (what the RTL's counter must confirm)."""
+"""The same memory and host as the paper's; cycles as the schedules count them, which RTL must confirm."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ class TellmeConfig:
     """A build of the accelerator running a model.
 
     Attributes:
-        f_mhz: clock. fill: cycles between blocks in which tables are written (27 one entry a cycle, 0 with a second set).
+        f_mhz: clock. fill: cycles between blocks to write tables (27 one entry a cycle, 0 with a second set).
         fused: q, k, v in one sweep and gate, up in one, so that they share tables.
         overlap: weights come in while others are used, in pieces that fit half of the buffer.
         packing: "beats" as the paper (5 vectors of 140 bits in 768), "dense" without gaps, "trits" 5 weights a byte.
@@ -187,14 +187,14 @@ class TellmeConfig:
         return sum(self.linear_cycles(*piece) for sweep in self.sweeps() for piece in self._pieces(*sweep))
 
     def row_cycles(self) -> int:
-        """Cycles of the element-wise units that a lone token waits for, a layer: three passes of a norm, the quantizer's,
-        and 60 for divisions and the root."""
+        """Cycles of the element-wise units that a lone token waits for, a layer: three passes of a norm, the
+        quantizer's, and 60 for divisions and the root."""
         s, lanes = self.shape, self.tiling.lanes
         entering = (s.d_model, s.width, s.d_model, s.d_ffn)
         return sum(4 * -(-n // lanes) + 60 for n in entering)
 
     def key_cycles(self) -> float:
-        """Of one key and one block of queries, a layer: dot products and sums run side by side, `lanes` values a cycle."""
+        """Of one key and one block of queries, a layer: dot products beside sums, `lanes` values a cycle."""
         return self.calibration.key_cycles or -(-self.shape.width // self.tiling.lanes) + self.shape.heads
 
     def cycles(self, kind: Literal["token", "layer", "prefill_attention"] = "token", tokens: int = 1) -> float:

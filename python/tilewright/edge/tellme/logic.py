@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Logic of the accelerator, scaled from the paper's per-unit figures for the XCK26.
 
-Read in the paper's evaluation: the units below at G = 3, T = 28, Q = 16 (P = 4 assumed, as in its figures); the table-lookup
-core alone takes 23,082 LUTs. Counted here with an open synthesizer: 667 LUTs for 28 look-ups and their adder tree.
+Read in the paper's evaluation: the units below at G = 3, T = 28, Q = 16 (P = 4 assumed, as in its figures); the
+table-lookup core alone takes 23,082 LUTs. Counted here with an open synthesizer: 667 LUTs for 28 look-ups and their
+adder tree.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _TRIT_LUT = 40
 
 
 def core_lut(tiling: Tiling, fill: int) -> float:
-    """Table sums, look-ups, adder trees; a second set of tables when the filling is hidden. G other than 3 scales by entries."""
+    """Table sums, look-ups, adder trees; a second set of tables when filling is hidden. Other G scale by entries."""
     depth = max(tiling.codes / 27, 32 / 27 if tiling.codes > 27 else tiling.codes / 27)
     copies = 2 if fill == 0 else 1
     look_ups = tiling.t * tiling.q * (_LOOKUP_LUT + (copies - 1) * _COPY_LUT)
