@@ -80,7 +80,8 @@ class KvCache:
 
     @classmethod
     def empty(cls, capacity: int, kv_heads: int, head_size: int) -> KvCache:
-        return cls(*(np.zeros((capacity, kv_heads, head_size), np.float16) for _ in range(2)))
+        shape = (capacity, kv_heads, head_size)
+        return cls(np.zeros(shape, np.float16), np.zeros(shape, np.float16))
 
     def append(self, k: Half, v: Half) -> None:
         """Raises ValueError when the cache is full."""

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tilewright.cli.shared import Json, Verbs, console, model_path, print_json, progress_bar
+from tilewright.cli.shared import Json, Model, Verbs, console, model_path, print_json, progress_bar
 
 app = typer.Typer(cls=Verbs, no_args_is_help=True, help="The FPGA accelerator for ternary models.")
 
@@ -71,25 +71,63 @@ def estimate(
     console().print(table)
 
 
+def _edge_model(name: str) -> tuple[Any, Any]:
+    """A model for the accelerator and its tokenizer."""
+    from tilewright import models
+    from tilewright.edge.model import EdgeModel
+
+    loaded = models.load(model_path(name))
+    return EdgeModel.from_transformers(models.to_transformers(loaded, dequantize=True)), loaded.tokenizer
+
+
+@app.command("compile")
+def compile_(
+    model: Model,
+    output: Annotated[str, typer.Option("--output", "-o", help="Image file to write.")],
+    json: Json = False,
+) -> None:
+    """Write weight streams, descriptors, tables and memory map; linears are rounded to ternary if they are not."""
+    from tilewright.edge.image import compile_image
+
+    edge, tokenizer = _edge_model(model)
+    manifest = compile_image(edge, output)
+    if json:
+        print_json(manifest)
+        return
+    del tokenizer
+    for name, section in manifest["sections"].items():
+        print(f"{name:12} at {section['offset']:#012x}, {section['bytes']} bytes")
+
+
 @app.command()
 def simulate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model on disk, or `smollm2`.")],
+    image: Annotated[str, typer.Argument(metavar="IMAGE", help="An image of `tw edge compile`, or a model.")],
     prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
     engine: Annotated[str, typer.Option("--engine", help="python or hls.")] = "hls",
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="How many to generate.")] = 16,
+    tokenizer_of: Annotated[
+        str | None, typer.Option("--tokenizer", help="The model whose tokenizer an image is used with.")
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Generate text in simulation, bit for bit as the accelerator; linears are rounded to ternary if they are not."""
+    """Generate text in simulation, bit for bit as the accelerator."""
+    from pathlib import Path
+
     from tilewright import models
     from tilewright.edge.contract.layer import PythonUnits
     from tilewright.edge.hls import HlsUnits
-    from tilewright.edge.model import EdgeModel
+    from tilewright.edge.image import MAGIC, read_image
 
     if engine not in ("python", "hls"):
         raise ValueError(f"--engine {engine}: needed python or hls")
-    loaded = models.load(model_path(model))
-    edge = EdgeModel.from_transformers(models.to_transformers(loaded, dequantize=True))
-    tokenizer = loaded.tokenizer
+    path = Path(image).expanduser()
+    compiled = path.is_file() and path.open("rb").read(8) == MAGIC
+    if compiled:
+        if tokenizer_of is None:
+            raise ValueError(f"{image}: an image has no tokenizer; name its model with --tokenizer")
+        edge, tokenizer = read_image(path).model, models.load(model_path(tokenizer_of)).tokenizer
+    else:
+        edge, tokenizer = _edge_model(image)
     ids = [int(i) for i in tokenizer.encode(prompt)]
     session = edge.session(HlsUnits() if engine == "hls" else PythonUnits(), capacity=len(ids) + tokens)
     with progress_bar() as report:
