@@ -81,9 +81,9 @@ class EdgeModel:
         layers = [
             _layer(part, f"layers.{i}", config, size, order, tiling) for i, part in enumerate(module.model.layers)
         ]
-        half = [_half(t) for t in (module.model.embed_tokens.weight, module.lm_head.weight, module.model.norm.weight)]
-        base = float(kinds.get("rope_theta") or getattr(config, "rope_theta", 10000.0))
-        return cls(layers, *half, float(config.rms_norm_eps), base, tiling)
+        embedding, head = _half(module.model.embed_tokens.weight), _half(module.lm_head.weight)
+        base = float(kinds.get("rope_theta") or getattr(config, "rope_theta", None) or 10000.0)
+        return cls(layers, embedding, head, _half(module.model.norm.weight), float(config.rms_norm_eps), base, tiling)
 
     def session(self, units: Units | None = None, capacity: int = MAX_CONTEXT) -> Session:
         """An empty context on an implementation of the units; the Python reference when None."""

@@ -4,13 +4,15 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.edge.contract import Layer, Linear
 
-Float = NDArray[np.float64]
+Float = NDArray[Any]
+"""float64 inside; float16 is widened."""
 
 
 def softmax_attention(q: Float, k: Float, v: Float, first: int = 0) -> Float:

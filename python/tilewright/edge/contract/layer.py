@@ -20,12 +20,23 @@ from tilewright.edge.contract.weights import Int8, Int32, TlmmWeights
 class Units(Protocol):
     """The units that a layer is made of: this package's functions, HLS simulation, or verilated RTL."""
 
-    tlmm: Callable[..., Int32]
-    rms_max: Callable[..., tuple[Half, Int]]
-    row_max: Callable[..., Int]
-    quantize: Callable[..., tuple[Int8, Int]]
-    dequant_fuse: Callable[..., Half]
-    attention: Callable[..., Half]
+    @property
+    def tlmm(self) -> Callable[..., Int32]: ...
+
+    @property
+    def rms_max(self) -> Callable[..., tuple[Half, Int]]: ...
+
+    @property
+    def row_max(self) -> Callable[..., Int]: ...
+
+    @property
+    def quantize(self) -> Callable[..., tuple[Int8, Int]]: ...
+
+    @property
+    def dequant_fuse(self) -> Callable[..., Half]: ...
+
+    @property
+    def attention(self) -> Callable[..., Half]: ...
 
 
 class PythonUnits:
