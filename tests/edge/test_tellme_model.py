@@ -97,9 +97,8 @@ def test_overlap_never_costs_and_pieces_cover_the_matrix() -> None:
 def test_the_search_stays_inside_the_budget_and_finds_more() -> None:
     found = search(BITNET_0_73B)
     assert all(one.config.resources().fits(PAPER_BUDGET) for one in found)
-    assert found[0].score == max(one.score for one in found)
-    assert found[0].decode >= 1.2
-    assert found[0].prefill >= 2
+    assert found[0].reaches
+    assert found[0].score == max(one.score for one in found if one.reaches)
 
 
 def test_bad_parameters_are_named() -> None:

@@ -28,6 +28,11 @@ class Found:
         """Decode matters where prefill is fast already, and the other way round: their product."""
         return self.decode * self.prefill
 
+    @property
+    def reaches(self) -> bool:
+        """Both aims: 1.3 times the decode, twice the prefill."""
+        return self.decode >= 1.3 and self.prefill >= 2
+
 
 def builds(
     shape: Shape, f_mhz: float = 250.0, packings: Sequence[Packing] = ("beats", "dense", "trits")
@@ -62,7 +67,7 @@ def search(
     ttft: tuple[float, float] = (0.45, 0.96),
     packings: Sequence[Packing] = ("beats", "dense", "trits"),
 ) -> list[Found]:
-    """Builds inside the budget, best first.
+    """Builds inside the budget: those that reach both aims first, by the product of their gains.
 
     Args:
         decode, ttft: published tokens a second at 64 tokens of context, and seconds to the first token of 64 and 128.
@@ -72,4 +77,4 @@ def search(
         if config.resources().fits(budget):
             prefill = min(ttft[0] / config.ttft(64), ttft[1] / config.ttft(128))
             found.append(Found(config, config.tokens_per_s() / decode, prefill))
-    return sorted(found, key=lambda one: (-one.score, one.config.resources().lut))
+    return sorted(found, key=lambda one: (not one.reaches, -one.score, one.config.resources().lut))
