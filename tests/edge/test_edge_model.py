@@ -77,3 +77,22 @@ def test_what_the_accelerator_cannot_compute_is_refused() -> None:
         edge.session().hidden([61])
     with pytest.raises(ValueError, match="capacity"):
         edge.session(capacity=5000)
+
+
+def test_packed_layers_are_taken_as_they_are() -> None:
+    from tilewright.formats import pack_ternary
+
+    module, plain = llama(), llama()
+    linears = [part for part in module.modules() if isinstance(part, torch.nn.Linear) and part is not module.lm_head]
+    for part in linears:
+        codes, gamma = ternary_of(part.weight)
+        part.ternary = lambda c=codes, g=gamma: pack_ternary(torch.from_numpy(c), "t5", scale=g)
+        part.weight.data.zero_()
+    tokens = [5, 9, 2, 7]
+    got, true = (
+        EdgeModel.from_transformers(one, POINTS[1]).session(capacity=4).hidden(tokens) for one in (module, plain)
+    )
+    assert np.array_equal(got, true)
+    linears[0].ternary = lambda: pack_ternary(torch.ones(32, 24, dtype=torch.int8), "t5", scale=torch.ones(32))
+    with pytest.raises(ValueError, match="32 weight scales"):
+        EdgeModel.from_transformers(module, POINTS[1])

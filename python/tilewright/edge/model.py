@@ -94,10 +94,20 @@ def _half(tensor: Any) -> Half:
     return np.asarray(tensor.detach().float().cpu().numpy().astype(np.float16))
 
 
+def _codes(module: Any, name: str) -> tuple[Int8, float]:
+    """Of a linear layer, or of one that keeps a packed ternary weight and hands it out as ``ternary()``."""
+    if not hasattr(module, "ternary"):
+        return ternary_of(module.weight, name)
+    packed = module.ternary()
+    if packed.scale.numel() != 1:
+        raise ValueError(f"{name}: has {packed.scale.numel()} weight scales, the accelerator applies one a matrix")
+    return packed.unpack().numpy(), float(packed.scale)
+
+
 def _linear(module: Any, name: str, tiling: Tiling, norm: Any = None, order: NDArray[np.int64] | None = None) -> Linear:
     if getattr(module, "bias", None) is not None:
         raise ValueError(f"{name}: has a bias, which the accelerator does not add")
-    codes, gamma = ternary_of(module.weight, name)
+    codes, gamma = _codes(module, name)
     if order is not None:
         codes = np.ascontiguousarray(codes.reshape(-1, len(order), codes.shape[1])[:, order].reshape(codes.shape))
     return Linear(pack_tlmm(codes, tiling), Factor.of(gamma / 127), None if norm is None else _half(norm.weight))
