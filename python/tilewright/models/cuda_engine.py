@@ -87,6 +87,11 @@ class CudaEngine(SequenceEngine):
         mode: Literal["exact", "fold"] | None = None,
     ) -> None:
         model.require_softmax("CudaEngine")
+        if model.has_thresholds:
+            raise ValueError(
+                "CudaEngine: the model drops neurons below thresholds (tw sparsify), which runs on the CPU; use Engine, "
+                "or the checkpoint it was made from"
+            )
         c = model.config
         length = c.max_position_embeddings if max_length is None else max_length
         if not 1 <= length <= c.max_position_embeddings:

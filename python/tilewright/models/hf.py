@@ -13,8 +13,9 @@ from tilewright.formats.int8 import Int8Weight
 from tilewright.models.config import LlamaConfig
 from tilewright.models.engine import decided_formats
 from tilewright.models.image import Activation, CacheFormat, QueryFormat, activation_scale_group, input_kind
-from tilewright.models.language_model import LanguageModel, Weight, linear_names
+from tilewright.models.language_model import LanguageModel, Weight, linear_names, threshold_name
 from tilewright.nn import (
+    CATSMLP,
     BFloat16Linear,
     GatedMLP,
     Int4Embedding,
@@ -80,6 +81,7 @@ def to_transformers(
     else:
         _place_floats(theirs, model, dtype)
         theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)
+    _drop_neurons(theirs, model)
     generation_defaults(theirs, model.config)
     left = [n for n, t in [*theirs.named_parameters(), *theirs.named_buffers()] if t.is_meta]
     assert not left, f"parameters without a value: {left[:3]}"
@@ -97,7 +99,7 @@ def generation_defaults(theirs: PreTrainedModel, config: LlamaConfig) -> None:
 
 def _place_floats(theirs: PreTrainedModel, model: LanguageModel, dtype: torch.dtype) -> None:
     for name in model.weights:
-        if not name.endswith(".key_scale"):
+        if not name.endswith((".key_scale", ".mlp.threshold")):
             owner, _, leaf = name.rpartition(".")
             value = model.dense(name, dtype).clone()
             setattr(theirs.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
@@ -109,6 +111,16 @@ def _place_floats(theirs: PreTrainedModel, model: LanguageModel, dtype: torch.dt
             owner, _, leaf = name.rpartition(".")
             zeros = torch.zeros(parameter.shape, dtype=dtype)
             setattr(theirs.get_submodule(owner), leaf, nn.Parameter(zeros, requires_grad=False))
+
+
+def _drop_neurons(theirs: PreTrainedModel, model: LanguageModel) -> None:
+    """Put the model's thresholds of the gate activation, if it has any, into its MLPs."""
+    for index in range(model.config.num_hidden_layers):
+        if (threshold := model.weights.get(threshold_name(index))) is not None:
+            assert isinstance(threshold, Tensor)
+            layer = theirs.model.layers[index]
+            mlp = layer.mlp
+            layer.mlp = CATSMLP(mlp.gate_proj, mlp.up_proj, mlp.down_proj, threshold.squeeze())
 
 
 class _Builder:

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from tilewright.formats.int4 import Int4Weight
+from tilewright.formats import int4_sparse
 from tilewright.formats.int8 import GROUP as INT8_GROUP
 from tilewright.formats.int8 import Int8Weight
 from tilewright.models.config import LlamaConfig
-from tilewright.models.language_model import LanguageModel, Weight
+from tilewright.models.language_model import LanguageModel, Weight, threshold_name
 from tilewright.models.mixer_records import ABSENT, MixerRecords, float_bits
 from tilewright.models.mixers import LinearMixer
 from tilewright.ops import dense_linear
@@ -30,6 +31,7 @@ QueryFormat = Literal["fp8", "float32"]
 _MAGIC, _VERSION = 0x454E49474E455754, 1
 _HEADER_WORDS, _CHECKSUM_AT = 8, 3
 _EMBED, _ANGLES, _LINEAR, _GATED_LINEAR, _ATTENTION, _SELECT_LAST, _LOGITS = range(1, 8)
+_SPARSE_MLP = 12
 _NO_WINDOW = 1 << 62
 _CACHE_LINE = 64
 _ACTIVATIONS = {"int8": 0, "fp8": 1, "fp8-fold": 2}
@@ -85,6 +87,7 @@ def compile(
     *,
     scale_group: int | None = None,
     release: bool = False,
+    sparse: bool = True,
 ) -> ModelImage:
     """Pack a model for the engine.
 
@@ -99,6 +102,8 @@ def compile(
             a token. None: 64, or the weights' group where 64 is no multiple of it.
         release: remove each weight from ``model.weights`` once it is packed, so that no second copy is ever held. The
             model cannot be used afterwards.
+        sparse: where layers have thresholds of the gate activation (CATS), also keep up and down by rows, so that a
+            decoded token reads only those it needs; without, all rows are read. The same bits either way.
 
     Raises:
         ValueError: an option is none of its words, or a shape is outside what the engine runs.
@@ -108,7 +113,8 @@ def compile(
             raise ValueError(f"compile: {name} = {value!r}, needed one of {', '.join(map(repr, known))}")
     weights = model.weights if release else dict(model.weights)
     group = activation_scale_group(act, scale_group, weights)
-    compiler = _Compiler(model.config, weights, _ACTIVATIONS[act], group, _CACHES[kv], _QUERIES[query], model.mixers)
+    formats = (_ACTIVATIONS[act], group, _CACHES[kv], _QUERIES[query])
+    compiler = _Compiler(model.config, weights, *formats, sparse, model.mixers)
     program, arena = compiler.compile()
     notes = tuple(compiler.notes)
     return ModelImage(program, arena, model.config, act, kv, query, group, notes, len(model.mixers))
@@ -140,6 +146,7 @@ class _Compiler:
     scale_group: int
     kv: int
     query: int
+    sparse: bool = True
     mixers: dict[int, LinearMixer] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
     slots: list[tuple[int, int]] = field(default_factory=list)
@@ -185,6 +192,10 @@ class _Compiler:
             self._record(_SELECT_LAST, [2, self.hidden, self.attended])
         self._linear(self.attended, _NO_NORM, [(attention + "o_proj", self.hidden)], add=True)
         norm = self._norm(prefix + "post_attention_layernorm.weight")
+        if (threshold := self.weights.pop(threshold_name(index), None)) is not None:
+            assert isinstance(threshold, Tensor)
+            self._sparse_mlp(norm, mlp, threshold)
+            return
         self._gated(norm, mlp + "gate_proj", mlp + "up_proj")
         self._linear(self.inner, _NO_NORM, [(mlp + "down_proj", self.hidden)], add=True)
 
@@ -199,13 +210,54 @@ class _Compiler:
                 record += [target, int(add), *self._matrix(name + ".weight"), self._bias(name)]
             self._record(_LINEAR, record)
 
-    def _gated(self, norm: Sequence[int], gate: str, up: str) -> None:
+    def _sparse_mlp(self, norm: Sequence[int], mlp: str, threshold: Tensor) -> None:
+        names = [mlp + "gate_proj", mlp + "up_proj", mlp + "down_proj"]
+        self._one_format(names[0], names[1])
+        up, down = self.weights[names[1] + ".weight"], self.weights[names[2] + ".weight"]
+        record = [self.hidden, *norm, *self._activation(), self.hidden, self.inner, *_NO_NORM, self.inner]
+        record += [threshold.numel(), self._floats(threshold)]
+        for name in names:
+            record += [*self._matrix(name + ".weight"), self._bias(name)]
+            if name == names[1]:
+                up_blob = record[-3:-1]
+        by_rows = self.sparse and self._by_rows(up, down)
+        record.append(int(bool(by_rows)))
+        if by_rows:
+            # A float matrix lies by rows already.
+            record += list(up_blob) if by_rows[0] is None else self._part(by_rows[0])
+            record += self._part(by_rows[1])
+        else:
+            self.notes.append(f"{mlp.removesuffix('.')}: all rows are read, its formats are not kept by rows")
+        self._record(_SPARSE_MLP, record)
+
+    def _by_rows(self, up: Weight, down: Weight) -> tuple[Tensor | None, Tensor] | None:
+        """Blobs of up by rows (None: its own) and of down by columns; None where a format has no such form."""
+        int8_tokens = self.act == _ACTIVATIONS["int8"]
+        if isinstance(up, Int4Weight):
+            if not (int8_tokens and int4_sparse.can_pack_rows(up)):
+                return None
+            rows: Tensor | None = int4_sparse.pack_rows(up)
+        elif isinstance(up, Tensor):
+            rows = None
+        else:
+            return None
+        if isinstance(down, Int4Weight):
+            return (rows, int4_sparse.pack_columns(down)) if int8_tokens else None
+        if isinstance(down, Tensor):
+            return rows, dense_linear.bfloat16_pack(down.detach().to(torch.bfloat16).T.contiguous())
+        return None
+
+    def _one_format(self, gate: str, up: str) -> None:
+        """Gate and up share one quantized input: where their formats differ both are kept in bfloat16."""
         if input_kind(self.weights[gate + ".weight"]) != input_kind(self.weights[up + ".weight"]):
             for name in (gate, up):
                 weight = self.weights[name + ".weight"]
                 if not isinstance(weight, Tensor):
                     self.weights[name + ".weight"] = weight.dequantize(torch.bfloat16)
                     self.notes.append(f"{name}: kept in bfloat16, since gate and up come in different formats")
+
+    def _gated(self, norm: Sequence[int], gate: str, up: str) -> None:
+        self._one_format(gate, up)
         record = [self.hidden, *norm, *self._activation(), self.inner]
         for name in (gate, up):
             record += [*self._matrix(name + ".weight"), self._bias(name)]

@@ -84,6 +84,11 @@ class LanguageModel:
             )
 
     @property
+    def has_thresholds(self) -> bool:
+        """Whether a layer drops neurons below a threshold of the gate activation (CATS)."""
+        return any(threshold_name(layer) in self.weights for layer in range(self.config.num_hidden_layers))
+
+    @property
     def output_name(self) -> str:
         """Name of the matrix that maps hidden states to logits."""
         return "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
@@ -139,6 +144,20 @@ def optional_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return {f"model.layers.{i}.self_attn.key_scale": shape for i in range(config.num_hidden_layers)}
 
 
+def threshold_name(layer: int) -> str:
+    """Name of a layer's thresholds of the gate activation (CATS), float [1] or one a neuron [M]; optional."""
+    return f"model.layers.{layer}.mlp.threshold"
+
+
+def _check_threshold(name: str, weight: Weight, inner: int, where: str) -> None:
+    shape = tuple(weight.shape)
+    if shape not in ((1,), (inner,)) or not isinstance(weight, Tensor):
+        raise CheckpointError(f"{where}: tensor {name!r} has shape {list(shape)}, [1] or [{inner}] is needed")
+    check_finite(name, weight, where)
+    if bool((weight < 0).any()):
+        raise CheckpointError(f"{where}: tensor {name!r} is negative; thresholds are compared with magnitudes")
+
+
 def check_weights(config: LlamaConfig, weights: dict[str, Weight], where: str) -> None:
     """Raise unless the weights are exactly those of the architecture, with finite values.
 
@@ -151,7 +170,11 @@ def check_weights(config: LlamaConfig, weights: dict[str, Weight], where: str) -
     for name in expected:
         if name not in weights:
             raise CheckpointError(f"{where}: tensor {name!r} is missing")
+    thresholds = {threshold_name(layer) for layer in range(config.num_hidden_layers)}
     for name, weight in weights.items():
+        if name in thresholds:
+            _check_threshold(name, weight, config.intermediate_size, where)
+            continue
         if name not in allowed:
             raise CheckpointError(
                 f"{where}: tensor {name[:120]!r} does not belong to this {config.model_type} architecture"

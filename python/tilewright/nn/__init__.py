@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tilewright.nn.accelerate import Acceleration, accelerate
+from tilewright.nn.cats_mlp import CATSMLP
 from tilewright.nn.linear import W4A8Linear
 from tilewright.nn.matrix import BFloat16Linear, Int4Embedding, Int8Linear, PackedEmbedding
 from tilewright.nn.token import GatedMLP, RMSNorm, RotaryAngles
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from tilewright.nn.softmax_attention import SlidingWindowAttention, SoftmaxAttention
 
 __all__ = [
+    "CATSMLP",
     "HGRN",
     "HGRN2",
     "Acceleration",
