@@ -38,7 +38,7 @@ class Thresholds(Mapping[str, Tensor]):
     """``{name of the MLP module: threshold}``: float32 on the CPU, a scalar [] or one value a neuron [m], never below 0.
 
     Attributes:
-        values: the thresholds, by module name ("model.layers.0.mlp").
+        layers: the thresholds, by module name ("model.layers.0.mlp").
         score: what is compared with them, "gate" or "hidden".
         about: how they came to be (method, sparsity, tokens): plain JSON values.
 
@@ -46,24 +46,24 @@ class Thresholds(Mapping[str, Tensor]):
         ValueError: a threshold is negative, NaN, neither a scalar nor a vector, or the score is unknown.
     """
 
-    values: Mapping[str, Tensor]  # type: ignore[assignment]
+    layers: Mapping[str, Tensor]
     score: Score = "gate"
     about: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if self.score not in SCORES:
             raise ValueError(f"score = {self.score!r}, needed one of {', '.join(map(repr, SCORES))}")
-        checked = {name: _checked(name, value) for name, value in self.values.items()}
-        object.__setattr__(self, "values", checked)
+        checked = {name: _checked(name, value) for name, value in self.layers.items()}
+        object.__setattr__(self, "layers", checked)
 
     def __getitem__(self, name: str) -> Tensor:
-        return self.values[name]
+        return self.layers[name]
 
     def __iter__(self) -> Any:
-        return iter(self.values)
+        return iter(self.layers)
 
     def __len__(self) -> int:
-        return len(self.values)
+        return len(self.layers)
 
 
 def _checked(name: str, value: Tensor | float) -> Tensor:
@@ -95,7 +95,7 @@ def save_thresholds(thresholds: Thresholds, path: str | os.PathLike[str]) -> Pat
             from safetensors.torch import save_file
 
             metadata = {_FORMAT: json.dumps(header, allow_nan=False)}
-            save_file(dict(thresholds.values), str(partial), metadata=metadata)
+            save_file(dict(thresholds.layers), str(partial), metadata=metadata)
     return target
 
 
