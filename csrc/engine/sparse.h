@@ -21,10 +21,10 @@ class SparseRows {
 
 class SparseColumns {
  public:
-  int64_t rows, columns;          // of the weight: outputs, inputs
+  int64_t rows, columns;  // of the weight: outputs, inputs
   InputKind input;
-  int64_t list_bytes;             // of a list
-  int64_t outputs_per_unit;       // first outputs of a run() are multiples of this
+  int64_t list_bytes;  // of a list
+  int64_t outputs_per_unit;  // first outputs of a run() are multiples of this
   virtual int64_t workspace_bytes(int64_t outputs) const = 0;
 
   // Which inputs of the token are not zero.

@@ -17,13 +17,13 @@
 namespace tilewright::format {
 
 struct Int4Sparse {
-  static constexpr int64_t kRowColumns = 32;    // columns that 16 bytes of a row hold
-  static constexpr int64_t kOutputs = 64;       // outputs that 32 bytes of an input's run hold
+  static constexpr int64_t kRowColumns = 32;  // columns that 16 bytes of a row hold
+  static constexpr int64_t kOutputs = 64;  // outputs that 32 bytes of an input's run hold
 };
 
 struct Int4RowsView {
   int64_t n, k, group, groups;
-  int64_t scales_at, offsets_at, row_bytes;   // within a row
+  int64_t scales_at, offsets_at, row_bytes;  // within a row
   ScaleType scale_type;
   OffsetKind offset_kind;
   float per_tensor_scale;
@@ -34,16 +34,14 @@ struct Int4RowsView {
 
 struct Int4ColumnsView {
   int64_t n, k, group, groups, padded_n;
-  int64_t offsets_at, codes_at, run_bytes, block_bytes;   // within a block; of an input; of a block
+  int64_t offsets_at, codes_at, run_bytes, block_bytes;  // within a block; of an input; of a block
   ScaleType scale_type;
   OffsetKind offset_kind;
   float per_tensor_scale;
   const uint8_t* payload;
 
   const uint8_t* block(int64_t g) const { return payload + g * block_bytes; }
-  const uint8_t* run(int64_t input) const {
-    return block(input / group) + codes_at + input % group * run_bytes;
-  }
+  const uint8_t* run(int64_t input) const { return block(input / group) + codes_at + input % group * run_bytes; }
 };
 
 inline void check_sparse(const PackedHeader& header, const char* op) {

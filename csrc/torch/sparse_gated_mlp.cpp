@@ -92,7 +92,8 @@ void check(const Inputs& in) {
   require_size(in.x, in.x.dim() - 1, hidden_of(in), kOp, "x", "D");
   const ScalarType type = in.gate.scalar_type();
   require(type == ScalarType::Float || type == ScalarType::BFloat16 || type == ScalarType::Double, kOp,
-          ": w_gate has dtype ", dtype_name(type), ", needed float32, bfloat16 or float64; convert the weights with .to()");
+          ": w_gate has dtype ", dtype_name(type),
+          ", needed float32, bfloat16 or float64; convert the weights with .to()");
   for (const auto& [tensor, name] : {std::pair{&in.up, "w_up"}, std::pair{&in.down, "w_down_t"}}) {
     require_cpu(*tensor, kOp, name);
     require_dtype(*tensor, type, kOp, name);
@@ -202,9 +203,8 @@ void multiply_rows(sparse_gated_mlp::Problem<Weight, float>& p, int64_t threads)
   p.class_starts = starts.data();
   p.h = m.h.get<float>(std::max<int64_t>(p.count * p.tokens, 1));
   const auto& kernels = sparse_gated_mlp::kernels<Weight>();
-  run_tasks(plan.up_items, [&](int64_t item) {
-    kernels.up(p, item * plan.up_rows, std::min(p.count, (item + 1) * plan.up_rows));
-  });
+  run_tasks(plan.up_items,
+            [&](int64_t item) { kernels.up(p, item * plan.up_rows, std::min(p.count, (item + 1) * plan.up_rows)); });
   const int64_t floats = sparse_gated_mlp::workspace_floats(p.tokens, plan.columns);
   run_tasks(plan.down_items, [&](int64_t item) {
     kernels.down(p, item * plan.columns, std::min(p.hidden, (item + 1) * plan.columns),

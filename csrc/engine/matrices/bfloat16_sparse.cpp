@@ -58,9 +58,9 @@ class BFloat16Columns final : public SparseColumns {
     uint8_t* needed = list + needed_at_;
     for (int64_t j = 0; j < columns; ++j) needed[j] = h[j] != 0.0f;
     auto* places = reinterpret_cast<int32_t*>(list);
-    const int64_t count = sparse_gated_mlp::list_rows(needed, columns, places,
-                                                      reinterpret_cast<int32_t*>(list + by_class_at_),
-                                                      reinterpret_cast<int32_t*>(list + starts_at_));
+    const int64_t count =
+        sparse_gated_mlp::list_rows(needed, columns, places, reinterpret_cast<int32_t*>(list + by_class_at_),
+                                    reinterpret_cast<int32_t*>(list + starts_at_));
     auto* values = reinterpret_cast<float*>(list + h_at_);
     for (int64_t i = 0; i < count; ++i) values[i] = h[places[i]];
   }

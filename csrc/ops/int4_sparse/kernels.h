@@ -41,11 +41,11 @@ const Kernels& kernels();
 // Fills inputs [K] and starts [G + 1].
 void list_inputs(const format::Int4ColumnsView&, const int8_t* codes, int32_t* inputs, int32_t* starts);
 
-#define TILEWRIGHT_INT4_SPARSE_LEVEL(level)                                                                          \
-  namespace level {                                                                                                  \
-  void rows(const format::Int4RowsView&, const Activation&, const int32_t* rows, int64_t count, float* out);         \
-  void columns(const format::Int4ColumnsView&, const Activation&, const Listed&, int64_t first, int64_t last, float* y, \
-               float* workspace);                                                                                    \
+#define TILEWRIGHT_INT4_SPARSE_LEVEL(level)                                                                   \
+  namespace level {                                                                                           \
+  void rows(const format::Int4RowsView&, const Activation&, const int32_t* rows, int64_t count, float* out);  \
+  void columns(const format::Int4ColumnsView&, const Activation&, const Listed&, int64_t first, int64_t last, \
+               float* y, float* workspace);                                                                   \
   }
 TILEWRIGHT_INT4_SPARSE_LEVEL(generic)
 TILEWRIGHT_INT4_SPARSE_LEVEL(avx2)

@@ -26,12 +26,12 @@ struct Kernels {
 // Of `down` for an item of so many columns: one partial sum for each class, token of a tile and column.
 int64_t workspace_floats(int64_t tokens, int64_t columns);
 
-#define TILEWRIGHT_SPARSE_GATED_MLP_LEVEL(level)                                                                \
-  namespace level {                                                                                             \
-  extern const Kernels<float> float_kernels;                                                                    \
-  extern const Kernels<uint16_t> bfloat16_kernels;                                                              \
+#define TILEWRIGHT_SPARSE_GATED_MLP_LEVEL(level)                                                                 \
+  namespace level {                                                                                              \
+  extern const Kernels<float> float_kernels;                                                                     \
+  extern const Kernels<uint16_t> bfloat16_kernels;                                                               \
   void activate(Function, const float* z, const float* threshold, int64_t threshold_stride, int64_t n, float* a, \
-                uint8_t* kept);                                                                                 \
+                uint8_t* kept);                                                                                  \
   }
 TILEWRIGHT_SPARSE_GATED_MLP_LEVEL(generic)
 TILEWRIGHT_SPARSE_GATED_MLP_LEVEL(avx2)

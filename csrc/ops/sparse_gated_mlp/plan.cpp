@@ -13,7 +13,7 @@ namespace {
 constexpr int64_t kVector = 16;                       // neurons whose activation is computed together
 constexpr int64_t kItemBytes = int64_t{1} << 17;      // a run that hardware prefetchers follow
 constexpr int64_t kWorkspaceFloats = int64_t{1} << 16;  // of the partial sums of an item: they stay in the second cache
-constexpr int64_t kItemsPerThread = 2;                // so that a thread that is held up holds up no other
+constexpr int64_t kItemsPerThread = 2;  // so that a thread that is held up holds up no other
 
 // Rows of an item: enough bytes for a stream, few enough that each thread gets several.
 int64_t rows_per_item(int64_t rows, int64_t row_bytes, int64_t threads, int64_t multiple) {
@@ -50,7 +50,7 @@ int64_t list_rows(const uint8_t* needed, int64_t inner, int32_t* rows, int32_t* 
   int64_t count = 0;
   std::fill_n(class_starts, kClasses + 1, 0);
   for (int64_t j = 0; j < inner; ++j) {
-    rows[count] = static_cast<int32_t>(j);   // one place more than there are rows: written before it is known
+    rows[count] = static_cast<int32_t>(j);  // one place more than there are rows: written before it is known
     count += needed[j] != 0;
     class_starts[j % kClasses + 1] += needed[j] != 0;
   }

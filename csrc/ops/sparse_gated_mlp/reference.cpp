@@ -19,8 +19,7 @@ double reference_activation(Function function, double z) {
   switch (function) {
     case Function::kSilu: return z / (1.0 + std::exp(-z));
     case Function::kGelu: return 0.5 * z * std::erfc(-z * 0.70710678118654752440);
-    case Function::kGeluTanh:
-      return z / (1.0 + std::exp(-2.0 * 0.79788456080286535588 * (z + 0.044715 * z * z * z)));
+    case Function::kGeluTanh: return z / (1.0 + std::exp(-2.0 * 0.79788456080286535588 * (z + 0.044715 * z * z * z)));
     case Function::kRelu: return z < 0.0 ? 0.0 : z;
   }
   return z;

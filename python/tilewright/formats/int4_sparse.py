@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""INT4 weights for products that read some rows, or some columns, of a matrix: the blobs of csrc/format/int4_sparse.h."""
+"""INT4 weights for products that read some rows, or some columns, of a matrix: the blobs of
+csrc/format/int4_sparse.h."""
 
 from __future__ import annotations
 

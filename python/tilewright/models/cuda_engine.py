@@ -89,8 +89,8 @@ class CudaEngine(SequenceEngine):
         model.require_softmax("CudaEngine")
         if model.has_thresholds:
             raise ValueError(
-                "CudaEngine: the model drops neurons below thresholds (tw sparsify), which runs on the CPU; use Engine, "
-                "or the checkpoint it was made from"
+                "CudaEngine: the model drops neurons below thresholds (tw sparsify), which runs on the CPU; use "
+                "Engine, or the checkpoint it was made from"
             )
         c = model.config
         length = c.max_position_embeddings if max_length is None else max_length

@@ -12,8 +12,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from tilewright.formats.int4 import Int4Weight
 from tilewright.formats import int4_sparse
+from tilewright.formats.int4 import Int4Weight
 from tilewright.formats.int8 import GROUP as INT8_GROUP
 from tilewright.formats.int8 import Int8Weight
 from tilewright.models.config import LlamaConfig

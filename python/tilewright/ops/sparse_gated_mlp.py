@@ -53,7 +53,8 @@ def sparse_gated_mlp(
     *,
     return_kept: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """`W_down h`, `h = a * (W_up x)`, `a = cats_activation(W_gate x)`: rows of W_up and W_down^T that no token keeps are
+    """`W_down h`, `h = a * (W_up x)`, `a = cats_activation(W_gate x)`: rows of W_up and W_down^T that no token keeps
+    are
     not read.
 
     Differentiable in x, weights and biases, with dense products; the threshold is a constant. A token's result is the
@@ -161,9 +162,7 @@ def _activation_backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | No
     return torch.where(kept, grad.to(slope.dtype) * slope, 0.0).to(x.dtype), None, None
 
 
-torch.library.register_autograd(
-    "tilewright::cats_activation", _activation_backward, setup_context=_activation_context
-)
+torch.library.register_autograd("tilewright::cats_activation", _activation_backward, setup_context=_activation_context)
 
 
 def _mlp_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

@@ -64,7 +64,8 @@ def gated_mlps(model: nn.Module, names: Names | Mapping[str, Names] | None = Non
         Mistral, Gemma, Qwen and SmolLM), or the parts of each module by its name.
 
     Raises:
-        ValueError: there is none (the first MLP without a gate is named), a named module lacks a part, or its activation
+        ValueError: there is none (the first MLP without a gate is named), a named module lacks a part, or its
+        activation
             is none of silu, gelu, gelu_tanh, relu.
     """
     if isinstance(names, Mapping):

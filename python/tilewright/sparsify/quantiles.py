@@ -8,7 +8,8 @@ import math
 import torch
 from torch import Tensor
 
-# The upper half of a float32: sign, eight bits of exponent, seven of mantissa. Positive floats are ordered as their bits.
+# The upper half of a float32: sign, eight bits of exponent, seven of mantissa. Positive floats are ordered as their
+# bits.
 _SHIFT, _BINS = 16, 1 << 15
 
 
@@ -87,7 +88,9 @@ class LogHistogram:
             return 0.0
         upto = self._counts.cumsum(0)
         index = int(torch.searchsorted(upto, rank))
-        low, high = (float(torch.tensor(i << _SHIFT, dtype=torch.int32).view(torch.float32)) for i in (index, index + 1))
+        low, high = (
+            float(torch.tensor(i << _SHIFT, dtype=torch.int32).view(torch.float32)) for i in (index, index + 1)
+        )
         before = int(upto[index]) - int(self._counts[index])
         return low + (high - low) * (rank - before - 0.5) / int(self._counts[index])
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Thresholds of gated MLPs: what every method of this family produces, and how it is stored.
 
-A neuron j of an MLP ``y = W_down h``, ``h = a * (W_up x)``, ``a = act(W_gate x)`` is dropped for a token where its score
+A neuron j of an MLP ``y = W_down h``, ``h = a * (W_up x)``, ``a = act(W_gate x)`` is dropped for a token where its
+score
 is below its threshold; a NaN score is never below. ``score`` says what is compared:
 
 - ``"gate"``: ``|a_j|``, known before W_up is read (CATS);
@@ -35,7 +36,8 @@ _KEYS = {"format", "version", "score", "about"}
 
 @dataclass(frozen=True, eq=False)
 class Thresholds(Mapping[str, Tensor]):
-    """``{name of the MLP module: threshold}``: float32 on the CPU, a scalar [] or one value a neuron [m], never below 0.
+    """``{name of the MLP module: threshold}``: float32 on the CPU, a scalar [] or one value a neuron [m], never below
+    0.
 
     Attributes:
         layers: the thresholds, by module name ("model.layers.0.mlp").

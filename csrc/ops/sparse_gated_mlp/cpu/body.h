@@ -78,8 +78,7 @@ TILEWRIGHT_INLINE void dot(const Weight* row, const Weight* next, const float* x
     for (int t = 0; t < kTokens; ++t) even[t] += first * load_first_lanes(x + t * stride + k, low);
     if (rest > kLanes) {
       const Lanes second = load_first_weights(row + k + kLanes, rest - kLanes);
-      for (int t = 0; t < kTokens; ++t)
-        odd[t] += second * load_first_lanes(x + t * stride + k + kLanes, rest - kLanes);
+      for (int t = 0; t < kTokens; ++t) odd[t] += second * load_first_lanes(x + t * stride + k + kLanes, rest - kLanes);
     }
   }
   for (int t = 0; t < kTokens; ++t) out[t] = sum_lanes(even[t] + odd[t]);
@@ -137,9 +136,8 @@ void gate(const Problem<Weight, float>& p, int64_t first, int64_t last) {
   for (int64_t j = first; j < last; ++j) {
     const Weight* row = p.gate + j * p.stride;
     const float bias = p.gate_bias == nullptr ? 0.0f : p.gate_bias[j];
-    dots(p, row, j + 1 < last ? row + p.stride : nullptr, [&](int64_t t, float sum) {
-      p.activation[t * p.inner + j] = p.gate_bias == nullptr ? sum : sum + bias;
-    });
+    dots(p, row, j + 1 < last ? row + p.stride : nullptr,
+         [&](int64_t t, float sum) { p.activation[t * p.inner + j] = p.gate_bias == nullptr ? sum : sum + bias; });
   }
   for (int64_t t = 0; t < p.tokens; ++t) {
     float* a = p.activation + t * p.inner + first;

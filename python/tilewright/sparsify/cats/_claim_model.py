@@ -57,7 +57,7 @@ class Bench:
         return dict(zip(names, rows.values(), strict=True))
 
 
-def oracle(mlp: GatedMLP, x: Tensor, threshold: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+def oracle(x: Tensor, threshold: Tensor, weights: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """(y, |a|, what |a| may be off by when computed in float32), all float64: the dense MLP with a mask."""
     gate, up, down_t = (w.double() for w in weights)
     x = x.double()

@@ -37,7 +37,9 @@ def apply_cats(
     mlps = gated_mlps(model, names)
     for name, threshold in thresholds.items():
         if name not in mlps:
-            raise ValueError(f"threshold of {name!r}: the model has no such MLP; it has {', '.join(list(mlps)[:3])} ...")
+            raise ValueError(
+                f"threshold of {name!r}: the model has no such MLP; it has {', '.join(list(mlps)[:3])} ..."
+            )
         inner = _inner(mlps[name].gate)
         if threshold.dim() == 1 and len(threshold) not in (1, inner):
             raise ValueError(f"threshold of {name} has {len(threshold)} values, the MLP {inner} neurons")

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What CATS is compared with, in one form: a criterion says which neurons of an MLP a token keeps.
 
-:func:`sparsified` runs a model with the products of all others set to zero, by dense products: for quality, not for speed.
+:func:`sparsified` runs a model with the products of all others set to zero, by dense products: for quality, not for
+speed.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from tilewright.sparsify.thresholds import Thresholds
 
 @dataclass(frozen=True)
 class Neurons:
-    """One MLP's neurons for some tokens: gate activations a [..., M] in float32, and h = a * (W_up x), the input of W_down."""
+    """One MLP's neurons for some tokens: gate activations a [..., M] in float32, and h = a * (W_up x), the input of
+    W_down."""
 
     mlp: GatedMLP
     z: Tensor
@@ -34,7 +36,8 @@ Criterion = Callable[[Neurons], Tensor]
 
 
 def thresholded(thresholds: Thresholds) -> Criterion:
-    """CATS, a global threshold (FAT), the norm-weighted score, or (score "hidden") the output's size, CETT's criterion."""
+    """CATS, a global threshold (FAT), the norm-weighted score, or (score "hidden") the output's size, CETT's
+    criterion."""
     which = thresholds.score
 
     def keep(n: Neurons) -> Tensor:
@@ -72,7 +75,7 @@ class _Masked(nn.Module):
         super().__init__()
         self.mlp, self.keep = mlp, keep
         self.act = act or mlp.act
-        self.inner = mlp.module   # parameters stay where they were
+        self.inner = mlp.module  # parameters stay where they were
         self.kept = self.seen = 0
 
     def forward(self, x: Tensor) -> Tensor:

@@ -68,7 +68,8 @@ def collect_scores(
 ) -> Scores:
     """Run the model over the data once and keep each layer's scores: all of them ("exact") or a histogram ("hist").
 
-    Padding (an ``attention_mask`` of 0) does not count. "exact" holds 4 bytes a neuron and token; "hist" 256 KiB a layer.
+    Padding (an ``attention_mask`` of 0) does not count. "exact" holds 4 bytes a neuron and token; "hist" 256 KiB a
+    layer.
 
     Raises:
         ValueError: a word is unknown, batches are empty, an activation is NaN, or the model has no gated MLP (named).
@@ -118,7 +119,8 @@ def calibrate_thresholds(
         model: a torch model whose MLPs have gate, up and down projections.
         batches: as :func:`tilewright.capture.observe` takes them; padding does not count.
         sparsity: share in [0, 1) of activations to drop, the same in every layer; 0 gives thresholds of 0.
-        method: "exact": the value of rank ceil(k n), so that the share on this data is between k - 1/n and k (fewer with
+        method: "exact": the value of rank ceil(k n), so that the share on this data is between k - 1/n and k (fewer
+        with
             ties); "hist": from a histogram of constant memory, within 0.8 % of that value.
         ranking: "activation" as in the paper; "norm" weights neurons by the norm of their column of W_down, at the same
             cost when running; "output" also by the up projection, which a sparse product would have to read first.

@@ -46,7 +46,7 @@ def exact_rows(bench: Bench) -> Iterator[Row]:
         for dtype in worst:
             weights = [w.detach().to(dtype) for w in (mlp.gate.weight, mlp.up.weight, mlp.down.weight.T.contiguous())]
             x_in = x.to(dtype)
-            exact, size, off = oracle(mlp, x_in, thresholds[name], weights)
+            exact, size, off = oracle(x_in, thresholds[name], weights)
             y, kept = sparse_gated_mlp(x_in, *weights, thresholds[name], return_kept=True)
             wanted = ~(size < thresholds[name].double())
             # Where |a| is farther from the threshold than float32 can be off, both must agree.
@@ -120,7 +120,9 @@ def quality_rows(experiment: Experiment, bench: Bench) -> Iterator[Row]:
             put("top-k a token", k, bench.dropped(top_k(k)))
             found = put("output size (reads up)", k, bench.dropped_by(oracle, k))
             yield Row(f"k = {k}: perplexity ratio of the output's size", "", found, "reported", True)
-            yield Row(f"k = {k}: perplexity ratio of top-k a token", "", ratios["top-k a token"][str(k)], "reported", True)
+            yield Row(
+                f"k = {k}: perplexity ratio of top-k a token", "", ratios["top-k a token"][str(k)], "reported", True
+            )
     seeds = (0,) if experiment.quick else (0, 1)
     if "0.3" not in first:
         put("CATS", 0.3, bench.dropped_by(bench.scores(), 0.3))

@@ -19,7 +19,8 @@ from tilewright.sparsify.thresholds import Thresholds
 class CATSConfig:
     """Settings of CATS.
 
-    sparsity: share in [0, 1) of gate activations to drop, the same in every layer. ranking: "activation" (the paper's) or
+    sparsity: share in [0, 1) of gate activations to drop, the same in every layer. ranking: "activation" (the
+    paper's) or
     "norm" (weighted by the norm of the neuron's column of W_down). method: "exact" or "hist".
 
     Raises:
@@ -75,11 +76,14 @@ def sparsify_model(
     return with_thresholds(model, found, config.to_dict())
 
 
-def with_thresholds(model: LanguageModel, thresholds: Thresholds, config: dict[str, Any] | None = None) -> LanguageModel:
+def with_thresholds(
+    model: LanguageModel, thresholds: Thresholds, config: dict[str, Any] | None = None
+) -> LanguageModel:
     """A new model with these thresholds (of score "gate", named ``model.layers.<i>.mlp``) among its weights.
 
     Raises:
-        ValueError: the score is another, a name is none of a layer, a size does not fit, or there are thresholds already.
+        ValueError: the score is another, a name is none of a layer, a size does not fit, or there are thresholds
+        already.
     """
     _require_dense(model)
     if thresholds.score != "gate":

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Recovering quality with few parameters: LoRA on query, key, gate and down projections, thresholds fixed (section 4)."""
+"""Recovering quality with few parameters: LoRA on query, key, gate and down projections, thresholds fixed (section
+4)."""
 
 from __future__ import annotations
 
@@ -20,7 +21,8 @@ TARGETS = ("q_proj", "k_proj", "gate_proj", "down_proj")
 class Tuning:
     """Settings of :func:`finetune`.
 
-    steps: updates of the parameters. accumulation: batches of one update. lr: peak of the learning rate, which rises over
+    steps: updates of the parameters. accumulation: batches of one update. lr: peak of the learning rate, which rises
+    over
     the first tenth of the steps and falls linearly to zero.
 
     Raises:
@@ -49,7 +51,8 @@ def finetune(
     :func:`tilewright.adapt.merge_lora` adds them to the weights.
 
     Args:
-        batches: tokens int64 [B, T] for next-token prediction; at least steps * accumulation of them are taken in order,
+        batches: tokens int64 [B, T] for next-token prediction; at least steps * accumulation of them are taken in
+        order,
             from the beginning again where there are fewer.
 
     Raises:
