@@ -9,15 +9,7 @@
 
 namespace tilewright::format {
 
-enum class FormatId : uint16_t {
-  kInt4 = 1,
-  kTernary = 2,
-  kInt8 = 3,
-  kBFloat16 = 4,
-  kInt4Hopper = 5,
-  kInt4Rows = 6,
-  kInt4Columns = 7,
-};
+enum class FormatId : uint16_t { kInt4 = 1, kTernary = 2, kInt8 = 3, kBFloat16 = 4, kInt4Hopper = 5 };
 enum class ScaleType : uint8_t { kFloat16 = 0, kBFloat16 = 1, kFloat32 = 2 };
 
 // What the stored code u stands for:

@@ -16,6 +16,9 @@
 
 namespace tilewright::format {
 
+// Numbers of the header's format, beside those of FormatId.
+inline constexpr FormatId kInt4Rows{6}, kInt4Columns{7};
+
 struct Int4Sparse {
   static constexpr int64_t kRowColumns = 32;  // columns that 16 bytes of a row hold
   static constexpr int64_t kOutputs = 64;  // outputs that 32 bytes of an input's run hold
@@ -52,7 +55,7 @@ inline void check_sparse(const PackedHeader& header, const char* op) {
 }
 
 inline Int4RowsView int4_rows_view(const void* blob, int64_t blob_bytes, const char* op) {
-  const PackedHeader header = read_header(blob, blob_bytes, FormatId::kInt4Rows, op);
+  const PackedHeader header = read_header(blob, blob_bytes, kInt4Rows, op);
   check_sparse(header, op);
   require(header.cols % Int4Sparse::kRowColumns == 0 && header.group % Int4Sparse::kRowColumns == 0, op,
           ": weight header states K = ", header.cols, " and group ", header.group, ", needed multiples of 32");
@@ -73,7 +76,7 @@ inline Int4RowsView int4_rows_view(const void* blob, int64_t blob_bytes, const c
 }
 
 inline Int4ColumnsView int4_columns_view(const void* blob, int64_t blob_bytes, const char* op) {
-  const PackedHeader header = read_header(blob, blob_bytes, FormatId::kInt4Columns, op);
+  const PackedHeader header = read_header(blob, blob_bytes, kInt4Columns, op);
   check_sparse(header, op);
   Int4ColumnsView v{};
   v.n = header.rows;

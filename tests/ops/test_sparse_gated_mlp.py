@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -24,8 +23,7 @@ FUNCTIONS = {
     "gelu_tanh": lambda x: functional.gelu(x, approximate="tanh"),
     "relu": torch.relu,
 }
-# Roundings of an activation, in units in the last place of float32: kernels.h promises 6; |x| sigma'(x) / sigma(x) of the
-# argument's own rounding is part of it where the argument is exact.
+# Error of an activation of an exact argument, in units in the last place of float32: kernels.h promises 6.
 ACTIVATION_ULPS = 8
 Weights = tuple[Tensor, Tensor, Tensor]
 
@@ -296,9 +294,9 @@ def test_bytes_that_are_read() -> None:
 
 
 @pytest.fixture
-def arguments() -> Iterator[dict[str, Any]]:
+def arguments() -> dict[str, Any]:
     gate, up, down = weights_of(24, 8)
-    yield {"x": torch.randn(2, 8), "w_gate": gate, "w_up": up, "w_down_t": down, "threshold": 0.1}
+    return {"x": torch.randn(2, 8), "w_gate": gate, "w_up": up, "w_down_t": down, "threshold": 0.1}
 
 
 @pytest.mark.parametrize(

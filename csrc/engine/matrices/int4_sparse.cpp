@@ -70,12 +70,12 @@ class Int4Columns final : public SparseColumns {
 };
 
 const RegisterSparse registered{
-    format::FormatId::kInt4Rows,
+    format::kInt4Rows,
     [](StepArena& arena, Arena blob, const Matrix& dense, const char* record) -> SparseRows* {
       const auto view = format::int4_rows_view(blob.data, blob.bytes, record);
       return arena.make<Int4Rows>(view, input_of(view, dense, record));
     },
-    format::FormatId::kInt4Columns,
+    format::kInt4Columns,
     [](StepArena& arena, Arena blob, const Matrix& dense, const char* record) -> SparseColumns* {
       const auto view = format::int4_columns_view(blob.data, blob.bytes, record);
       return arena.make<Int4Columns>(view, input_of(view, dense, record));
