@@ -25,14 +25,16 @@ def run_case(case: dict[str, Any], threads: int, seconds: float) -> list[dict[st
     sets = _weights(hidden, inner, dtype, rotate=case.get("rotate", True))
     works: dict[str, Callable[[int], torch.Tensor]] = {f"torch {case.get('dtype', 'float32')}": _dense(x, sets)}
     reads: dict[str, int] = {}
+    limits = {next(iter(works)): torch.tensor(0.0)}
     for sparsity in case["sparsities"]:
         name = f"sparse_gated_mlp {round(100 * sparsity)} %"
         gates = silu(linear(x.float(), sets[0][0].float())).abs().flatten()
         threshold = gates.kthvalue(max(round(sparsity * gates.numel()), 1)).values
-        works[name] = _sparse(x, sets, threshold)
+        works[name], limits[name] = _sparse(x, sets, threshold), threshold
         kept = sparse_gated_mlp(x, sets[0][0], sets[0][1], sets[0][2], threshold, return_kept=True)[1]
         reads[name] = weight_bytes_read(kept, hidden, dtype)
     results = {name: work(0) for name, work in works.items()}
+    errors = {name: _error(results[name], x, sets[0], limit) for name, limit in limits.items()}
     samples = time_in_turn(works, seconds)
     bandwidth = _host.read_bandwidth(sets[0][0].view(torch.uint8).numpy(), threads)
     medians = {name: summary(times)["median_ns"] for name, times in samples.items()}
@@ -52,6 +54,7 @@ def run_case(case: dict[str, Any], threads: int, seconds: float) -> list[dict[st
                 "bandwidth_bytes_per_s": bandwidth,
                 "operations": 2 * tokens * size // dtype.itemsize,
                 "digest": digest(results[name]),
+                "relative_error": errors[name],
                 "ratios": {other: medians[other] / medians[name] for other in samples if other != name},
             }
         )
@@ -67,6 +70,14 @@ def _weights(hidden: int, inner: int, dtype: torch.dtype, rotate: bool) -> list[
     gate, up, down_t = ((torch.randn(inner, hidden) / hidden**0.5).to(dtype) for _ in range(3))
     down = down_t.T.contiguous()
     return [(gate.clone(), up.clone(), down_t.clone(), down.clone()) for _ in range(count)]
+
+
+def _error(y: torch.Tensor, x: torch.Tensor, weights: Weights, threshold: torch.Tensor) -> float:
+    """Largest error against dense products with a mask in float64, over the largest result."""
+    a = silu(x.double() @ weights[0].double().T)
+    h = torch.where(a.abs() < threshold.double(), 0.0, a) * (x.double() @ weights[1].double().T)
+    exact = h @ weights[2].double()
+    return float((y.double() - exact).abs().max() / exact.abs().max())
 
 
 def _dense(x: torch.Tensor, sets: list[Weights]) -> Callable[[int], torch.Tensor]:

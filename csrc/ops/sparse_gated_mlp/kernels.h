@@ -9,7 +9,7 @@ namespace tilewright::sparse_gated_mlp {
 
 // n values z -> act(z), kept[i] = not |act(z_i)| < threshold, 0 where not kept. In place allowed. The threshold is
 // compared with the float32 activation that is returned, before any rounding to a narrower type; a NaN is kept.
-// Relative error below 6 units in the last place of float32 (GELU: of float64's erfc, rounded).
+// Relative error below 6 units in the last place of float32; of GELU's tanh form 6 |2u| more, e^2u being its tail.
 using Activate = void (*)(Function, const float* z, const float* threshold, int64_t threshold_stride, int64_t n,
                           float* a, uint8_t* kept);
 
