@@ -19,7 +19,7 @@ from tilewright.models.engine import Engine
 from tilewright.models.image import compile, seal
 from tilewright.models.language_model import threshold_name
 
-IDS = token_ids(60)
+IDS = token_ids(32)
 
 
 @pytest.fixture(autouse=True)
@@ -40,7 +40,7 @@ def with_thresholds(model: LanguageModel, value: float, per_neuron: bool = False
 
 def in_bfloat16(model: LanguageModel) -> LanguageModel:
     weights: dict[str, Any] = {
-        name: weight.dequantize(torch.bfloat16) if "mlp" in name else weight  # type: ignore[union-attr]
+        name: weight.dequantize(torch.bfloat16) if "mlp" in name and not isinstance(weight, torch.Tensor) else weight
         for name, weight in model.weights.items()
     }
     return dataclasses.replace(model, weights=weights)

@@ -51,7 +51,7 @@ def test_zeros_are_counted() -> None:
     x = torch.cat([torch.zeros(60), torch.ones(40)])
     for kind in (Magnitudes, LogHistogram):
         found = fed(kind, x)
-        assert float((x < found.quantile(0.5)).float().mean()) in (0.0, 0.6)
+        assert found.quantile(0.5) == 0.0
         assert 0.9 < found.quantile(0.9) <= 1.01
         assert found.quantile(0.0) == 0.0
 

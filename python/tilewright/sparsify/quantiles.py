@@ -88,6 +88,8 @@ class LogHistogram:
             return 0.0
         upto = self._counts.cumsum(0)
         index = int(torch.searchsorted(upto, rank))
+        if index == 0:  # zero itself, and what float32 cannot tell from it
+            return 0.0
         low, high = (
             float(torch.tensor(i << _SHIFT, dtype=torch.int32).view(torch.float32)) for i in (index, index + 1)
         )
