@@ -1,0 +1,210 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which neurons a metric calls inactive: CETT and the baselines, each as one rule a layer.
+
+A criterion has one number that rises with sparsity, and :meth:`Criterion.level` maps [0, 1] onto it, so that one search
+serves all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from tilewright.sparsify.sparsing_law.cett import TailError
+from tilewright.sparsify.sparsing_law.neurons import FeedForward, neuron_thresholds
+
+Metric = Literal["zero", "fat", "topk", "cats", "cett", "cett_ppl"]
+# FAT's threshold is shared by all layers; its quantiles come from so many values of all of them.
+_POOLED = 1 << 22
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How one layer is thinned: where, and what is dropped there.
+
+    site: a site of :mod:`tilewright.capture`. drop: activation [..., m] -> bool, true for inactive neurons.
+    """
+
+    site: str
+    drop: Callable[[Tensor], Tensor]
+
+
+class Criterion:
+    """A metric on a model whose activations were sampled.
+
+    name: of the metric. sees: what it looks at, "hidden" (h, the input of Wo), or "gate" (s).
+    """
+
+    name: str
+    sees: Literal["hidden", "gate"]
+    what: str
+
+    def rules(self, arg: float) -> dict[str, Rule]:
+        """By layer."""
+        raise NotImplementedError
+
+    def sampled_ratio(self, arg: float) -> float:
+        """Activation ratio on the sample, mean over layers: what the dense model's activations would keep."""
+        raise NotImplementedError
+
+    def level(self, level: float) -> float:
+        """The argument of a level in [0, 1]; the share dropped, or CETT itself."""
+        return level
+
+    def check(self, arg: float | None) -> float:
+        """The argument itself.
+
+        Raises:
+            ValueError: it is none or out of range.
+        """
+        if arg is None or isinstance(arg, bool) or not 0 <= arg <= 1:
+            raise ValueError(f"metric {self.name!r} with arg={arg!r}: {self.what}, 0 to 1, is needed")
+        return float(arg)
+
+
+class Zero(Criterion):
+    """s_i = 0: what a ReLU switches off; for other activations next to nothing."""
+
+    name, sees, what = "zero", "gate", "nothing"
+
+    def __init__(self, blocks: list[FeedForward], sample: Mapping[str, Tensor]) -> None:
+        self.blocks, self.sample = blocks, sample
+
+    def rules(self, arg: float) -> dict[str, Rule]:  # noqa: ARG002
+        return {block.name: gate_rule(block, lambda s: s == 0) for block in self.blocks}
+
+    def sampled_ratio(self, arg: float) -> float:  # noqa: ARG002
+        return _mean([float((s != 0).double().mean()) for s in self.sample.values()])
+
+    def check(self, arg: float | None) -> float:
+        if arg not in (None, 0):
+            raise ValueError(f"metric 'zero' with arg={arg!r}: it has no argument")
+        return 0.0
+
+
+class Fat(Criterion):
+    """|s_i| < eps, one eps for all layers."""
+
+    name, sees, what = "fat", "gate", "a threshold"
+
+    def __init__(self, blocks: list[FeedForward], sample: Mapping[str, Tensor]) -> None:
+        self.blocks, self.sample = blocks, sample
+        each = max(1, _POOLED // len(sample))
+        parts = (s.abs().float().reshape(-1) for s in sample.values())
+        self.pooled = torch.cat([part[:: -(-len(part) // each)] for part in parts]).sort().values
+
+    def rules(self, arg: float) -> dict[str, Rule]:
+        return {block.name: gate_rule(block, below(arg)) for block in self.blocks}
+
+    def sampled_ratio(self, arg: float) -> float:
+        return _mean([float((s.abs() >= arg).double().mean()) for s in self.sample.values()])
+
+    def level(self, level: float) -> float:
+        """The quantile of |s| over all layers."""
+        return float(self.pooled[min(int(level * len(self.pooled)), len(self.pooled) - 1)])
+
+    def check(self, arg: float | None) -> float:
+        if arg is None or not arg >= 0:
+            raise ValueError(f"metric 'fat' with arg={arg!r}: a threshold on |s| of 0 or more is needed")
+        return float(arg)
+
+
+class TopK(Criterion):
+    """All but the k largest |s_i| of each token, k = m (1 - arg) rounded, at least 1.
+
+    scope: "token", or "global": k times tokens are kept of a whole batch, padding included, as the reference code does.
+    """
+
+    name, sees, what = "topk", "gate", "the share of neurons dropped"
+
+    def __init__(self, blocks: list[FeedForward], sample: Mapping[str, Tensor], scope: str = "token") -> None:
+        if scope not in ("token", "global"):
+            raise ValueError(f"scope={scope!r}: 'token' or 'global' is needed")
+        self.blocks, self.sample, self.scope = blocks, sample, scope
+
+    def rules(self, arg: float) -> dict[str, Rule]:
+        def drop(s: Tensor) -> Tensor:
+            size = s.abs().float()
+            flat = size.reshape(1, -1) if self.scope == "global" else size
+            kept = max(1, round((1 - arg) * s.shape[-1])) * (flat.shape[-1] // s.shape[-1])
+            mask = torch.ones_like(flat, dtype=torch.bool)
+            return mask.scatter_(-1, flat.topk(kept, -1).indices, False).view_as(s)
+
+        return {block.name: gate_rule(block, drop) for block in self.blocks}
+
+    def sampled_ratio(self, arg: float) -> float:
+        return _mean([max(1, round((1 - arg) * s.shape[-1])) / s.shape[-1] for s in self.sample.values()])
+
+
+class Cats(Criterion):
+    """|s_i| < t_l, the arg-quantile of |s| in layer l (CATS, arXiv 2404.08763)."""
+
+    name, sees, what = "cats", "gate", "the share of neurons dropped"
+
+    def __init__(self, blocks: list[FeedForward], sample: Mapping[str, Tensor]) -> None:
+        self.blocks, self.sample = blocks, sample
+
+    def threshold(self, layer: str, arg: float) -> float:
+        """The smallest value with at least arg n values at most as large (the next is kept); 0 drops nothing."""
+        size = self.sample[layer].abs().float().reshape(-1)
+        rank = int(arg * len(size))
+        return 0.0 if rank == 0 else float(size.kthvalue(min(rank + 1, len(size))).values)
+
+    def rules(self, arg: float) -> dict[str, Rule]:
+        return {block.name: gate_rule(block, below(self.threshold(block.name, arg))) for block in self.blocks}
+
+    def sampled_ratio(self, arg: float) -> float:
+        kept = [(s.abs() >= self.threshold(layer, arg)).double().mean() for layer, s in self.sample.items()]
+        return _mean([float(share) for share in kept])
+
+
+class Cett(Criterion):
+    """||n_i|| = |h_i| ||Wo[:, i]|| < eps_l, with the eps_l at which every layer's tail error is arg."""
+
+    name, sees, what = "cett", "hidden", "a tail error"
+
+    def __init__(self, blocks: list[FeedForward], errors: Mapping[str, TailError]) -> None:
+        self.blocks, self.errors = blocks, errors
+
+    def eps(self, arg: float) -> dict[str, float]:
+        """Thresholds on ||n_i|| by layer."""
+        return {block.name: self.errors[block.name].threshold(arg) for block in self.blocks}
+
+    def rules(self, arg: float) -> dict[str, Rule]:
+        return truncation_rules(self.blocks, self.eps(arg), {name: one.norms for name, one in self.errors.items()})
+
+    def sampled_ratio(self, arg: float) -> float:
+        return _mean([self.errors[layer].active(eps) for layer, eps in self.eps(arg).items()])
+
+
+def truncation_rules(
+    blocks: list[FeedForward], eps: Mapping[str, float], norms: Mapping[str, Tensor]
+) -> dict[str, Rule]:
+    """Rules |h_i| < eps_l / ||Wo[:, i]|| on the input of the down projections."""
+    return {
+        block.name: Rule(f"{block.down}@input", below(neuron_thresholds(eps[block.name], norms[block.name])))
+        for block in blocks
+    }
+
+
+def below(bound: Tensor | float) -> Callable[[Tensor], Tensor]:
+    """|x| < bound, compared in float32 (float64 for float64); a NaN is not below."""
+
+    def drop(x: Tensor) -> Tensor:
+        wide = x if x.dtype == torch.float64 else x.float()
+        return wide.abs() < (bound.to(x.device) if isinstance(bound, Tensor) else bound)
+
+    return drop
+
+
+def gate_rule(block: FeedForward, drop: Callable[[Tensor], Tensor]) -> Rule:
+    site, act = block.gate_site
+    return Rule(site, drop if act is None else lambda z: drop(act(z)))
+
+
+def _mean(values: list[float]) -> float:
+    return sum(values) / len(values)
