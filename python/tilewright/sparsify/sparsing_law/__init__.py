@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sparsing Law: how sparse a model's activations are (CETT-PPL-p%), and where training takes them (arXiv 2411.02335)."""
+"""Sparsing Law: how sparse activations are (CETT-PPL-p%), and where training takes them (arXiv 2411.02335)."""
 
 from __future__ import annotations
 

@@ -159,7 +159,9 @@ def trend_rows(experiment: Experiment) -> Iterator[Row]:
     margin = min(value + 2 * error for value, error in slopes["silu"])
     name = "SiLU: the same plus two standard errors, smallest of seeds"
     yield experiment.in_full(at_least(name, margin, 0.0, paper="rises"))
-    yield experiment.in_full(at_most("held-out loss, ReLU against SiLU, largest relative difference", max(losses), 0.03))
+    yield experiment.in_full(
+        at_most("held-out loss, ReLU against SiLU, largest relative difference", max(losses), 0.03)
+    )
     last = [points[-1] for points in late["relu"]]
     cut = min(1 - point["activation_ratio"] / point["nonzero"] for point in last)
     name = "ReLU: active neurons at +1 % perplexity below those that are not zero, relative"

@@ -36,9 +36,7 @@ def measure(
     text: Text = "speeches",
     tokens: Tokens = 2048,
     window: Window = 512,
-    export: Annotated[
-        Path | None, typer.Option("--export", help="Thresholds to write, .json or .safetensors.")
-    ] = None,
+    export: Annotated[Path | None, typer.Option("--export", help="Thresholds to write, .json or .safetensors.")] = None,
     output: Output = None,
     threads: Threads = None,
     as_json: Json = False,

@@ -2,7 +2,7 @@
 """Which neurons a metric calls inactive: CETT and the baselines, each as one rule a layer.
 
 A criterion has one number that rises with sparsity, and :meth:`Criterion.level` maps [0, 1] onto it, so that one search
-serves all of them.
+serves all of them. A neuron with s = 0 contributes nothing and is inactive under every criterion.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from tilewright.sparsify.sparsing_law.neurons import FeedForward, neuron_thresho
 Metric = Literal["zero", "fat", "topk", "cats", "cett", "cett_ppl"]
 # FAT's threshold is shared by all layers; its quantiles come from so many values of all of them.
 _POOLED = 1 << 22
+# Rows of each layer from which a ratio is guessed before a pass shows it.
+_COARSE = 128
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Criterion:
         raise NotImplementedError
 
     def sampled_ratio(self, arg: float) -> float:
-        """Activation ratio on the sample, mean over layers: what the dense model's activations would keep."""
+        """Activation ratio on a part of the sample, mean over layers: a guess of what a pass will give."""
         raise NotImplementedError
 
     def level(self, level: float) -> float:
@@ -78,7 +80,7 @@ class Zero(Criterion):
         return {block.name: gate_rule(block, lambda s: s == 0) for block in self.blocks}
 
     def sampled_ratio(self, arg: float) -> float:  # noqa: ARG002
-        return _mean([float((s != 0).double().mean()) for s in self.sample.values()])
+        return _mean([float((s != 0).double().mean()) for s in _coarse(self.sample).values()])
 
     def check(self, arg: float | None) -> float:
         if arg not in (None, 0):
@@ -98,10 +100,10 @@ class Fat(Criterion):
         self.pooled = torch.cat([part[:: -(-len(part) // each)] for part in parts]).sort().values
 
     def rules(self, arg: float) -> dict[str, Rule]:
-        return {block.name: gate_rule(block, below(arg)) for block in self.blocks}
+        return {block.name: gate_rule(block, _weak(below(arg))) for block in self.blocks}
 
     def sampled_ratio(self, arg: float) -> float:
-        return _mean([float((s.abs() >= arg).double().mean()) for s in self.sample.values()])
+        return _mean([_kept(s, arg) for s in _coarse(self.sample).values()])
 
     def level(self, level: float) -> float:
         """The quantile of |s| over all layers."""
@@ -134,10 +136,14 @@ class TopK(Criterion):
             mask = torch.ones_like(flat, dtype=torch.bool)
             return mask.scatter_(-1, flat.topk(kept, -1).indices, False).view_as(s)
 
-        return {block.name: gate_rule(block, drop) for block in self.blocks}
+        return {block.name: gate_rule(block, _weak(drop)) for block in self.blocks}
 
     def sampled_ratio(self, arg: float) -> float:
-        return _mean([max(1, round((1 - arg) * s.shape[-1])) / s.shape[-1] for s in self.sample.values()])
+        found = []
+        for s in _coarse(self.sample).values():
+            kept = max(1, round((1 - arg) * s.shape[-1]))
+            found.append(float((s != 0).sum(-1).clamp(max=kept).double().mean()) / s.shape[-1])
+        return _mean(found)
 
 
 class Cats(Criterion):
@@ -149,17 +155,15 @@ class Cats(Criterion):
         self.blocks, self.sample = blocks, sample
 
     def threshold(self, layer: str, arg: float) -> float:
-        """The smallest value with at least arg n values at most as large (the next is kept); 0 drops nothing."""
-        size = self.sample[layer].abs().float().reshape(-1)
-        rank = int(arg * len(size))
-        return 0.0 if rank == 0 else float(size.kthvalue(min(rank + 1, len(size))).values)
+        """The arg-quantile of |s| in the layer."""
+        return _quantile(self.sample[layer], arg)
 
     def rules(self, arg: float) -> dict[str, Rule]:
-        return {block.name: gate_rule(block, below(self.threshold(block.name, arg))) for block in self.blocks}
+        bounds = {block.name: below(self.threshold(block.name, arg)) for block in self.blocks}
+        return {block.name: gate_rule(block, _weak(bounds[block.name])) for block in self.blocks}
 
     def sampled_ratio(self, arg: float) -> float:
-        kept = [(s.abs() >= self.threshold(layer, arg)).double().mean() for layer, s in self.sample.items()]
-        return _mean([float(share) for share in kept])
+        return _mean([_kept(s, _quantile(s, arg)) for s in _coarse(self.sample).values()])
 
 
 class Cett(Criterion):
@@ -169,6 +173,8 @@ class Cett(Criterion):
 
     def __init__(self, blocks: list[FeedForward], errors: Mapping[str, TailError]) -> None:
         self.blocks, self.errors = blocks, errors
+        rows = _coarse({name: one.h for name, one in errors.items()})
+        self.coarse = {name: TailError(rows[name], one.weight, name) for name, one in errors.items()}
 
     def eps(self, arg: float) -> dict[str, float]:
         """Thresholds on ||n_i|| by layer."""
@@ -178,7 +184,7 @@ class Cett(Criterion):
         return truncation_rules(self.blocks, self.eps(arg), {name: one.norms for name, one in self.errors.items()})
 
     def sampled_ratio(self, arg: float) -> float:
-        return _mean([self.errors[layer].active(eps) for layer, eps in self.eps(arg).items()])
+        return _mean([one.active(one.threshold(arg)) for one in self.coarse.values()])
 
 
 def truncation_rules(
@@ -199,6 +205,27 @@ def below(bound: Tensor | float) -> Callable[[Tensor], Tensor]:
         return wide.abs() < (bound.to(x.device) if isinstance(bound, Tensor) else bound)
 
     return drop
+
+
+def _weak(drop: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """What a rule drops, and exact zeros, which no metric counts as active."""
+    return lambda s: drop(s) | (s == 0)
+
+
+def _kept(s: Tensor, bound: float) -> float:
+    """Share of |s| at or above a bound, zeros left out."""
+    return float(((s.abs() >= bound) & (s != 0)).double().mean())
+
+
+def _quantile(s: Tensor, share: float) -> float:
+    """The value of rank ``share`` n + 1 among |s|, which is kept; 0 for a share of 0."""
+    size = s.abs().float().reshape(-1)
+    rank = int(share * len(size))
+    return 0.0 if rank == 0 else float(size.kthvalue(min(rank + 1, len(size))).values)
+
+
+def _coarse(sample: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: rows[:: max(1, len(rows) // _COARSE)] for name, rows in sample.items()}
 
 
 def gate_rule(block: FeedForward, drop: Callable[[Tensor], Tensor]) -> Rule:

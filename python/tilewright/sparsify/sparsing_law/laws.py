@@ -126,11 +126,11 @@ class Law:
                 "range": list(self.range), "limit": self.limit}  # fmt: skip
 
 
-def _relu(d: Array, alpha: float, c: float, A0: float, b: float) -> Array:  # noqa: N803
+def _relu(d: Array, alpha: float, c: float, A0: float, b: float) -> Array:
     return np.exp(-c * d**alpha + b) + A0
 
 
-def _silu(d: Array, alpha: float, c: float, A0: float) -> Array:  # noqa: N803
+def _silu(d: Array, alpha: float, c: float, A0: float) -> Array:
     return -c / d**alpha + A0
 
 

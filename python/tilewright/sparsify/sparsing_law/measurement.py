@@ -186,9 +186,7 @@ class Measurement:
         self._samples[kind] = {name: one.result() for name, one in reservoirs.items()}
         return losses
 
-    def _score(
-        self, batches: Iterable[Batch], description: str, shape: TokenShape, total: int | None = None
-    ) -> Tensor:
+    def _score(self, batches: Iterable[Batch], description: str, shape: TokenShape, total: int | None = None) -> Tensor:
         losses = []
         with torch.no_grad(), evaluating(self.model):
             for batch in track(batches, description, show=self.progress, total=total):

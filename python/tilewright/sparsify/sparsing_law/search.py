@@ -85,7 +85,9 @@ def match_ratio(measured: Measurement, metric: str, ratio: float, tol: float = 5
         ValueError: ratio or tol is out of range, or no argument comes so near.
     """
     if not 0 < ratio < 1 or not tol > 0:
-        raise ValueError(f"ratio={ratio!r}, tol={tol!r}: an activation ratio between 0 and 1 and a tolerance are needed")
+        raise ValueError(
+            f"ratio={ratio!r}, tol={tol!r}: an activation ratio between 0 and 1 and a tolerance are needed"
+        )
     criterion, wanted, reached = measured.criterion(metric, scope), ratio, math.nan
     for _ in range(_ROUNDS):
         arg = criterion.level(_sampled_level(criterion.sampled_ratio, criterion.level, wanted, tol / 4))

@@ -136,9 +136,7 @@ def frequency_distribution(frequency: dict[str, Tensor], bins: int = 50) -> Freq
 def _two_lists(first: str, x: Sequence[float], second: str, y: Sequence[float]) -> tuple[Any, Any]:
     one, two = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if one.ndim != 1 or one.shape != two.shape:
-        raise ValueError(
-            f"{first} has shape {list(one.shape)}, {second} {list(two.shape)}; two equal lists are needed"
-        )
+        raise ValueError(f"{first} has shape {list(one.shape)}, {second} {list(two.shape)}; two equal lists are needed")
     if not (np.all(np.isfinite(one)) and np.all(np.isfinite(two))):
         raise ValueError(f"{first} and {second} must be finite")
     return one, two
