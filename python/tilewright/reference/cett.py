@@ -15,7 +15,7 @@ def neuron_vectors(h: Tensor, weight: Tensor) -> Tensor:
 
 
 def cett(h: Tensor, weight: Tensor, eps: float) -> float:
-    """Mean over tokens of || sum of n_i with ||n_i|| < eps || / || sum of all n_i ||, without those shorter than 1e-12."""
+    """Mean over tokens of || sum of n_i with ||n_i|| < eps || / || sum of all n_i ||; sums below 1e-12 are left out."""
     ratios = []
     for vectors in neuron_vectors(h, weight):
         whole = float(vectors.sum(0).norm())

@@ -3,16 +3,22 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from tilewright import data, evaluate, models
+from tilewright.capture import tapped
 from tilewright.claims import Experiment, Row, at_least, at_most, falling
+from tilewright.ops.sparse_gated_mlp import sparse_gated_mlp
 from tilewright.sparsify.sparsing_law.measurement import Measurement
-from tilewright.sparsify.sparsing_law.method import cett_ppl, pareto
-from tilewright.sparsify.sparsing_law.report import SparsityReport
+from tilewright.sparsify.sparsing_law.method import apply_thresholds, cett_ppl, pareto, sparsity
+from tilewright.sparsify.sparsing_law.report import SparsityReport, export_thresholds
+from tilewright.sparsify.thresholds import Thresholds, load_thresholds
 
 METRICS = ("cett", "topk", "fat", "cats")
 BASELINES = {"topk": "top-k per token", "fat": "one threshold (FAT)", "cats": "a quantile a layer (CATS)"}
@@ -45,6 +51,7 @@ def model_rows(experiment: Experiment) -> Iterator[Row]:
     first = bench.measurement(0)
     yield from metric_rows(experiment, bench, first)
     yield from trade_off_rows(experiment, first)
+    yield from deployment_rows(experiment, bench, first)
 
 
 def metric_rows(experiment: Experiment, bench: Bench, first: Measurement) -> Iterator[Row]:
@@ -98,3 +105,48 @@ def trade_off_rows(experiment: Experiment, first: Measurement) -> Iterator[Row]:
     saved: dict[str, Any] = {"CETT": (2 + 0.5) / 3, "a gate criterion": (1 + 2 * 0.5) / 3}
     for name, share in saved.items():
         yield Row(f"50 % active, {name}: share of the block's weights that must be read", "", share, "reported", True)
+
+
+def deployment_rows(experiment: Experiment, bench: Bench, first: Measurement) -> Iterator[Row]:
+    """Item 6: stored thresholds in the sparse operator against the truncating hook."""
+    experiment.say("deployment")
+    names = {"cett": "CETT, a token at a time", "cats": "gate thresholds (CATS)"}
+    for metric, name in names.items():
+        report = sparsity(first, metric=metric, arg=0.1 if metric == "cett" else 0.5)
+        with tempfile.TemporaryDirectory() as folder:
+            stored = load_thresholds(export_thresholds(report, Path(folder) / "thresholds.safetensors"))
+        apart = largest_difference(bench, stored)
+        text = f"{name}: sparse_gated_mlp with stored thresholds against the hook, largest relative difference"
+        yield at_most(text, apart, 1e-5)
+
+
+def largest_difference(bench: Bench, stored: Thresholds, tokens: int = 16) -> float:
+    """Over three layers: outputs of the operator and of the truncated block on the inputs that the model gives it."""
+    layers = [bench.module.model.layers[index].mlp for index in (0, 14, 29)]
+    names = [f"model.layers.{index}.mlp" for index in (0, 14, 29)]
+    seen: dict[str, Tensor] = {}
+    taps: dict[Any, Any] = {f"{name}@input": lambda site, x: seen.setdefault(site, x) for name in names}
+    with torch.no_grad(), tapped(bench.module, taps):
+        bench.module(bench.text[None, :tokens])
+    apart = []
+    for name, mlp in zip(names, layers, strict=True):
+        x = seen[f"{name}@input"][0]
+        with torch.no_grad(), apply_thresholds(bench.module, stored):
+            wanted = mlp(x)
+        found = through_operator(mlp, x, stored[name], stored.score)
+        apart.append(float((found - wanted).abs().max() / wanted.abs().max()))
+    return max(apart)
+
+
+def through_operator(mlp: Any, x: Tensor, bound: Tensor, score: str) -> Tensor:
+    """A gated block by the sparse operator, x [T, D] to [T, D].
+
+    The operator compares |s_j|. |h_j| = |s_j| |u_j| < bound is |s_j| < bound / |u_j|, a threshold of each token's own.
+    """
+    weights = mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight.T.contiguous()
+    with torch.no_grad():
+        if score == "gate":
+            return cast("Tensor", sparse_gated_mlp(x, *weights, bound))
+        own = bound / mlp.up_proj(x).abs()
+        rows = [cast("Tensor", sparse_gated_mlp(x[t, None], *weights, own[t])) for t in range(len(x))]
+    return torch.cat(rows)
