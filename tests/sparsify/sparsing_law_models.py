@@ -57,5 +57,10 @@ def tiny(kind: str = "silu", seed: int = 0, layers: int = 2) -> TinyModel:
     return model.eval().requires_grad_(False)
 
 
+def learned(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
+    """A batch whose labels are what the model itself finds likeliest, so that any change costs perplexity."""
+    return {"input_ids": x, "labels": torch.cat([x[:, :1], model(x).argmax(-1)[:, :-1]], 1)}
+
+
 def text(batch: int = 3, length: int = 20, seed: int = 1) -> Tensor:
     return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))

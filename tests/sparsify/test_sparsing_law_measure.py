@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from sparsing_law_models import NEURONS, VOCABULARY, tiny
+from sparsing_law_models import NEURONS, VOCABULARY, learned, tiny
 from sparsing_law_models import text as random_text
 from torch import nn
 
@@ -152,15 +152,17 @@ def test_cats_drops_its_share_in_every_layer_and_fat_over_all():
     # Sampled on the dense model; the first layer sees the same activations in the sparse one.
     assert next(iter(sparsity(measured, metric="cats", arg=0.4).per_layer.values())) == pytest.approx(0.6, abs=1e-3)
     criterion = measured.criterion("fat")
-    assert criterion.sampled_ratio(criterion.level(0.4)) == pytest.approx(0.6, abs=1e-3)
+    assert float((criterion.pooled >= criterion.level(0.4)).double().mean()) == pytest.approx(0.6, abs=1e-3)
+    assert criterion.sampled_ratio(criterion.level(0.4)) == pytest.approx(0.6, abs=0.05)
     bound = sparsity(measured, metric="fat", arg=0.3).thresholds
     assert bound.score == "gate"
-    assert {float(value) for value in bound.values.values()} == {pytest.approx(0.3)}
+    assert [float(value) for value in bound.values.values()] == pytest.approx([0.3, 0.3])
 
 
 @pytest.mark.parametrize("metric", ARGS)
 def test_perplexity_rises_by_at_most_p(metric):
-    measured = Measurement(tiny("silu"), [random_text(6, 60)])
+    model = tiny("silu")
+    measured = Measurement(model, [learned(model, random_text(6, 60))])
     ratios = []
     for p in (1.0, 5.0, 20.0):
         report = sparsity(measured, metric=metric, p=p)
@@ -206,8 +208,10 @@ def test_a_model_that_needs_no_neuron_says_so():
 
 
 def test_joint_search_averages_the_ratio_over_checkpoints():
-    batches = [random_text(6, 60)]
-    models = [tiny("silu", seed) for seed in range(3)]
+    batches = [learned(tiny("silu"), random_text(6, 60))]
+    models = [tiny("silu") for _ in range(3)]
+    for scale, model in enumerate(models):
+        model.head.weight.mul_(1 + scale)
     joint = joint_cett_ppl(models, batches, p=5.0)
     mean = sum(report.ppl_ratio for report in joint.reports) / 3
     assert mean == pytest.approx(joint.ratio, rel=1e-12)
@@ -295,8 +299,8 @@ def test_blocks_are_found_by_their_usual_names():
     from tilewright.nn import build_hybrid
 
     own = build_hybrid("softmax", "full", num_layers=2, hidden_size=16, num_heads=2, vocab_size=24)
-    for metric, arg in ARGS.items():
-        assert 0 < sparsity(own, [random_text(2, 16)], metric, arg).activation_ratio < 1
+    for metric in ("cett", "cats", "topk"):
+        assert 0 < sparsity(own, [random_text(2, 16)], metric, 0.3).activation_ratio < 1
 
 
 def test_blocks_of_ones_own():

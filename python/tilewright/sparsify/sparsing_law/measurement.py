@@ -27,8 +27,8 @@ from tilewright.train.losses import evaluating
 # Tokens whose activations are kept for finding thresholds: 4 bytes x m x layers each.
 SAMPLE_ROWS = 2048
 _ROWS = 256
-_KINDS: dict[str, Any] = {"zero": Zero, "fat": Fat, "topk": TopK, "cats": Cats, "cett": Cett}
-METRICS = tuple(_KINDS)
+KINDS: dict[str, Any] = {"zero": Zero, "fat": Fat, "topk": TopK, "cats": Cats, "cett": Cett}
+METRICS = tuple(KINDS)
 
 Act = Callable[[Tensor], Tensor] | None
 
@@ -108,7 +108,7 @@ class Measurement:
         Raises:
             ValueError: there is no such metric, or it needs the gate's activation and no module gives it.
         """
-        kind = choose(_KINDS, metric, "metric")
+        kind = choose(KINDS, metric, "metric")
         key = (metric, scope)
         if key not in self._criteria:
             if kind is Cett:

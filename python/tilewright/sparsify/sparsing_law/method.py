@@ -10,9 +10,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tilewright._methods import choose
 from tilewright.capture import Batch
 from tilewright.sparsify.sparsing_law.criteria import Cett, Rule, below, gate_rule
-from tilewright.sparsify.sparsing_law.measurement import Measurement, dropped
+from tilewright.sparsify.sparsing_law.measurement import KINDS, Measurement, dropped
 from tilewright.sparsify.sparsing_law.neurons import (
     FeedForward,
     column_norms,
@@ -103,6 +104,7 @@ def sparsity(
         if ratio is not None or (arg is not None and p is not None):
             raise ValueError("metric 'cett_ppl' takes p (or arg, the same) alone; use 'cett' for a ratio")
         metric, p, arg = "cett", 1.0 if p is None and arg is None else (p if arg is None else arg), None
+    choose(KINDS, metric, "metric")
     given = [name for name, value in (("arg", arg), ("p", p), ("ratio", ratio)) if value is not None]
     if len(given) != (0 if metric == "zero" else 1):
         raise ValueError(
