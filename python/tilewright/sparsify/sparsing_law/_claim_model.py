@@ -32,7 +32,7 @@ class Bench:
         model = models.load(data.smollm2_gguf())
         self.module = models.to_transformers(model, dequantize=True)
         self.text = evaluate.text_corpus(model.tokenizer, "speeches", "evaluation", max_tokens=2 * self.tokens)
-        self.sample_rows = 256 if quick else 1024
+        self.sample_rows = 256 if quick else 512
 
     def batches(self, which: int) -> list[Tensor]:
         """Token batches of one text."""

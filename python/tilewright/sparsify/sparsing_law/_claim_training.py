@@ -39,7 +39,7 @@ class Setting:
     lr: float = 3e-3
 
 
-FULL = Setting(layers=4, width=128, neurons=320, steps=360, every=24, batch=16, length=128, seeds=2, windows=32)
+FULL = Setting(layers=4, width=128, neurons=320, steps=240, every=16, batch=16, length=128, seeds=2, windows=24)
 QUICK = Setting(layers=2, width=64, neurons=160, steps=96, every=12, batch=8, length=64, seeds=1, windows=16)
 
 

@@ -206,7 +206,7 @@ def _best_fit(form: Kind, d: Array, a: Array, starts: list[Array] | None = None)
         raise ImportError("fitting needs scipy; install it with: pip install 'tilewright[sparsify]'") from wrong
 
     def residuals(theta: Array) -> Array:
-        with np.errstate(over="ignore", invalid="ignore"):
+        with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             values = _CURVES[form](d, **_natural(form, theta)) / a - 1
         return np.nan_to_num(values, nan=1e6, posinf=1e6, neginf=-1e6).clip(-1e6, 1e6)
 
