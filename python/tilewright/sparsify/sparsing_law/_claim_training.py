@@ -176,7 +176,7 @@ def law_rows(experiment: Experiment, runs: dict[str, list[list[dict[str, Any]]]]
         if len(points) < 8:
             continue
         counts, ratios = ([float(point[key]) for point in points] for key in ("tokens", "activation_ratio"))
-        law = fit_activation_law(counts, ratios, unit=1e6)
+        law = fit_activation_law(counts, ratios, unit=1e6, bootstrap=100)
         experiment.values[f"law {activation}"] = law.to_dict()
         low, high = law.ci()
         text = f"{law.kind} law, limit {100 * law.limit:.1f} % ({100 * low:.1f} to {100 * high:.1f})"

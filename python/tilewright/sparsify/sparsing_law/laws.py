@@ -30,6 +30,8 @@ _LEAST_POINTS = 8
 _ALPHAS = (0.2, 0.5, 1.0, 1.5)
 _OFFSETS = (-1.0, -3.0, -4.0)
 _LEAST = 1e-12
+# Evaluations of a refit, which starts at the optimum of nearly the same points.
+_REFIT_CALLS = 300
 
 
 class UnreachableError(ValueError):
@@ -198,7 +200,9 @@ def _natural(form: Kind, theta: Array) -> dict[str, float]:
     return {"alpha": alpha, "c": c, "A0": limit} | ({"b": float(theta[3])} if form == "relu" else {})
 
 
-def _best_fit(form: Kind, d: Array, a: Array, starts: list[Array] | None = None) -> tuple[Array, Array, Array]:
+def _best_fit(
+    form: Kind, d: Array, a: Array, starts: list[Array] | None = None, calls: int = 2000
+) -> tuple[Array, Array, Array]:
     """theta, relative residuals and their Jacobian of the best of all starts."""
     try:
         from scipy.optimize import least_squares
@@ -212,7 +216,7 @@ def _best_fit(form: Kind, d: Array, a: Array, starts: list[Array] | None = None)
 
     best = None
     for start in starts or _starts(form, d, a):
-        found = least_squares(residuals, start, method="lm", xtol=1e-12, ftol=1e-12, gtol=1e-12, max_nfev=2000)
+        found = least_squares(residuals, start, method="lm", xtol=1e-12, ftol=1e-12, gtol=1e-12, max_nfev=calls)
         if np.all(np.isfinite(found.x)) and (best is None or found.cost < best.cost):
             best = found
     if best is None:
@@ -260,7 +264,7 @@ def _bootstrap(form: Kind, d: Array, a: Array, theta: Array, count: int, seed: i
     limits = []
     for _ in range(count):
         again = fitted * (1 + relative[random.integers(0, len(a), len(a))])
-        refit, _, _ = _best_fit(form, d, np.clip(again, 1e-9, None), [theta])
+        refit, _, _ = _best_fit(form, d, np.clip(again, 1e-9, None), [theta], _REFIT_CALLS)
         limits.append(math.exp(refit[2]))
     low, high = np.percentile(limits, [2.5, 97.5])
     return float(low), float(high)
