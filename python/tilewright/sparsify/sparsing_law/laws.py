@@ -165,8 +165,8 @@ def fit_activation_law(
         raise ValueError(f"kind={kind!r}: 'relu', 'silu' or 'auto' is needed")
     forms = KINDS if kind == "auto" else (kind,)
     fits = {form: _best_fit(form, d, a) for form in forms}
-    aic = {form: _aic(residuals, len(theta)) for form, (theta, residuals, _) in fits.items()}
-    form = min(aic, key=lambda one: aic[one])
+    aic: dict[str, float] = {form: _aic(residuals, len(theta)) for form, (theta, residuals, _) in fits.items()}
+    form = min(fits, key=lambda one: aic[one])
     theta, residuals, jacobian = fits[form]
     interval = _bootstrap(form, d, a, theta, bootstrap, seed) if bootstrap else None
     return Law(
