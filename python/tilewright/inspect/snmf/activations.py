@@ -117,14 +117,35 @@ def collect_mlp_activations(
     Raises:
         ValueError: as :func:`mlp_site` and :func:`tokenize_texts`; or no token is left.
     """
+    found, index = collect_layers(
+        model, tokenizer, texts, [layer], batch_size=batch_size, drop_first=drop_first, progress=progress
+    )
+    return found[layer], index
+
+
+def collect_layers(
+    model: nn.Module,
+    tokenizer: Any,
+    texts: Sequence[str],
+    layers: Sequence[int | str],
+    *,
+    batch_size: int = 16,
+    drop_first: bool = True,
+    progress: bool | None = None,
+) -> tuple[dict[int | str, Tensor], TokenIndex]:
+    """:func:`collect_mlp_activations` of several layers in one pass over the texts."""
     ids = tokenize_texts(tokenizer, texts)
-    site = f"{mlp_site(model, layer)}@input"
-    batches = batches_of(ids, batch_size, device_of(model))
-    pieces = [rows[site].float().cpu() for rows in stream(model, batches, [site], progress=progress)]
+    sites = {layer: f"{mlp_site(model, layer)}@input" for layer in layers}
     sentence = torch.cat([torch.full((len(some),), number) for number, some in enumerate(ids)])
     position = torch.cat([torch.arange(len(some)) for some in ids])
     token = torch.tensor([one for some in ids for one in some])
     kept = position > 0 if drop_first else torch.ones_like(position, dtype=torch.bool)
     if not bool(kept.any()):
         raise ValueError("every text is a single token, which drop_first leaves out; give longer texts")
-    return torch.cat(pieces)[kept], TokenIndex(sentence[kept], position[kept], token[kept], ids)
+    pieces: dict[int | str, list[Tensor]] = {layer: [] for layer in layers}
+    batches = batches_of(ids, batch_size, device_of(model))
+    for rows in stream(model, batches, list(sites.values()), progress=progress):
+        for layer, site in sites.items():
+            pieces[layer].append(rows[site].float().cpu())
+    found = {layer: torch.cat(some)[kept] for layer, some in pieces.items()}
+    return found, TokenIndex(sentence[kept], position[kept], token[kept], ids)

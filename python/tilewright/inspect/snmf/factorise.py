@@ -100,7 +100,6 @@ def factorise(data: Activations, y: Tensor, settings: Settings, *, progress: boo
     if data.squared == 0:
         zero = torch.zeros(k, data.width, dtype=data.dtype, device=data.device)
         return Factors(zero, torch.zeros_like(y), [0.0], 0.0)
-    keep = settings.kept(data.width)
     buffers = [torch.empty_like(y), torch.empty_like(y), torch.empty_like(y)]
     wide = y.double()
     gram = wide @ wide.T
@@ -108,35 +107,53 @@ def factorise(data: Activations, y: Tensor, settings: Settings, *, progress: boo
     losses: list[float] = []
     best, best_features, best_y, waited = math.inf, None, y, 0
     for number in track(range(1, settings.max_iter + 1), "factorising", show=progress):
-        features = next_features(data, y, gram, keep, settings)
-        norms = gram.diagonal().sqrt().clamp(min=LEAST_NORM)
-        features = features.scaled(norms)
-        q, p = features.gram(), data.project(features)
-        scaled = torch.div(y, norms[:, None].to(y.dtype), out=_free(buffers, y, best_y))
-        new, cross, gram = sweep.update_coefficients(scaled, p, q, out=scaled)
-        value = sweep.loss(data.squared, cross, q, gram)
-        if not math.isfinite(value):
-            raise RuntimeError(f"sweep {number}: the loss is {value}; scale X down or give dtype='float64'")
-        losses.append(value)
-        waited = 0 if value < best * (1 - settings.tol) else waited + 1
-        if value < best:
-            best, best_features, best_y = value, features, new
-        if waited >= max(settings.patience, 1) or value == 0:
+        now = one_sweep(data, y, gram, settings, _free(buffers, y, best_y))
+        if not math.isfinite(now.loss):
+            raise RuntimeError(f"sweep {number}: the loss is {now.loss}; scale X down or give dtype='float64'")
+        losses.append(now.loss)
+        waited = 0 if now.loss < best * (1 - settings.tol) else waited + 1
+        if now.loss < best:
+            best, best_features, best_y = now.loss, now.features, now.y
+        if waited >= max(settings.patience, 1) or now.loss == 0:
             break
+        y, gram = now.y, now.gram
         dead = (gram.diagonal() <= LEAST_NORM**2).nonzero()[:, 0]
-        y = new
         if len(dead):
-            y, gram = revive(data, y, p, q, dead, number)
+            y, gram = revive(data, now, dead, number)
     assert best_features is not None
     return Factors(best_features.dense(), best_y, losses, best)
+
+
+@dataclass(frozen=True)
+class Swept:
+    """After a sweep: Z, Y [k, n], P^T = Z^T A [k, n], Q = Z^T Z and Y Y^T (float64 [k, k]), ||A - Z Y||^2."""
+
+    features: Features
+    y: Tensor
+    p: Tensor
+    q: Tensor
+    gram: Tensor
+    loss: float
+
+
+def one_sweep(data: Activations, y: Tensor, gram: Tensor, settings: Settings, out: Tensor | None = None) -> Swept:
+    """Steps a to e from Y [k, n] and its Gram matrix; the new Y lies in ``out``, which must not be Y."""
+    features = next_features(data, y, gram, settings)
+    norms = gram.diagonal().sqrt().clamp(min=LEAST_NORM)
+    features = features.scaled(norms)
+    q, p = features.gram(), data.project(features)
+    scaled = torch.div(y, norms[:, None].to(y.dtype), out=torch.empty_like(y) if out is None else out)
+    new, cross, gram = sweep.update_coefficients(scaled, p, q, out=scaled)
+    return Swept(features, new, p, q, gram, sweep.loss(data.squared, cross, q, gram))
 
 
 def _free(buffers: list[Tensor], *taken: Tensor) -> Tensor:
     return next(b for b in buffers if all(b is not t for t in taken))
 
 
-def next_features(data: Activations, y: Tensor, gram: Tensor, keep: int, settings: Settings) -> Features:
+def next_features(data: Activations, y: Tensor, gram: Tensor, settings: Settings) -> Features:
     """Steps a and b for Y [k, n] and its Gram matrix."""
+    keep = settings.kept(data.width)
     ay = data.times(y)
     zt = sweep.solve_features(ay, gram, settings.reg)
     if keep >= data.width:
@@ -147,14 +164,13 @@ def next_features(data: Activations, y: Tensor, gram: Tensor, keep: int, setting
     return Features(features.index, features.value.to(data.dtype), features.width)
 
 
-def revive(
-    data: Activations, y: Tensor, p: Tensor, q: Tensor, dead: Tensor, number: int
-) -> tuple[Tensor, Tensor]:
+def revive(data: Activations, now: Swept, dead: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """Features that no token uses get the tokens of largest residual; a copy of Y [k, n] and its Gram matrix."""
-    wide = y.double()
-    residual = data.column_squares - 2 * (wide * p).sum(0) + (wide * (q @ wide)).sum(0)
-    y = y.clone()
-    for feature, token in zip(dead.tolist(), residual.topk(min(len(dead), len(residual))).indices.tolist(), strict=False):
+    wide = now.y.double()
+    residual = data.column_squares - 2 * (wide * now.p).sum(0) + (wide * (now.q @ wide)).sum(0)
+    worst = residual.topk(min(len(dead), len(residual))).indices
+    y = now.y.clone()
+    for feature, token in zip(dead.tolist(), worst.tolist(), strict=False):
         LOG.info("sweep %d: feature %d is used by no token; it starts again from token %d", number, feature, token)
         answer = data.responses(data.column(token)).clamp_(min=0)
         y[feature] = answer / answer.norm().clamp(min=LEAST_NORM) + LEAST_START

@@ -136,15 +136,9 @@ class HierarchicalSemiNMF(TransformerMixin, BaseEstimator):  # type: ignore[misc
             ValueError: min_weight is negative, or a share of 1 or more.
         """
         check_is_fitted(self)
-        if min_weight < 0 or (relative and min_weight >= 1):
-            raise ValueError(f"min_weight={min_weight}: a share in [0, 1) is needed, or a weight with relative=False")
         edges = []
         for number, level in enumerate(self.levels_[1:], 2):
-            assert level.weights is not None
-            for parent, row in enumerate(level.weights):
-                least = min_weight * float(row.max()) if relative else min_weight
-                children = [i for i in np.argsort(-row, kind="stable") if row[i] > least]
-                edges += [Edge(number, parent, int(child), float(row[child])) for child in children]
+            edges += edges_between(level.weights, number, min_weight, relative=relative)
         return edges
 
     def fine_tune(self, X: Any, *, steps: int = 500, learning_rate: float = 1e-3) -> list[float]:
@@ -193,6 +187,18 @@ class HierarchicalSemiNMF(TransformerMixin, BaseEstimator):  # type: ignore[misc
         self.levels_[1:] = [
             Level(level.estimator, y.cpu().numpy()) for level, y in zip(self.levels_[1:], weights, strict=True)
         ]
+
+
+def edges_between(weights: Any, level: int, min_weight: float, *, relative: bool = True) -> list[Edge]:
+    """Edges of one level by its weights [k_l, k_(l-1)]; arguments and errors of :meth:`HierarchicalSemiNMF.tree`."""
+    if min_weight < 0 or (relative and min_weight >= 1):
+        raise ValueError(f"min_weight={min_weight}: a share in [0, 1) is needed, or a weight with relative=False")
+    edges = []
+    for parent, row in enumerate(weights):
+        least = min_weight * float(row.max()) if relative else min_weight
+        children = [int(i) for i in np.argsort(-row, kind="stable") if row[i] > least]
+        edges += [Edge(level, parent, child, float(row[child])) for child in children]
+    return edges
 
 
 def _inverse_softplus(y: Tensor) -> Tensor:
