@@ -119,7 +119,9 @@ def test_parameters_out_of_range_are_named(wrong, words):
         SemiNMF(**{"n_components": 2, **wrong}).fit(np.ones((4, 3)))
 
 
-@pytest.mark.parametrize("x", [torch.ones(3), torch.ones(2, 2, 2), torch.ones(0, 4), [torch.ones(2, 3), torch.ones(2, 4)]])
+@pytest.mark.parametrize(
+    "x", [torch.ones(3), torch.ones(2, 2, 2), torch.ones(0, 4), [torch.ones(2, 3), torch.ones(2, 4)]]
+)
 def test_input_of_a_wrong_shape_is_refused(x):
     with pytest.raises(ValueError, match="X has"):
         SemiNMF(1).fit(x)

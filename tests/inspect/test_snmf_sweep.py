@@ -36,7 +36,9 @@ def prepared(d, n, k, seed=0):
     return random.standard_normal((d, n)), random.random((n, k)) + 1e-3
 
 
-@pytest.mark.parametrize(("d", "n", "k", "p"), [(30, 41, 5, 1.0), (200, 97, 7, 0.05), (64, 5000, 3, 0.01), (1, 1, 1, 1.0)])
+@pytest.mark.parametrize(
+    ("d", "n", "k", "p"), [(30, 41, 5, 1.0), (200, 97, 7, 0.05), (64, 5000, 3, 0.01), (1, 1, 1, 1.0)]
+)
 def test_a_sweep_is_that_of_the_equations(d, n, k, p):
     a, g = prepared(d, n, k)
     data = Activations(torch.from_numpy(a.T), torch.float64)
@@ -141,7 +143,9 @@ def test_feature_that_no_token_uses_starts_again(caplog):
         found = core.factorise(data, y, core.Settings(3, 1.0, 30, 0.0, 30, 1e-6, False))
     assert "feature 1" in caplog.text
     assert found.coefficients[1].max() > 0
-    assert float((data._blocks[0] - found.components.T @ found.coefficients).square().sum()) == pytest.approx(found.best)
+    assert float((data._blocks[0] - found.components.T @ found.coefficients).square().sum()) == pytest.approx(
+        found.best
+    )
 
 
 def test_the_best_sweep_is_returned():

@@ -135,8 +135,14 @@ def speed_rows(experiment: Experiment) -> Iterator[Row]:
         repeats=3 if experiment.quick else 9,
     )
     operations = 2 * width * tokens * k
-    experiment.values["speed"] = {"ours": ours, "plain": plain, "product": product, "tokens": tokens,
-                                  "threads": torch.get_num_threads(), "product GFLOP/s": operations / product / 1e9}
+    experiment.values["speed"] = {
+        "ours": ours,
+        "plain": plain,
+        "product": product,
+        "tokens": tokens,
+        "threads": torch.get_num_threads(),
+        "product GFLOP/s": operations / product / 1e9,
+    }
     yield experiment.in_full(at_least(f"one sweep, {tokens} tokens: plain torch over ours, time", plain / ours, 3.0))
     yield Row("the one dense product A Y^T alone over our sweep, time", "", product / ours, "reported", True)
     yield Row("rate of that product, GFLOP/s", "", operations / product / 1e9, "reported", True)

@@ -105,8 +105,12 @@ def detection_rows(experiment: Experiment, study: Study) -> Iterator[Row]:
             areas[name].append([one.auroc for one in scores])
             if name == "SNMF":
                 positive.append(sum(one.score > 0 for one in scores))
-    experiment.values["detection"] = {"concepts": [one.name for one in study.concepts], "auroc": areas,
-                                      "relative error": errors, "S_CD above 0": positive}
+    experiment.values["detection"] = {
+        "concepts": [one.name for one in study.concepts],
+        "auroc": areas,
+        "relative error": errors,
+        "S_CD above 0": positive,
+    }
     mean = {name: float(np.mean(some)) for name, some in areas.items()}
     least = min(float(np.mean(some)) for some in areas["SNMF"])
     gap = min(float(np.mean(s) - np.mean(r)) for s, r in zip(areas["SNMF"], areas["random"], strict=True))
@@ -209,7 +213,11 @@ def best_parent(model: HierarchicalSemiNMF, is_day: list[bool]) -> dict[str, Any
     for edge in model.tree(0.3):
         children.setdefault(edge.parent, []).append(edge.child)
     scored = [
-        {"parent": parent, "children": sum(is_day[c] for c in some), "precision": sum(is_day[c] for c in some) / len(some)}
+        {
+            "parent": parent,
+            "children": sum(is_day[c] for c in some),
+            "precision": sum(is_day[c] for c in some) / len(some),
+        }
         for parent, some in children.items()
     ]
     return max(scored, key=lambda one: (one["children"], one["precision"]))

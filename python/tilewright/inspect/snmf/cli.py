@@ -25,7 +25,8 @@ def fit(
     output: Annotated[Path, typer.Option("--output", "-o", help="Safetensors file to write.")],
     layer: Annotated[int, typer.Option("--layer", min=0, help="Which layer's MLP.")] = 15,
     text: Annotated[
-        str, typer.Option("--text", metavar="NAME|FILE", help="concepts, speeches, moby-dick, or a file, a text a line.")
+        str,
+        typer.Option("--text", metavar="NAME|FILE", help="concepts, speeches, moby-dick, or a file, a text a line."),
     ] = "concepts",
     limit: Annotated[int, typer.Option("--limit", min=1, help="Texts at most.")] = 400,
     components: Annotated[int, typer.Option("--components", "-k", min=1, help="Features.")] = 60,
@@ -40,7 +41,13 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Factorise the MLP activations of some texts and write the features to a file."""
-    from tilewright.inspect.snmf import HierarchicalSemiNMF, SemiNMF, collect_mlp_activations, feature_set, save_features
+    from tilewright.inspect.snmf import (
+        HierarchicalSemiNMF,
+        SemiNMF,
+        collect_mlp_activations,
+        feature_set,
+        save_features,
+    )
 
     use_threads(threads)
     path = model_path(model)

@@ -81,7 +81,7 @@ def start_kmeans(k: int, data: Activations, seed: int, offset: float) -> Tensor:
 
     if data.streamed:
         raise ValueError("init='kmeans' needs X in one piece; give init='random' or 'svd' with blocks")
-    (_, a), = data.pieces()
+    ((_, a),) = data.pieces()
     rows = a.T.cpu().numpy()
     model = KMeans(min(k, len(rows)), init="random", n_init=1, max_iter=15, random_state=seed)
     labels = torch.from_numpy(model.fit_predict(rows)).long().to(data.device)

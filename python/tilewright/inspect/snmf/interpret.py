@@ -46,7 +46,11 @@ def top_tokens(
         ids = index.texts[sentence]
         found.append(
             TokenInContext(
-                row, value, sentence, ids[max(0, place - context) : place], ids[place],
+                row,
+                value,
+                sentence,
+                ids[max(0, place - context) : place],
+                ids[place],
                 ids[place + 1 : place + 1 + context],
             )  # fmt: skip
         )

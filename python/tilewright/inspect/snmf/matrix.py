@@ -44,7 +44,9 @@ class Features:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Sparse CSR tensor support")
             starts = torch.arange(0, k * m + 1, m, device=a.device)
-            rows = torch.sparse_csr_tensor(starts, self.index.reshape(-1), self.value.reshape(-1), (k, self.width))
+            rows = torch.sparse_csr_tensor(
+                starts, self.index.reshape(-1), self.value.reshape(-1), (k, self.width), check_invariants=False
+            )
         return rows @ a
 
 
@@ -65,7 +67,9 @@ class Activations:
             raise ValueError("X has no rows; at least one token is needed")
         widths = {tuple(b.shape[1:]) for b in blocks}
         if len(widths) > 1 or any(b.dim() != 2 for b in blocks):
-            raise ValueError(f"X has blocks of shapes {[list(b.shape) for b in blocks[:4]]}; [n, d] with one d is needed")
+            raise ValueError(
+                f"X has blocks of shapes {[list(b.shape) for b in blocks[:4]]}; [n, d] with one d is needed"
+            )
         self.dtype, self.device = dtype, blocks[0].device
         self.width = blocks[0].shape[1]
         self.sizes = [len(b) for b in blocks]
@@ -81,10 +85,12 @@ class Activations:
         """Squared norm of every token, float64 [n]; refuses what is not finite."""
         squares = a.new_zeros(a.shape[1], dtype=torch.float64)
         for some in a.split(256):
-            squares += some.double().square_().sum(0)
+            squares += some.double().square().sum(0)
         bad = (~squares.isfinite()).nonzero()
         if len(bad):
-            raise ValueError(f"X holds NaN or infinity, first in row {start + int(bad[0])}; remove or repair that token")
+            raise ValueError(
+                f"X holds NaN or infinity, first in row {start + int(bad[0])}; remove or repair that token"
+            )
         return squares
 
     def pieces(self) -> Iterator[tuple[int, Tensor]]:

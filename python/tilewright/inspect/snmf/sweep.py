@@ -58,7 +58,7 @@ def refit(features: Features, ay: Tensor, gram: Tensor, reg: float) -> Features:
     mask = torch.zeros(len(gram), features.width, dtype=torch.bool, device=gram.device)
     mask = mask.scatter_(1, features.index, True).T
     longest = int(mask.sum(1).max())
-    order = mask.to(torch.int8).sort(1, descending=True, stable=True).indices[:, :longest]
+    order = mask.to(torch.int8).sort(dim=1, descending=True, stable=True).indices[:, :longest]
     valid = mask.gather(1, order)
     both = valid[:, :, None] & valid[:, None, :]
     eye = torch.eye(longest, dtype=gram.dtype, device=gram.device)
@@ -69,9 +69,7 @@ def refit(features: Features, ay: Tensor, gram: Tensor, reg: float) -> Features:
     return Features(features.index, z.T.gather(1, features.index), features.width)
 
 
-def update_coefficients(
-    y: Tensor, p: Tensor, q: Tensor, out: Tensor | None = None
-) -> tuple[Tensor, float, Tensor]:
+def update_coefficients(y: Tensor, p: Tensor, q: Tensor, out: Tensor | None = None) -> tuple[Tensor, float, Tensor]:
     """Step d and what the loss needs: Y <- Y sqrt((P+ + Q- Y) / (P- + Q+ Y)) with X+- = (|X| +- X) / 2.
 
     y, p: [k, n], p = Z^T A. q: Z^T Z, float64 [k, k]. One pass over the tokens in blocks that stay in the cache.
