@@ -44,7 +44,7 @@ from tilewright.inspect.snmf import (
 
 VOCABULARY = 60
 LLAMA = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 3,
-         "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+         "num_attention_heads": 2, "num_key_value_heads": 1, "initializer_range": 0.2}  # fmt: skip
 
 
 class Letters:
@@ -87,8 +87,15 @@ def gemma2():
 TEXTS = ["one", "three words here", "xy", "another text"]
 
 
-@pytest.mark.parametrize(("make", "name"), [(llama, "model.layers.1.mlp.down_proj"), (gpt2, "transformer.h.1.mlp.c_proj"),
-                                            (opt, "model.decoder.layers.1.fc2"), (gemma2, "model.layers.1.mlp.down_proj")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("make", "name"),
+    [
+        (llama, "model.layers.1.mlp.down_proj"),
+        (gpt2, "transformer.h.1.mlp.c_proj"),
+        (opt, "model.decoder.layers.1.fc2"),
+        (gemma2, "model.layers.1.mlp.down_proj"),
+    ],
+)
 def test_activations_are_the_inputs_of_the_down_projection(make, name):
     model, tokenizer = make(), Letters()
     assert mlp_site(model, 1) == name
@@ -172,14 +179,18 @@ def test_concept_score_and_its_floor():
 
 
 def test_labelled_baselines_find_what_was_planted():
-    index = small_index()
-    x = torch.randn(6, 30) * 0.1
-    x[:3, 11] -= 4
-    vector, neuron, area = labelled_neuron(x, index, [0], [1, 2])
+    texts = 16  # so many that no other of 30 neurons parts 8 from 8 by chance
+    index = TokenIndex(
+        torch.arange(texts), torch.ones(texts, dtype=torch.int64), torch.zeros(texts), [[9, 0] for _ in range(texts)]
+    )
+    x = torch.randn(texts, 30) * 0.1
+    x[:8, 11] -= 4
+    vector, neuron, area = labelled_neuron(x, index, range(8), range(8, texts))
     assert (neuron, area, float(vector[11]), int(vector.count_nonzero())) == (11, 1.0, -1.0, 1)
-    direction = diff_mean(x, index, [0], [1, 2])
+    direction = diff_mean(x, index, range(8), range(8, texts))
     assert int(direction.abs().argmax()) == 11
     assert float(direction.norm()) == pytest.approx(1, rel=1e-6)
+    index = small_index()
     feature, area = best_feature(torch.tensor([[0.0, 1.0]] * 3 + [[1.0, 0.0]] * 3), index, [0], [1, 2])
     assert (feature, area) == (1, 1.0)
 

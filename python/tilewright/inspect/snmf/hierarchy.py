@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -91,7 +92,7 @@ class HierarchicalSemiNMF(TransformerMixin, BaseEstimator):  # type: ignore[misc
             ValueError: ranks are not falling positive integers; otherwise as :meth:`SemiNMF.fit`.
         """
         ranks = list(self.ranks)
-        if not ranks or any(r < 1 for r in ranks) or any(b >= a for a, b in zip(ranks, ranks[1:], strict=False)):
+        if not ranks or any(r < 1 for r in ranks) or any(b >= a for a, b in itertools.pairwise(ranks)):
             raise ValueError(f"ranks={self.ranks!r}: positive integers are needed, each below the one before")
         shared = {k: v for k, v in self.get_params(deep=False).items() if k != "ranks"}
         self.levels_: list[Level] = []

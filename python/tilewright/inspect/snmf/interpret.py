@@ -52,7 +52,7 @@ def top_tokens(
                 ids[max(0, place - context) : place],
                 ids[place],
                 ids[place + 1 : place + 1 + context],
-            )  # fmt: skip
+            )
         )
     return found
 
