@@ -17,6 +17,8 @@ from tilewright.inspect.snmf.matrix import Activations
 from tilewright.inspect.snmf.method import SemiNMF
 
 PLANT_SEEDS = (0, 1, 2, 3, 4)
+STARTS = 3
+"""Random starts, of which the one of least error is kept: no label is looked at."""
 
 
 def monotone_rows(experiment: Experiment) -> Iterator[Row]:
@@ -60,7 +62,13 @@ def planted_rows(experiment: Experiment) -> Iterator[Row]:
     for seed in PLANT_SEEDS:
         x, features = planted(seed)
         for name, share in (("sparse", 0.05), ("dense", 1.0)):
-            model = SemiNMF(8, sparsity=share, max_iter=1000, random_state=seed).fit(x)
+            model = min(
+                (
+                    SemiNMF(8, sparsity=share, max_iter=400, random_state=10 * seed + start).fit(x)
+                    for start in range(STARTS)
+                ),
+                key=lambda fitted: fitted.reconstruction_err_,
+            )
             found[name].append(matched(torch.from_numpy(model.components_), features))
             errors[name].append(model.relative_error_)
         values = torch.linalg.svdvals(x.double())
@@ -68,7 +76,7 @@ def planted_rows(experiment: Experiment) -> Iterator[Row]:
     experiment.values["planted"] = {"cosines": found, "errors": errors}
     worst_sparse = min(min(one) for one in found["sparse"])
     lost = sum(min(one) <= 0.9 for one in found["dense"])
-    name = f"planted features, {len(PLANT_SEEDS)} seeds"
+    name = f"planted features, {len(PLANT_SEEDS)} seeds, best of {STARTS} starts"
     yield at_least(f"{name}: least matched cosine with 5 % of the neurons", worst_sparse, 0.98)
     yield at_least(f"{name}: seeds whose worst cosine is below 0.9 without winner-take-all", lost, 4)
     ratio = max(s / v for s, v in zip(errors["sparse"], errors["svd"], strict=True))

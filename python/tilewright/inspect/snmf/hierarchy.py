@@ -54,6 +54,7 @@ class HierarchicalSemiNMF(TransformerMixin, BaseEstimator):  # type: ignore[misc
     Attributes
     ----------
     levels_ : list of :class:`Level`, level 1 first.
+    n_iter_ : sweeps of all levels together.
     n_features_in_ : d.
     """
 
@@ -106,6 +107,7 @@ class HierarchicalSemiNMF(TransformerMixin, BaseEstimator):  # type: ignore[misc
             found = estimator._fit(below)
             self.levels_.append(Level(estimator, found.coefficients.cpu().numpy()))
         self.n_features_in_ = self.levels_[0].estimator.n_features_in_
+        self.n_iter_ = sum(level.estimator.n_iter_ for level in self.levels_)
         return self
 
     def transform(self, X: Rows, level: int = -1) -> Any:

@@ -96,6 +96,25 @@ def update_coefficients(y: Tensor, p: Tensor, q: Tensor, out: Tensor | None = No
     return out, cross, gram
 
 
+def descend(y: Tensor, p: Tensor, q: Tensor, passes: int) -> Tensor:
+    """Coordinate descent on ||a - Z y||^2 over y >= 0: each coefficient of Y [k, n] in turn to its minimum.
+
+    p: Z^T A [k, n]. q: Z^T Z [k, k]. A feature that is zero has coefficients of zero. Stops before ``passes`` when
+    no coefficient of a block moves by more than eps^(2/3) of the block's largest.
+    """
+    y, q = y.clone(), q.to(y.dtype)
+    inverse = torch.where(q.diagonal() > 0, 1 / q.diagonal(), 0.0)
+    for start in range(0, y.shape[1], _BLOCK):
+        yb, pb = y[:, start : start + _BLOCK], p[:, start : start + _BLOCK]
+        for _ in range(passes):
+            before = yb.clone()
+            for j in range(len(q)):
+                yb[j] = (yb[j] + (pb[j] - q[j] @ yb) * inverse[j]).clamp_(min=0)
+            if float((yb - before).abs().max()) <= torch.finfo(y.dtype).eps ** (2 / 3) * float(yb.max()):
+                break
+    return y * (inverse > 0)[:, None]
+
+
 def loss(squared: float, cross: float, q: Tensor, gram: Tensor) -> float:
     """||A - Z Y||^2 = ||A||^2 - 2 sum(P Y) + sum((Z^T Z) (Y Y^T)), in float64; never below 0."""
     return max(squared - 2 * cross + float((q * gram).sum()), 0.0)
