@@ -68,7 +68,7 @@ class Real:
                 "robust": {"fvu": asdict(analysis.fvu(robust=True)), "r2": asdict(analysis.r2(robust=True))},
             }
         self.experiment.values["saes"] = found
-        every = list(found.values())
+        every = [found[f"{width}, seed {seed}"] for width in (SMALL, LARGE) for seed in self.seeds]
         shares = [one["r2"]["r2_global"] for one in every]
         yield at_least("(a) linear share of the error, least of widths and seeds", min(shares), 0.15, paper="about 0.5")
         yield at_most("(a) the same, largest", max(shares), 0.7)
