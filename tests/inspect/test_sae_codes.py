@@ -18,8 +18,10 @@ PARAMETERS = ("W_enc", "b_enc", "W_dec", "b_dec")
 
 def close(got, wanted, terms=1):
     """Equal up to float64 rounding of sums of so many terms."""
-    bound = 4 * terms * torch.finfo(torch.float64).eps * float(wanted.abs().max().clamp_min(1))
-    assert float((got - wanted).abs().max()) <= bound if wanted.numel() else got.shape == wanted.shape
+    assert got.shape == wanted.shape
+    if wanted.numel():
+        bound = 4 * terms * torch.finfo(torch.float64).eps * float(wanted.abs().max().clamp_min(1))
+        assert float((got - wanted).abs().max()) <= bound
 
 
 def sae_of(kind=TopKSAE, d=6, width=40, k=3, seed=0):

@@ -53,7 +53,7 @@ def test_jumprelu_loss_equals_dense_pseudo_gradients(width, low):
     theta = sae.log_threshold.detach().exp()
     f = pi * (pi > theta)
     residual = f @ sae.W_dec.detach() + sae.b_dec.detach() - x
-    expected = (residual.square().sum() + 0.3 * (pi > theta).sum()) / 30
+    expected = (residual.square().sum() + 0.3 * (pi > theta).double().sum()) / 30
     assert float(loss.total.detach()) == pytest.approx(float(expected), rel=1e-12)
     d_f = 2 / 30 * residual @ sae.W_dec.detach().T
     window = (((pi - theta) / E).abs() < 0.5).double()

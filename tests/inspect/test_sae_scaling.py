@@ -10,7 +10,7 @@ import torch
 from tilewright.inspect.sae_dark_matter import per_token_predictability, scaling_law
 
 WIDTHS = [2.0**p for p in range(14, 21)]
-C, A, M = 0.12, 8.0, -0.45
+C, A, M = 0.12, 67.6, -0.6
 
 
 def points(noise=0.0, seed=0):
@@ -25,7 +25,7 @@ def test_exact_points_give_back_the_law():
 
 
 def test_noisy_points_give_c_within_a_tenth():
-    """2 % noise, 7 widths. The law spans a factor of 1.7 there, so c is known to a few percent."""
+    """2 % noise, 7 widths. The law falls from 2.7 c to 1.1 c there, so c is known to about 4 %."""
     found = np.array([scaling_law(WIDTHS, points(0.02, seed)).c for seed in range(20)])
     assert abs(float(np.median(found)) / C - 1) < 0.05
     assert np.mean(np.abs(found / C - 1) < 0.1) >= 0.85

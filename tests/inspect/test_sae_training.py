@@ -15,7 +15,7 @@ from tilewright.train.checkpoint import TrainingCheckpointError
 SMALL = SAEConfig(width=24, k=2, steps=12, batch=16, lr=1e-2, seed=3)
 
 
-def planted(count=100_000, features=64, d=32, active=3, seed=0):
+def planted(count=40_000, features=64, d=32, active=3, seed=0):
     """(truth [features, d] of unit rows, samples [count, d]): a few features each, amplitudes uniform in [0.5, 1.5)."""
     generator = torch.Generator().manual_seed(seed)
     truth = torch.nn.functional.normalize(torch.randn(features, d, generator=generator), dim=1)
@@ -27,7 +27,7 @@ def planted(count=100_000, features=64, d=32, active=3, seed=0):
 @pytest.mark.parametrize("kind", ["topk", "batchtopk"])
 def test_planted_features_are_found(kind):
     truth, samples = planted()
-    config = SAEConfig(kind=kind, width=96, k=3, steps=2000, batch=512, lr=4e-3, auxk_alpha=1 / 32, dead_after=20_000)
+    config = SAEConfig(kind=kind, width=96, k=3, steps=800, batch=512, lr=6e-3, auxk_alpha=1 / 32, dead_after=10_000)
     sae = SAETrainer(config).fit(samples)
     cosine = (truth @ sae.W_dec.detach().T).amax(1)
     fresh = samples[-4096:]
@@ -39,7 +39,7 @@ def test_planted_features_are_found(kind):
 def test_jumprelu_learns_planted_features():
     truth, samples = planted()
     config = SAEConfig(
-        kind="jumprelu", width=96, steps=2500, batch=512, lr=3e-3, betas=(0.9, 0.999), sparsity=0.5, bandwidth=0.5,
+        kind="jumprelu", width=96, steps=1000, batch=512, lr=5e-3, betas=(0.9, 0.999), sparsity=0.5, bandwidth=0.5,
         threshold=0.5,
     )  # fmt: skip
     trainer = SAETrainer(config)

@@ -53,7 +53,7 @@ def batch_loss(sae: SAE, x: Tensor, config: SAEConfig, step: int, dead: Tensor |
         if config.auxk_alpha > 0 and dead is not None and bool(dead.any()):
             loss = auxk_loss(sae, x, pre, (x - recon).detach(), dead) / total_variance
             total = total + config.auxk_alpha * loss
-            auxk = float(loss)
+            auxk = float(loss.detach())
     active = float((codes.value.detach() != 0).sum()) / len(x)
     return Loss(total, float(squares.detach() / total_variance), active, auxk, codes)
 

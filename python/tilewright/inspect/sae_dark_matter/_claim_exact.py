@@ -19,7 +19,7 @@ from tilewright.inspect.sae_dark_matter.pursuit import gradient_pursuit, gradien
 from tilewright.inspect.sae_dark_matter.scaling import scaling_law
 
 SEEDS = (0, 1)
-TRUTH = {"c": 0.12, "a": 8.0, "m": -0.45}
+TRUTH = {"c": 0.12, "a": 67.6, "m": -0.6}
 
 
 def planted_rows(experiment: Experiment) -> Iterator[Row]:
@@ -32,7 +32,7 @@ def planted_rows(experiment: Experiment) -> Iterator[Row]:
         chosen = torch.rand(100_000, 64, generator=generator).topk(3, 1).indices
         samples = (truth[chosen] * (torch.rand(100_000, 3, 1, generator=generator) + 0.5)).sum(1)
         config = SAEConfig(
-            width=96, k=3, steps=2000, batch=512, lr=4e-3, auxk_alpha=1 / 32, dead_after=20_000, seed=seed
+            width=96, k=3, steps=800, batch=512, lr=6e-3, auxk_alpha=1 / 32, dead_after=10_000, seed=seed
         )
         sae = SAETrainer(config).fit(samples[:-4096], progress=False)
         rest = samples[-4096:]

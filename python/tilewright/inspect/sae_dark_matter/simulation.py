@@ -52,8 +52,8 @@ def introduced_error_simulation(
     """Estimate linear and nonlinear error on a grid of known ones.
 
     x: rows [n, d]; the first half fits, the second is measured. drop: share of each token's active latents, least
-    active first, that the SAE misses. Noise has standard deviation level x unit in each dimension; unit: a tenth of the
-    root mean square of x' if not given.
+    active first, that the SAE misses. Noise has standard deviation level x unit in each dimension; unit: a quarter of
+    the root mean square of x' if not given.
 
     Raises:
         ValueError: drop outside [0, 1), fewer than two levels, or too few tokens for the regression.
@@ -63,7 +63,7 @@ def introduced_error_simulation(
     rows = x if isinstance(x, Rows) else Rows(x)
     true, found, again = (torch.cat(part) for part in zip(*(_found(sae, b, drop) for b in rows.blocks()), strict=True))
     spread = float((true - true.mean(0)).double().square().sum())
-    unit = float((true - true.mean(0)).square().mean().sqrt()) / 10 if unit is None else unit
+    unit = float((true - true.mean(0)).square().mean().sqrt()) / 4 if unit is None else unit
     generator = torch.Generator().manual_seed(seed)
     noise = [torch.randn(true.shape, generator=generator) * unit for _ in range(2)]
     half = len(true) // 2
