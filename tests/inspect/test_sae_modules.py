@@ -75,7 +75,7 @@ def test_batchtopk_learns_one_threshold_for_inference():
     smallest = []
     for seed in range(3):
         torch.manual_seed(seed)
-        latents = sae(torch.randn(50, 6))[1]
+        latents = sae(torch.randn(50, 6))[1].detach()
         smallest.append(float(latents[latents > 0].min()))
         assert int((latents > 0).sum()) == 150
     expected = smallest[0]
