@@ -7,8 +7,8 @@
 
 A room's `cuda/kernels.toml` says what its kernels must be made of: `[[kernel]]` tables with `match`, a regular
 expression over the demangled name, and any of `instruction` (must occur), `registers` (at most), `blocks` (of a
-multiprocessor, at least), `local = true` (may use local memory; the reason stands in a comment). Every kernel, listed or
-not, must otherwise use no local memory. How kernels are launched comes from `docs/reference/cuda-launches.json`
+multiprocessor, at least), `local = true` (may use local memory; the reason stands in a comment). Every kernel, listed
+or not, must otherwise use no local memory. How kernels are launched comes from `docs/reference/cuda-launches.json`
 (`scripts/cuda_launches.py`); what their benchmarks must at least move and compute from `bench/cuda`.
 """
 
@@ -145,9 +145,7 @@ def rules() -> list[dict[str, Any]]:
     return [rule for table in tables for rule in table["kernel"]]
 
 
-def broken(
-    found: list[Kernel], asked: list[dict[str, Any]], launched: dict[str, list[dict[str, int]]]
-) -> list[str]:
+def broken(found: list[Kernel], asked: list[dict[str, Any]], launched: dict[str, list[dict[str, int]]]) -> list[str]:
     """Every rule that a kernel breaks, in words."""
     problems = []
     for rule in asked:

@@ -42,7 +42,9 @@ def launches(notes: str, short: dict[str, dict[int, str]]) -> dict[str, list[dic
         library, place, threads, shared, cluster = line.rsplit(" ", 4)
         found[short[library][int(place, 16)]].add((int(shared), int(threads), int(cluster)))
     return {
-        name: [{"threads": threads, "shared": shared, "cluster": cluster} for shared, threads, cluster in sorted(shapes)]
+        name: [
+            {"threads": threads, "shared": shared, "cluster": cluster} for shared, threads, cluster in sorted(shapes)
+        ]
         for name, shapes in sorted(found.items())
     }
 
