@@ -61,7 +61,21 @@ def inside(l: Tensor, u: Tensor, count: int) -> Tensor:
     return torch.minimum(l + t * (u - l), u)
 
 
-SAFE = ("sigmoid", "tanh", "arctan", "erf", "sin", "gelu", "silu", "relu", "abs", "clip", "leaky_relu", "elu", "softplus")
+SAFE = (
+    "sigmoid",
+    "tanh",
+    "arctan",
+    "erf",
+    "sin",
+    "gelu",
+    "silu",
+    "relu",
+    "abs",
+    "clip",
+    "leaky_relu",
+    "elu",
+    "softplus",
+)
 
 
 def random_graph(seed: int) -> Graph:

@@ -36,7 +36,7 @@ def test_bounds_of_every_kind_contain_the_module_s_outputs_and_get_tighter(kind)
     bounded = BoundedModule(module, torch.zeros(1, n), {"optimize_bound_args": {"iteration": 5}})
     x = box(n)
     with torch.no_grad():
-        y = torch.stack([module(s).reshape(2, -1) for s in samples(x).split(1)[0:0]] or [module(s) for s in samples(x)])
+        y = module(samples(x).reshape(-1, n)).reshape(-1, 2, bounded.graph.nodes[-1].size)
     widths = {}
     for method in ("IBP", "CROWN-IBP", "CROWN", "alpha-CROWN"):
         lower, upper = bounded.compute_bounds(x=(x,), method=method)
@@ -79,7 +79,7 @@ def test_specification_and_sides():
     assert torch.allclose(minus, -upper, atol=1e-9)
     y = torch.einsum("bsn,kbn->kbs", C, torch.stack([module(s) for s in samples(x)]).detach())
     assert ((y >= lower - 1e-9) & (y <= upper + 1e-9)).all()
-    lower, upper = bounded.compute_bounds(x=(x,), C=torch.zeros((2, 0, 3)), method="CROWN")
+    lower, _ = bounded.compute_bounds(x=(x,), C=torch.zeros((2, 0, 3)), method="CROWN")
     assert lower.shape == (2, 0)
 
 
@@ -87,7 +87,7 @@ def test_specification_and_sides():
 def test_linear_bounds_in_the_input_hold(method):
     module = Net((4, 8, 3), torch.sin, 0)
     bounded, x = BoundedModule(module, torch.zeros(1, 4)), box(4)
-    lower, upper, A = bounded.compute_bounds(x=(x,), method=method, return_A=True)
+    lower, _, A = bounded.compute_bounds(x=(x,), method=method, return_A=True)
     s = samples(x)
     y = torch.stack([module(one) for one in s]).detach()
     below = torch.einsum("bsn,kbn->kbs", A["lA"], s) + A["lbias"]

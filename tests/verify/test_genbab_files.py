@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 
@@ -23,7 +24,10 @@ def save(path, nodes, weights, n_in, n_out, opset=17, shape=None):
         "g",
         [helper.make_tensor_value_info("x", TensorProto.FLOAT, shape or [1, n_in])],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, [1, n_out])],
-        [numpy_helper.from_array(np.asarray(w, dtype=w.dtype if hasattr(w, "dtype") else np.float32), k) for k, w in weights.items()],
+        [
+            numpy_helper.from_array(np.asarray(w, dtype=w.dtype if hasattr(w, "dtype") else np.float32), k)
+            for k, w in weights.items()
+        ],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)])
     model.ir_version = 8
@@ -34,7 +38,7 @@ def save(path, nodes, weights, n_in, n_out, opset=17, shape=None):
 def mlp(path, op="Relu", seed=0, sizes=(2, 8, 8, 2)):
     rng = np.random.default_rng(seed)
     nodes, weights, name = [], {}, "x"
-    for i, (a, b) in enumerate(zip(sizes[:-1], sizes[1:], strict=True)):
+    for i, (a, b) in enumerate(itertools.pairwise(sizes)):
         weights[f"w{i}"] = rng.standard_normal((b, a)).astype(np.float32) / np.float32(a**0.5)
         weights[f"b{i}"] = rng.standard_normal(b).astype(np.float32) * np.float32(0.3)
         last = i == len(sizes) - 2
@@ -92,7 +96,8 @@ def test_disjunctions_boxes_and_conjunctions(files):
     _, _, _, y = files("(<= Y_0 0)")
     low, high = float(y[:, 0].min()), float(y[:, 0].max())
     # Unsafe only far outside the range: proved in both boxes.
-    text = f"(or (and (<= X_0 0) (<= Y_0 {low - 1})) (and (>= X_0 0) (or (>= Y_0 {high + 1}) (and (>= Y_0 {high + 1}) (<= Y_1 0)))))"
+    above = f"(or (>= Y_0 {high + 1}) (and (>= Y_0 {high + 1}) (<= Y_1 0)))"
+    text = f"(or (and (<= X_0 0) (<= Y_0 {low - 1})) (and (>= X_0 0) {above}))"
     model, prop, _, _ = files(text)
     sets = vnnlib.read(prop)
     assert len(sets) == 2
@@ -164,25 +169,98 @@ def test_bad_property_files_are_refused(text, message):
         vnnlib.parse(text)
 
 
-OPERATORS = [
-    ("Conv", lambda: [helper.make_node("Reshape", ["x", "s"], ["i"]), helper.make_node("Conv", ["i", "k", "b"], ["c"], pads=[1, 0, 1, 1], strides=[2, 1]), helper.make_node("Flatten", ["c"], ["f"]), helper.make_node("MatMul", ["f", "m"], ["y"])], {"s": np.array([1, 1, 4, 3]), "k": "r 2 1 3 2", "b": "r 2", "m": "r 12 3"}),
-    ("pools", lambda: [helper.make_node("Reshape", ["x", "s"], ["i"]), helper.make_node("MaxPool", ["i"], ["p"], kernel_shape=[2, 2]), helper.make_node("AveragePool", ["p"], ["q"], kernel_shape=[2, 1]), helper.make_node("Squeeze", ["q", "a"], ["y0"]), helper.make_node("Concat", ["y0", "y0"], ["y1"], axis=1), helper.make_node("Slice", ["y1", "st", "en", "ax", "sp"], ["y"])], {"s": np.array([1, 1, 4, 3]), "a": np.array([1]), "st": np.array([0]), "en": np.array([3]), "ax": np.array([1]), "sp": np.array([1])}),
-    ("softmax", lambda: [helper.make_node("Softmax", ["x"], ["p"]), helper.make_node("Gather", ["p", "g"], ["y"], axis=1)], {"g": np.array([3, 0, 7])}),
-    ("arithmetic", lambda: [helper.make_node("Exp", ["x"], ["e"]), helper.make_node("Add", ["e", "one"], ["f"]), helper.make_node("Log", ["f"], ["l"]), helper.make_node("Sqrt", ["f"], ["q"]), helper.make_node("Div", ["l", "q"], ["d"]), helper.make_node("Pow", ["d", "two"], ["p"]), helper.make_node("Neg", ["p"], ["n"]), helper.make_node("Abs", ["n"], ["a"]), helper.make_node("Sub", ["a", "x"], ["u"]), helper.make_node("Mul", ["u", "x"], ["v"]), helper.make_node("Reciprocal", ["f"], ["r"]), helper.make_node("Add", ["v", "r"], ["z"]), helper.make_node("MatMul", ["z", "m"], ["y"])], {"one": np.float32(1.0), "two": np.float32(2.0), "m": "r 12 3"}),
-    ("functions", lambda: [helper.make_node("Sin", ["x"], ["a"]), helper.make_node("Cos", ["a"], ["b"]), helper.make_node("Tanh", ["b"], ["c"]), helper.make_node("LeakyRelu", ["c"], ["d"], alpha=0.2), helper.make_node("Sigmoid", ["d"], ["e"]), helper.make_node("Clip", ["e", "lo", "hi"], ["f"]), helper.make_node("Unsqueeze", ["f", "ax"], ["g"]), helper.make_node("Transpose", ["g"], ["h"], perm=[0, 2, 1]), helper.make_node("ReduceSum", ["h", "ax2"], ["i"], keepdims=0), helper.make_node("Identity", ["i"], ["j"]), helper.make_node("MatMul", ["j", "m"], ["y"])], {"lo": np.float32(0.1), "hi": np.float32(0.9), "ax": np.array([2]), "ax2": np.array([1]), "m": "r 12 3"}),
-    ("norms", lambda: [helper.make_node("Reshape", ["x", "s"], ["i"]), helper.make_node("BatchNormalization", ["i", "w", "b", "mu", "va"], ["n"]), helper.make_node("ReduceMean", ["n"], ["y"], axes=[2], keepdims=0)], {"s": np.array([1, 3, -1]), "w": "r 3", "b": "r 3", "mu": "r 3", "va": np.array([0.5, 1.0, 2.0], dtype=np.float32)}),
-    ("bilinear", lambda: [helper.make_node("Reshape", ["x", "s"], ["q"]), helper.make_node("Transpose", ["q"], ["k"], perm=[0, 2, 1]), helper.make_node("MatMul", ["q", "k"], ["w"]), helper.make_node("Flatten", ["w"], ["f"]), helper.make_node("MatMul", ["f", "m"], ["y"])], {"s": np.array([1, 3, 4]), "m": "r 9 3"}),
-]  # fmt: skip
+node = helper.make_node
 
 
-@pytest.mark.parametrize(("nodes", "weights"), [case[1:] for case in OPERATORS], ids=[case[0] for case in OPERATORS])
-def test_operators_are_read_as_onnx_evaluates_them(nodes, weights, tmp_path):
+def ints(*values):
+    return np.array(values)
+
+
+def convolution():
+    yield node("Reshape", ["x", "s"], ["i"])
+    yield node("Conv", ["i", "k", "b"], ["c"], pads=[1, 0, 1, 1], strides=[2, 1])
+    yield node("Flatten", ["c"], ["f"])
+    yield node("MatMul", ["f", "m"], ["y"])
+
+
+def pools():
+    yield node("Reshape", ["x", "s"], ["i"])
+    yield node("MaxPool", ["i"], ["p"], kernel_shape=[2, 2])
+    yield node("AveragePool", ["p"], ["q"], kernel_shape=[2, 1])
+    yield node("Flatten", ["q"], ["y0"])
+    yield node("Concat", ["y0", "y0"], ["y1"], axis=1)
+    yield node("Slice", ["y1", "st", "en", "ax", "sp"], ["y"])
+
+
+def softmax():
+    yield node("Softmax", ["x"], ["p"])
+    yield node("Gather", ["p", "g"], ["y"], axis=1)
+
+
+def arithmetic():
+    yield node("Exp", ["x"], ["e"])
+    yield node("Add", ["e", "one"], ["f"])
+    yield node("Log", ["f"], ["l"])
+    yield node("Sqrt", ["f"], ["q"])
+    yield node("Div", ["l", "q"], ["d"])
+    yield node("Pow", ["d", "two"], ["p"])
+    yield node("Neg", ["p"], ["n"])
+    yield node("Abs", ["n"], ["a"])
+    yield node("Sub", ["a", "x"], ["u"])
+    yield node("Mul", ["u", "x"], ["v"])
+    yield node("Reciprocal", ["f"], ["r"])
+    yield node("Add", ["v", "r"], ["z"])
+    yield node("MatMul", ["z", "m"], ["y"])
+
+
+def functions():
+    yield node("Sin", ["x"], ["a"])
+    yield node("Cos", ["a"], ["b"])
+    yield node("Tanh", ["b"], ["c"])
+    yield node("LeakyRelu", ["c"], ["d"], alpha=0.2)
+    yield node("Sigmoid", ["d"], ["e"])
+    yield node("Clip", ["e", "lo", "hi"], ["f"])
+    yield node("Unsqueeze", ["f", "ax"], ["g"])
+    yield node("Transpose", ["g"], ["h"], perm=[0, 2, 1])
+    yield node("ReduceSum", ["h", "ax2"], ["i"], keepdims=0)
+    yield node("Identity", ["i"], ["j"])
+    yield node("MatMul", ["j", "m"], ["y"])
+
+
+def norms():
+    yield node("Reshape", ["x", "s"], ["i"])
+    yield node("BatchNormalization", ["i", "w", "b", "mu", "va"], ["n"])
+    yield node("ReduceMean", ["n"], ["y"], axes=[2], keepdims=0)
+
+
+def bilinear():
+    yield node("Reshape", ["x", "s"], ["q"])
+    yield node("Transpose", ["q"], ["k"], perm=[0, 2, 1])
+    yield node("MatMul", ["q", "k"], ["w"])
+    yield node("Flatten", ["w"], ["f"])
+    yield node("MatMul", ["f", "m"], ["y"])
+
+
+OPERATORS = {
+    convolution: {"s": ints(1, 1, 4, 3), "k": "2 1 3 2", "b": "2", "m": "12 3"},
+    pools: {"s": ints(1, 1, 4, 3), "st": ints(0), "en": ints(3), "ax": ints(1), "sp": ints(1)},
+    softmax: {"g": ints(3, 0, 7)},
+    arithmetic: {"one": np.float32(1.0), "two": np.float32(2.0), "m": "12 3"},
+    functions: {"lo": np.float32(0.1), "hi": np.float32(0.9), "ax": ints(2), "ax2": ints(1), "m": "12 3"},
+    norms: {"s": ints(1, 3, -1), "w": "3", "b": "3", "mu": "3", "va": np.array([0.5, 1, 2], dtype=np.float32)},
+    bilinear: {"s": ints(1, 3, 4), "m": "9 3"},
+}
+
+
+@pytest.mark.parametrize("nodes", OPERATORS)
+def test_operators_are_read_as_onnx_evaluates_them(nodes, tmp_path):
+    weights = OPERATORS[nodes]
     rng = np.random.default_rng(1)
     made = {
-        name: rng.standard_normal([int(n) for n in w.split()[1:]]).astype(np.float32) if isinstance(w, str) else w
+        name: rng.standard_normal([int(n) for n in w.split()]).astype(np.float32) if isinstance(w, str) else w
         for name, w in weights.items()
     }
-    path = save(tmp_path / "m.onnx", nodes(), made, 12, 3)
+    path = save(tmp_path / "m.onnx", list(nodes()), made, 12, 3)
     graph, model = load_onnx(path)
     from tilewright.verify.genbab import BoundedModule, BoundedTensor, PerturbationLpNorm, from_onnx
 

@@ -11,12 +11,12 @@ from tilewright.verify.genbab.bounds import Splits, backward, bound_nodes, slope
 from tilewright.verify.genbab.optimise import Schedule, alpha_crown
 from tilewright.verify.genbab.region import Region
 
-GRAPHS, BATCH, SAMPLES = 2000, 3, 40
+GRAPHS, BATCH, SAMPLES = 2000, 2, 40
 CHUNKS = 20
 SLACK = 1e-8
 
 
-def attacked(graph, region, c, x, steps=4):
+def attacked(graph, region, c, x, steps=2):
     """Points moved down each form c [S, n] from the best samples: [S, B, n]."""
     y = graph.forward(x.reshape(-1, x.shape[-1])).reshape(*x.shape[:2], -1) @ c.T
     best = y.argmin(0)
@@ -45,7 +45,7 @@ def test_no_output_leaves_its_bounds(chunk):
         forms = (values[-1] @ c.T).reshape(-1, BATCH, 4)
         scale = SLACK * (1 + forms.abs().amax(0))
         rows = c.expand(BATCH, -1, -1)
-        ibp, _ = bound_nodes(graph, region, crown=False)
+        ibp = bound_nodes(graph, region, crown=False)[0] if seed % 4 == 0 else {}
         bounds, empty = bound_nodes(graph, region)
         assert not empty.any(), seed
         for found in (ibp, bounds):
@@ -59,8 +59,8 @@ def test_no_output_leaves_its_bounds(chunk):
         assert not (forms < lower - scale).any(), seed
         proved += int(lower.isfinite().sum())
         constrained(graph, region, bounds, slopes, rows, points, values, forms, generator, seed)
-        if seed % 10 == 0:
-            solution = alpha_crown(graph, region, rows, Schedule(steps=4))
+        if seed % 40 == chunk:
+            solution = alpha_crown(graph, region, rows, Schedule(steps=3))
             assert not (forms < solution.lower - scale).any(), seed
             assert (solution.lower >= lower.nan_to_num(-torch.inf) - scale).all(), seed
     # A bound that is never finite would pass: most must be.
@@ -84,9 +84,7 @@ def constrained(graph, region, bounds, slopes, rows, points, values, forms, gene
         for i, n in enumerate(graph.nodes)
         if n.nonlinear
     }
-    lower = backward(
-        graph, graph.output, rows, bounds, region, slopes=slopes, alphas=alphas, splits=splits
-    )
+    lower = backward(graph, graph.output, rows, bounds, region, slopes=slopes, alphas=alphas, splits=splits)
     on_side = (sign * (z[:, :, unit] - point) >= 0)[:, :, None]
     room = SLACK * (1 + forms.abs().amax(0))
     assert not (on_side & (forms < lower - room)).any(), seed

@@ -69,7 +69,9 @@ def relaxation_rows(experiment: Experiment) -> Iterator[Row]:
     experiment.values["area over hull"] = largest
     what = f"{len(DOMAINS)} functions x {count} intervals x {grid} points"
     yield at_most(f"lines left by the function, {what}, largest", max(worst.values()), 1e-9)
-    yield at_most("area of the default lines over the grid's hull, worst of all functions", max(largest.values()), 1.001)
+    yield at_most(
+        "area of the default lines over the grid's hull, worst of all functions", max(largest.values()), 1.001
+    )
 
 
 def _violation(fn: Unary, k: Tensor, b: Tensor, l: Tensor, u: Tensor, grid: int) -> float:
@@ -152,7 +154,7 @@ def bound_rows(experiment: Experiment) -> Iterator[Row]:
             near = x + 0.4 * torch.rand((samples, n), generator=generator, dtype=torch.float64) - 0.2
             with torch.no_grad():
                 y = module(near).reshape(samples, -1)
-            low, high = _attacked(bounded, given, y, near)
+            low, high = _attacked(bounded, given, y)
             low, high = torch.minimum(low, y.amin(0)), torch.maximum(high, y.amax(0))
             for lower, upper in found.values():
                 worst = max(worst, float((lower.reshape(-1) - low).max()), float((high - upper.reshape(-1)).max()))
@@ -172,7 +174,7 @@ def bound_rows(experiment: Experiment) -> Iterator[Row]:
     yield at_least("share of outputs where alpha-CROWN is at least as tight as CROWN", stronger / outputs, 1.0)
 
 
-def _attacked(bounded: object, given: object, y: Tensor, near: Tensor) -> tuple[Tensor, Tensor]:
+def _attacked(bounded: object, given: object, y: Tensor) -> tuple[Tensor, Tensor]:
     """Extremes of each output after descending from 20 points each way."""
     from tilewright.verify.genbab import attack
     from tilewright.verify.genbab.bounded_module import BoundedModule, BoundedTensor
@@ -208,7 +210,7 @@ def milp_rows(experiment: Experiment) -> Iterator[Row]:
         hidden = [(bounds[i][0][0], bounds[i][1][0]) for i in graph.pre]
         one = torch.ones(1, dtype=torch.float64)
         exact = relu_milp(net, -high, high, one, hidden)
-        lower, _, _ = minimum(graph, -high, high, one, gap=1e-4, timeout=60, split="input")
+        lower, _, _ = minimum(graph, -high, high, one, gap=1e-4, timeout=60)
         worst = max(worst, abs(lower - exact))
         pairs.append((exact, lower))
         for shift, wanted in ((-0.01, "verified"), (0.01, "falsified")):

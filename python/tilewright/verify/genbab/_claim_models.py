@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -43,7 +44,7 @@ class Net(nn.Module):
     def __init__(self, sizes: tuple[int, ...], activation: Activation, seed: int, gain: float = 1.0) -> None:
         super().__init__()
         generator = torch.Generator().manual_seed(seed)
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
         self.activation = activation
         with torch.no_grad():
             for layer in self.layers:
@@ -185,9 +186,7 @@ def _flow(v: Tensor, w: Tensor, t: Tensor, g: float, b: float) -> tuple[Tensor, 
 
 def graphs(seed: int) -> dict[str, tuple[nn.Module, int]]:
     """Every kind of graph with its number of inputs: a three-layer net of each family, and the composite ones."""
-    found: dict[str, tuple[nn.Module, int]] = {
-        name: (Net((4, 8, 8, 3), f, seed), 4) for name, f in FAMILIES.items()
-    }
+    found: dict[str, tuple[nn.Module, int]] = {name: (Net((4, 8, 8, 3), f, seed), 4) for name, f in FAMILIES.items()}
     found["product"] = (Gated(seed), 4)
     found["softmax"] = (SoftmaxNet(seed), 4)
     found["attention"] = (Attention(seed), 12)
@@ -231,7 +230,9 @@ def relu_milp(net: Net, x_L: Tensor, x_U: Tensor, c: Tensor, bounds: list[tuple[
     objective = np.zeros(count)
     objective[before] = c.numpy() @ w
     constraint = LinearConstraint(matrix.tocsr(), [r[1] for r in rows], [r[2] for r in rows])
-    found = milp(objective, constraints=constraint, integrality=whole, bounds=Bounds(low, high), options={"mip_rel_gap": 0})
+    found = milp(
+        objective, constraints=constraint, integrality=whole, bounds=Bounds(low, high), options={"mip_rel_gap": 0}
+    )
     if found.status != 0:
         raise RuntimeError(f"the mixed-integer program was not solved: {found.message}")
     return float(found.fun + c.numpy() @ b)

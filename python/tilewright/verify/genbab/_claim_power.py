@@ -28,10 +28,14 @@ def rows(experiment: Experiment) -> Iterator[Row]:
     experiment.values["power"] = found
     for key in ("samples", "alpha-CROWN", *WAYS):
         text = ", ".join(f"{one[key]:.4g}" for one in found)
-        yield Row(f"AC balance: imbalance {'reached' if key == 'samples' else 'proved'}, {key}", "", text, "reported", True)
+        yield Row(
+            f"AC balance: imbalance {'reached' if key == 'samples' else 'proved'}, {key}", "", text, "reported", True
+        )
     for other in ("alpha-CROWN", "ReLU only"):
         ratio = max(one["all"] / one[other] for one in found)
-        yield at_most(f"AC balance: proved with all branching over {other}, worst network", ratio, 0.999, paper="smaller")
+        yield at_most(
+            f"AC balance: proved with all branching over {other}, worst network", ratio, 0.999, paper="smaller"
+        )
     above = min(one["all"] / one["samples"] for one in found)
     yield at_least("AC balance: proved with all branching over what samples reach", above, 1.0)
 

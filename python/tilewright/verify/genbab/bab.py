@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tilewright.verify.genbab import attack
 from tilewright.verify.genbab.bounds import Trace, backward, bound_nodes, slopes_of
-from tilewright.verify.genbab.branching import Branching, decide, input_decision, shortcuts
+from tilewright.verify.genbab.branching import Branching, Shortcuts, decide, input_decision, shortcuts
 from tilewright.verify.genbab.domains import Batch, Domain, stack, unstack
 from tilewright.verify.genbab.graph import Graph
 from tilewright.verify.genbab.optimise import BRANCH, ROOT, Schedule, Solution, alpha_crown, ascend
@@ -100,8 +100,8 @@ class Search:
         self.settled = math.inf
         self.stuck = math.inf
         self.trace: list[tuple[float, int, float]] = []
-        self.seen: Callable[[Tensor], None] = lambda x: None
-        self.restrict: list[int] | None = None
+        self.short: dict[int, Shortcuts] | None = None
+        self.seen: Callable[[Tensor], object] = torch.numel
 
     # -- root ----------------------------------------------------------------------------------------------------
 
@@ -144,7 +144,7 @@ class Search:
 
     def run(self) -> Outcome:
         """Search to the end; the root must have been bounded."""
-        slopes = None
+        self.short = None
         while self.heap:
             if self.heap[0][0] > self.enough():
                 break
@@ -152,8 +152,8 @@ class Search:
                 return self._end("unknown", "timeout")
             if self.visited >= self.settings.max_domains:
                 return self._end("unknown", f"limit of {self.settings.max_domains} subdomains")
-            if slopes is None:
-                slopes = self._shortcuts()
+            if self.short is None:
+                self.short = self._shortcuts()
             witness = self.round()
             self.note()
             if witness is not None:
@@ -165,13 +165,12 @@ class Search:
     def _end(self, status: str, reason: str, witness: Tensor | None = None) -> Outcome:
         return Outcome(status, self.lower_bound, witness, self.visited, reason, self.trace)
 
-    def _shortcuts(self) -> bool:
-        self.short = {}
+    def _shortcuts(self) -> dict[int, Shortcuts]:
         if self.settings.split == "neuron" and self.settings.branching.score == "bbps":
             domain = self.heap[0][2]
             bounds = {i: (l[None], u[None]) for i, (l, u) in domain.bounds.items()}
-            self.short = shortcuts(self.graph, bounds, self.region, slopes_of(self.graph, bounds))
-        return True
+            return shortcuts(self.graph, bounds, self.region, slopes_of(self.graph, bounds))
+        return {}
 
     def round(self) -> Tensor | None:
         """Cut a batch of the worst subdomains and bound the halves; a confirmed witness if one shows."""
@@ -215,7 +214,7 @@ class Search:
         axis, middle = input_decision(batch.region, trace)
         units = None
         if self.settings.split == "neuron":
-            units = decide(self.graph, batch.bounds, batch.region, trace, self.short, self.settings.branching)
+            units = decide(self.graph, batch.bounds, batch.region, trace, self.short or {}, self.settings.branching)
         for row, parent in enumerate(parents):
             if units is not None and int(units.unit[row]) >= 0:
                 node, unit, point = int(units.node[row]), int(units.unit[row]), float(units.point[row])
@@ -283,6 +282,11 @@ def search(
     return found.run()
 
 
+def _no_witness(x: Tensor) -> bool:  # noqa: ARG001
+    """A minimum has no witness: nothing ends its search early."""
+    return False
+
+
 def minimum(
     graph: Graph, region: Region, c: Tensor, settings: Settings, *, gap: float = 1e-4
 ) -> tuple[float, float, Outcome]:
@@ -309,7 +313,7 @@ def minimum(
             point = region.project(at.detach() - radius / 8 * 0.8**step * gradient.nan_to_num(0.0).sign())[0]
             improve(point[None])
 
-    found = Search(graph, region, prop, settings, lambda point: False, enough=lambda: best[0] - gap)
+    found = Search(graph, region, prop, settings, _no_witness, enough=lambda: best[0] - gap)
 
     def seen(corners: Tensor) -> None:
         improve(corners)

@@ -186,9 +186,7 @@ def _least(a: Tensor, l: Tensor, u: Tensor) -> Tensor:
     return a.clamp(min=0) * l.unsqueeze(1) + a.clamp(max=0) * u.unsqueeze(1)
 
 
-def _reach(
-    graph: Graph, index: int, bounds: Bounds, trace: Trace, new: tuple[Tensor, Tensor]
-) -> tuple[Tensor, Tensor]:
+def _reach(graph: Graph, index: int, bounds: Bounds, trace: Trace, new: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Coefficient and intercept [B, S, n] that a node's consumers give its units, were its interval ``new``."""
     total_a: Tensor | None = None
     total_b: Tensor | None = None

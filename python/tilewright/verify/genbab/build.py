@@ -75,7 +75,9 @@ class Builder:
         """
         t = torch.as_tensor(x).detach().to(self.dtype)
         if not t.isfinite().all():
-            raise ValueError(f"{self.label or 'a constant'}: a weight or constant is NaN or infinite; nothing can be proved")
+            raise ValueError(
+                f"{self.label or 'a constant'}: a weight or constant is NaN or infinite; nothing can be proved"
+            )
         return t
 
     def affine(
@@ -96,9 +98,7 @@ class Builder:
             return call
 
         zeros = [None if c is None else torch.zeros_like(c) for c in fixed]
-        op = Operator(
-            closed(fn, fixed), closed(magnitude or fn, zeros), [v.shape for v in values], self.dtype
-        )
+        op = Operator(closed(fn, fixed), closed(magnitude or fn, zeros), [v.shape for v in values], self.dtype)
         shape = tuple(op.fn(*(torch.zeros(v.shape, dtype=self.dtype) for v in values)).shape)
         return self._add(dense_if_small(op), tuple(v.node for v in values), shape)
 
@@ -203,9 +203,7 @@ class Builder:
         b = None if bias is None else self.weights(bias)
         kind = ("conv_transpose" if transposed else "conv") + f"{w.dim() - 2}d"
         conv = getattr(torch.nn.functional, kind)
-        return self.affine(
-            lambda a: conv(a, w, b, **how), x, magnitude=lambda a: conv(a, w.abs(), None, **how)
-        )
+        return self.affine(lambda a: conv(a, w, b, **how), x, magnitude=lambda a: conv(a, w.abs(), None, **how))
 
     def sum(self, x: Any_, dims: Sequence[int], keepdim: bool) -> Value | Tensor:
         """Sum over axes."""

@@ -34,7 +34,11 @@ def plot(values: dict[str, Any], figure: Figure) -> None:
     _power(values["power"], axes[2])
 
 
-WAYS = {"alone": "alpha-CROWN alone", "BaBSR-like, midpoints": "BaBSR-like, midpoints", "BBPS, best points": "BBPS, best points"}
+WAYS = {
+    "alone": "alpha-CROWN alone",
+    "BaBSR-like, midpoints": "BaBSR-like, midpoints",
+    "BBPS, best points": "BBPS, best points",
+}
 COLOURS = ("0.75", "tab:orange", "tab:blue")
 
 

@@ -155,7 +155,9 @@ HANDLERS |= {
     "Gelu": lambda b, xs, a: b.unary(functions.gelu(a.get("approximate", b"none").decode()), xs[0]),
     "Max": lambda b, xs, a: _fold(b.maximum, xs),
     "Min": lambda b, xs, a: _fold(b.minimum, xs),
-    "Concat": lambda b, xs, a: b.concat(xs, a["axis"]) if any(isinstance(x, Value) for x in xs) else torch.cat(xs, a["axis"]),
+    "Concat": lambda b, xs, a: (
+        b.concat(xs, a["axis"]) if any(isinstance(x, Value) for x in xs) else torch.cat(xs, a["axis"])
+    ),
     "Shape": lambda b, xs, a: torch.tensor(_shape(xs[0])),
 }
 

@@ -33,18 +33,20 @@ UNARY: dict[str, Unary] = {
     "erf": functions.erf,
 }
 
-SAME_ELEMENTS = frozenset(
-    "view _unsafe_view reshape unsqueeze squeeze flatten unflatten clone contiguous alias detach lift_fresh_copy "
-    "dropout feature_dropout alpha_dropout _to_copy to type_as view_as".split()
-)
+_SAME_ELEMENTS = """
+view _unsafe_view reshape unsqueeze squeeze flatten unflatten clone contiguous alias detach lift_fresh_copy dropout
+feature_dropout alpha_dropout _to_copy to type_as view_as
+"""
+_NON_NEGATIVE = """
+permute transpose t numpy_T slice select expand cat stack index_select gather sum mean flip roll repeat index cumsum
+diagonal tile avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d _adaptive_avg_pool2d
+constant_pad_nd pad upsample_nearest2d pixel_shuffle movedim swapaxes narrow take broadcast_to hstack vstack concat
+repeat_interleave expand_as
+"""
+SAME_ELEMENTS = frozenset(_SAME_ELEMENTS.split())
 """Operators that keep the elements in their order: only the shape changes."""
 
-NON_NEGATIVE = frozenset(
-    "permute transpose t numpy_T slice select expand cat stack index_select gather sum mean flip roll repeat index "
-    "cumsum diagonal tile avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d "
-    "_adaptive_avg_pool2d constant_pad_nd pad upsample_nearest2d pixel_shuffle movedim swapaxes narrow take "
-    "broadcast_to hstack vstack concat repeat_interleave expand_as".split()
-)
+NON_NEGATIVE = frozenset(_NON_NEGATIVE.split())
 """Linear operators with coefficients that are not negative (a padding value is a constant term)."""
 
 Handler = Callable[..., Any]
@@ -61,7 +63,13 @@ def _handles(*names: str) -> Callable[[Handler], Handler]:
 
 def known(name: str) -> bool:
     """Whether an aten operator is read as it stands."""
-    return name in UNARY or name in SAME_ELEMENTS or name in NON_NEGATIVE or name in HANDLERS or f"aten.{name}" in REGISTERED
+    return (
+        name in UNARY
+        or name in SAME_ELEMENTS
+        or name in NON_NEGATIVE
+        or name in HANDLERS
+        or f"aten.{name}" in REGISTERED
+    )
 
 
 def float_copy(module: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -104,11 +112,11 @@ def _read(program: Any, builder: Builder) -> Graph:
             builder.label = _label(node)
             found[node.name] = _call(builder, node.target, args, dict(kwargs))
         elif node.op == "output":
-            return builder.graph(_only_output(program, node, found))
+            return builder.graph(_only_output(program, found))
     raise AssertionError("a traced graph ends with its output")
 
 
-def _only_output(program: Any, node: Any, found: dict[str, Any]) -> Any:
+def _only_output(program: Any, found: dict[str, Any]) -> Any:
     wanted = [name for name in program.graph_signature.user_outputs if isinstance(name, str)]
     if len(wanted) != 1:
         raise ValueError(f"the model returns {len(wanted)} tensors; wrap it in a module that returns the one to bound")
@@ -235,10 +243,10 @@ HANDLERS |= {
     "bmm": lambda b, x, y: b.matmul(x, y),
     "matmul": lambda b, x, y: b.matmul(x, y),
     "linear": lambda b, x, w, bias=None: b.linear(x, w, bias),
-    "softmax": lambda b, x, dim, dtype=None: b.softmax(x, dim),  # noqa: ARG005
-    "_softmax": lambda b, x, dim, half: b.softmax(x, dim),  # noqa: ARG005
-    "log_softmax": lambda b, x, dim, dtype=None: b.log_softmax(x, dim),  # noqa: ARG005
-    "_log_softmax": lambda b, x, dim, half: b.log_softmax(x, dim),  # noqa: ARG005
+    "softmax": lambda b, x, dim, dtype=None: b.softmax(x, dim),
+    "_softmax": lambda b, x, dim, half: b.softmax(x, dim),
+    "log_softmax": lambda b, x, dim, dtype=None: b.log_softmax(x, dim),
+    "_log_softmax": lambda b, x, dim, half: b.log_softmax(x, dim),
 }
 
 
@@ -282,9 +290,23 @@ def _baddbmm(b: Builder, bias: Any, x: Any, y: Any, beta: float = 1.0, alpha: fl
 
 @_handles("convolution")
 def _convolution(
-    b: Builder, x: Any, w: Any, bias: Any, stride: Any, padding: Any, dilation: Any, transposed: bool, out: Any, groups: int
+    b: Builder,
+    x: Any,
+    w: Any,
+    bias: Any,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    out: Any,
+    groups: int,
 ) -> Any:
-    how: dict[str, Any] = {"stride": tuple(stride), "padding": tuple(padding), "dilation": tuple(dilation), "groups": groups}
+    how: dict[str, Any] = {
+        "stride": tuple(stride),
+        "padding": tuple(padding),
+        "dilation": tuple(dilation),
+        "groups": groups,
+    }
     if transposed:
         how["output_padding"] = tuple(out)
     return b.convolution(x, w, bias, transposed=transposed, **how)
@@ -297,12 +319,23 @@ def _conv(
     def plain(v: Any) -> Any:
         return tuple(v) if isinstance(v, (list, tuple)) else v
 
-    return b.convolution(x, w, bias, stride=plain(stride), padding=plain(padding), dilation=plain(dilation), groups=groups)
+    return b.convolution(
+        x, w, bias, stride=plain(stride), padding=plain(padding), dilation=plain(dilation), groups=groups
+    )
 
 
 @_handles("batch_norm")
 def _batch_norm(
-    b: Builder, x: Any, w: Any, bias: Any, mean: Any, var: Any, training: bool, momentum: float, eps: float, fast: bool = False
+    b: Builder,
+    x: Any,
+    w: Any,
+    bias: Any,
+    mean: Any,
+    var: Any,
+    training: bool,
+    momentum: float,
+    eps: float,
+    fast: bool = False,
 ) -> Any:
     if training or mean is None:
         raise UnsupportedOperator(f"{b.label}: batch normalisation with the batch's own statistics; call eval()")
@@ -315,7 +348,9 @@ def _native_batch_norm(b: Builder, x: Any, w: Any, bias: Any, mean: Any, var: An
 
 
 @_handles("layer_norm")
-def _layer_norm(b: Builder, x: Any, shape: Sequence[int], w: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any) -> Any:
+def _layer_norm(
+    b: Builder, x: Any, shape: Sequence[int], w: Any = None, bias: Any = None, eps: float = 1e-5, *_: Any
+) -> Any:
     return b.layer_norm(x, len(shape), w, bias, float(eps))
 
 
@@ -326,7 +361,15 @@ def _native_layer_norm(b: Builder, x: Any, shape: Sequence[int], w: Any, bias: A
 
 @_handles("scaled_dot_product_attention")
 def _attention(
-    b: Builder, q: Any, k: Any, v: Any, mask: Any = None, dropout: float = 0.0, is_causal: bool = False, scale: float | None = None, **_: Any
+    b: Builder,
+    q: Any,
+    k: Any,
+    v: Any,
+    mask: Any = None,
+    dropout: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    **_: Any,
 ) -> Any:
     if mask is not None or is_causal:
         raise UnsupportedOperator(f"{b.label}: attention with a mask")
@@ -338,7 +381,7 @@ def _attention(
 
 @_handles("amax", "max")
 def _amax(b: Builder, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
-    if isinstance(dim, Value) or isinstance(dim, Tensor):
+    if isinstance(dim, (Value, Tensor)):
         return b.maximum(x, dim)
     single = isinstance(dim, int)
     dims = range(len(x.shape)) if dim is None or dim == [] else [dim] if single else dim
@@ -352,7 +395,7 @@ def _amax(b: Builder, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
 
 @_handles("amin", "min")
 def _amin(b: Builder, x: Any, dim: Any = None, keepdim: bool = False) -> Any:
-    if isinstance(dim, Value) or isinstance(dim, Tensor):
+    if isinstance(dim, (Value, Tensor)):
         return b.minimum(x, dim)
     return b.neg(_amax(b, b.neg(x), dim, keepdim))
 

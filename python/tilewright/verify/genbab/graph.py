@@ -112,7 +112,9 @@ def compiled(nodes: list[Node], output: int, dtype: torch.dtype) -> Graph:
         kept.append(node)
     if output == 0:
         size = kept[0].size
-        kept.append(Node("output", Dense([torch.eye(size, dtype=dtype)], torch.zeros(size, dtype=dtype)), (0,), (size,)))
+        kept.append(
+            Node("output", Dense([torch.eye(size, dtype=dtype)], torch.zeros(size, dtype=dtype)), (0,), (size,))
+        )
     return Graph(kept, dtype)
 
 

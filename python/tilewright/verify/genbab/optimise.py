@@ -70,7 +70,13 @@ def ancestors(graph: Graph, start: int) -> list[int]:
 
 
 def alpha_crown(
-    graph: Graph, region: Region, c: Tensor, schedule: Schedule = ROOT, *, joint: bool = True, deadline: float | None = None
+    graph: Graph,
+    region: Region,
+    c: Tensor,
+    schedule: Schedule = ROOT,
+    *,
+    joint: bool = True,
+    deadline: float | None = None,
 ) -> Solution:
     """Lower bounds of c . output (c [B, S, n]) with optimised lines; those of the intermediate bounds too if ``joint``.
 
@@ -95,9 +101,7 @@ def _best(a: Tensor, b: Tensor) -> Tensor:
     return torch.maximum(a, b)
 
 
-def _start_parameters(
-    graph: Graph, start: int, rows: int, batch: int, slopes: dict[int, SlopeMap]
-) -> Parameters:
+def _start_parameters(graph: Graph, start: int, rows: int, batch: int, slopes: dict[int, SlopeMap]) -> Parameters:
     return {
         index: initial_t(slopes.get(index), (batch, rows, graph.nodes[index].size)).to(graph.dtype)
         for index in ancestors(graph, start)

@@ -45,7 +45,9 @@ def clauses(rows: Sequence[tuple[Tensor, Tensor]], n_out: int, dtype: torch.dtyp
     cs, ds = [], []
     for c, d in rows:
         if c.dim() != 2 or c.shape[1] != n_out or len(d) != len(c) or not len(c):
-            raise ValueError(f"a clause has shapes {tuple(c.shape)} and {tuple(d.shape)}; [R, {n_out}] and [R] are needed")
+            raise ValueError(
+                f"a clause has shapes {tuple(c.shape)} and {tuple(d.shape)}; [R, {n_out}] and [R] are needed"
+            )
         index = torch.arange(width).clamp(max=len(d) - 1)
         cs.append(c.to(dtype)[index])
         ds.append(d.to(dtype)[index])

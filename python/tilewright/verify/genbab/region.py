@@ -67,9 +67,7 @@ class Region:
         def pick(t: Tensor | None) -> Tensor | None:
             return None if t is None else t[rows]
 
-        return replace(
-            self, x_L=self.x_L[rows], x_U=self.x_U[rows], centre=pick(self.centre), eps=pick(self.eps)
-        )
+        return replace(self, x_L=self.x_L[rows], x_U=self.x_U[rows], centre=pick(self.centre), eps=pick(self.eps))
 
     def with_box(self, x_L: Tensor, x_U: Tensor) -> Region:
         """Other boxes, the ball of row 0 for all of them."""

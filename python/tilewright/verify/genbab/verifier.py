@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``verify``: a proof, a counterexample, or neither, for a linear property of a model's outputs over a set of inputs."""
+"""``verify``: a proof, a counterexample, or neither, for a linear property of outputs over a set of inputs."""
 
 from __future__ import annotations
 
@@ -74,9 +74,10 @@ def verify(
     with a list of rhs [R_k] is a list of clauses: in each one row must hold.
 
     method: "genbab" searches; "alpha-CROWN", "CROWN" and "IBP" only bound once (after the attack). branching: "bbps",
-    "babsr", "width". branching_point: "opt" or "uniform". branch_on: names of nonlinearities ("relu", "sin", "mul", ...)
-    to cut and nothing else; everything if None. split: "neuron" or "input". refresh: intermediate bounds anew in every subdomain. timeout in
-    seconds, batch_size and max_domains in subdomains. perturbation: a ball around the box's centre to cut the box with.
+    "babsr", "width". branching_point: "opt" or "uniform". branch_on: names of nonlinearities ("relu", "sin", ...)
+    to cut and nothing else; everything if None. split: "neuron" or "input". refresh: intermediate bounds anew in every
+    subdomain. timeout in seconds, batch_size and max_domains in subdomains. perturbation: a ball around the box's
+    centre to cut the box with.
     confirm: the function that says what the model answers, [n_in] -> [n_out], for checking witnesses; the module itself
     if None.
 

@@ -230,7 +230,9 @@ def _grouped(disjuncts: list[list[Linear]], names: _Names) -> list[UnsafeSet]:
                 elif factor < 0:
                     low[index] = max(low[index], -constant / factor)
             elif "X" in kinds:
-                raise ValueError("VNN-LIB has a condition on several inputs, or on inputs and outputs; only boxes are read")
+                raise ValueError(
+                    "VNN-LIB has a condition on several inputs, or on inputs and outputs; only boxes are read"
+                )
             else:
                 rows.append((coefficients, constant))
         if not all(map(math.isfinite, low + high)):
