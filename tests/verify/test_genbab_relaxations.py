@@ -81,7 +81,9 @@ def test_default_lines_enclose_the_least_area(name):
     ours, least = area(fn, l, u), hull_area(fn, l, u)
     # The sample's hull lies inside the true one by at most max|f''| h^2 / 8 of each line, h the sample's spacing; the
     # functions here have |f''| below 40 except near the ends of roots and reciprocals, which a second look allows for.
-    assert (ours <= 1.001 * least + 1e-4 * (u - l)).all(), (ours - least).max()
+    # A kink between two sample points costs at most the spacing times the slope's change, here at most 2.
+    kink = 2 * (u - l) ** 2 / 800 if fn.breaks else 0.0
+    assert (ours <= 1.001 * least + 1e-4 * (u - l) + kink).all(), (ours - least).max()
 
 
 def test_sin_over_many_periods_is_bounded_by_its_range():
@@ -89,7 +91,7 @@ def test_sin_over_many_periods_is_bounded_by_its_range():
     k = functions.sin.default_slopes(l, u)
     b = functions.sin.intercepts(k, l, u)
     assert violation(functions.sin, k, b, l, u) <= 1e-12
-    assert float(area(functions.sin, l, u)) <= 2 * 39 + 1e-9
+    assert float(area(functions.sin, l, u)) <= 2 * 39 * (1 + 1e-5)  # the slope is found to 1e-6 of its range
 
 
 def test_a_point_interval_gives_the_function_itself():
@@ -138,8 +140,8 @@ def test_gradient_of_the_intercept_is_the_envelope_theorem_s(name):
     l, u = intervals(low / 3, high / 3, 40, 5)
     wide = u - l > 0.2
     l, u = l[wide], u[wide]
-    slopes = slope_map(fn, l[None], u[None])
-    k = (slopes.low + slopes.width * 0.37)[:, 0, 0].contiguous()
+    least, most = fn.slope_range(l, u)
+    k = (least + (most - least) * 0.37).expand(2, -1)
     k, l, u = (t.clone().requires_grad_() for t in (k, l, u))
     fn.intercepts(k, l, u).sum().backward()
     h = 1e-6

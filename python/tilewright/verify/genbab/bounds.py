@@ -245,6 +245,7 @@ def bound_nodes(
     slopes: dict[int, SlopeMap] = {}
     for index, node in enumerate(graph.nodes[: (graph.output if upto is None else upto) + 1]):
         if index == 0:
+            _prepare(graph, 0, *bounds[0], slopes, crown, alphas is None)
             continue
         low, high = interval(node, [bounds[i] for i in node.inputs])
         if node.hull is not None:
@@ -257,11 +258,18 @@ def bound_nodes(
             low, high = merged(low, high, _both_sides(graph, index, low, high, bounds, region, alphas, slopes))
         low, high, bad = settled(low, high)
         bounds[index], empty = (low, high), empty | bad
-        for reader, _ in graph.consumers[index]:
-            op = graph.nodes[reader].op
-            if crown and isinstance(op, Unary):
-                slopes[reader] = slope_map(op, low, high, default=alphas is None)
+        _prepare(graph, index, low, high, slopes, crown, alphas is None)
     return bounds, empty
+
+
+def _prepare(
+    graph: Graph, index: int, low: Tensor, high: Tensor, slopes: dict[int, SlopeMap], crown: bool, default: bool
+) -> None:
+    """Slope maps of the unary nodes that read a node, if backward passes will ask for them."""
+    for reader, _ in graph.consumers[index]:
+        op = graph.nodes[reader].op
+        if crown and isinstance(op, Unary):
+            slopes[reader] = slope_map(op, low, high, default=default)
 
 
 def _both_sides(

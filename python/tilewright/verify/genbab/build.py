@@ -56,7 +56,9 @@ class Builder:
         """
         if not isinstance(output, Value):
             raise ValueError("the output does not depend on the input: there is nothing to bound")
-        return compiled(self.nodes, output.node, self.dtype)
+        graph = compiled(self.nodes, output.node, self.dtype)
+        graph.nodes[-1].shape = output.shape
+        return graph
 
     def _add(self, op: Any, inputs: tuple[int, ...], shape: Shape, **more: Any) -> Value:
         self.nodes.append(Node(self.label or f"node{len(self.nodes)}", op, inputs, shape, **more))
@@ -64,7 +66,7 @@ class Builder:
 
     def constant(self, x: Any) -> Tensor:
         """A number or tensor as a tensor of this graph's dtype (integers stay integers)."""
-        t = torch.as_tensor(x)
+        t = x if isinstance(x, Tensor) else torch.as_tensor(x, dtype=self.dtype if isinstance(x, float) else None)
         return t.to(self.dtype) if t.is_floating_point() else t
 
     def weights(self, x: Any) -> Tensor:
@@ -73,7 +75,7 @@ class Builder:
         Raises:
             ValueError: it holds NaN or an infinity.
         """
-        t = torch.as_tensor(x).detach().to(self.dtype)
+        t = self.constant(x).detach().to(self.dtype)
         if not t.isfinite().all():
             raise ValueError(
                 f"{self.label or 'a constant'}: a weight or constant is NaN or infinite; nothing can be proved"
@@ -342,7 +344,7 @@ class Builder:
     def clamp(self, x: Any_, low: Any, high: Any) -> Value | Tensor:
         """x cut to [low, high]; None is no limit."""
         limits = [
-            default if limit is None else float(torch.as_tensor(limit))
+            default if limit is None else float(limit)
             for limit, default in ((low, -math.inf), (high, math.inf))
         ]
         if math.isnan(limits[0]) or math.isnan(limits[1]) or limits[0] > limits[1]:

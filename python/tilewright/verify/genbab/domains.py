@@ -58,8 +58,10 @@ class Domain:
             (u if sign < 0 else l)[unit] = point
             more = Constraint(node, unit, sign, point, torch.zeros_like(self.lower))
             bounds = {**self.bounds, node: (l, u)}
+            # An earlier cut of the same unit on the same side is implied, and its multiplier only in the way.
+            kept = tuple(c for c in self.constraints if (c.node, c.unit, c.sign) != (node, unit, sign))
             halves.append(
-                Domain(self.clause, self.x_L, self.x_U, bounds, self.alphas, self.lower, (*self.constraints, more))
+                Domain(self.clause, self.x_L, self.x_U, bounds, self.alphas, self.lower, (*kept, more))
             )
         return halves
 

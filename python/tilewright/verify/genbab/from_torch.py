@@ -275,7 +275,7 @@ def _elu(b: Builder, x: Any, alpha: float = 1.0, scale: float = 1.0, input_scale
 def _pow(b: Builder, x: Any, exponent: Any) -> Any:
     if isinstance(exponent, Value):
         raise UnsupportedOperator(f"{b.label}: a power with a varying exponent; write exp(y log x)")
-    return b.power(x, float(torch.as_tensor(exponent)))
+    return b.power(x, float(exponent))
 
 
 @_handles("addmm")

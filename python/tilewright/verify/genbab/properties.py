@@ -29,11 +29,11 @@ class Property:
 
 def conjunction(c: Tensor, rhs: Tensor | float, n_out: int, dtype: torch.dtype) -> Property:
     """Every row of c y must exceed rhs: one clause a row."""
-    c = torch.as_tensor(c).to(dtype)
+    c = torch.as_tensor(c, dtype=dtype)
     c = c[None] if c.dim() == 1 else c
     if c.dim() != 2 or c.shape[1] != n_out:
         raise ValueError(f"C has shape {tuple(c.shape)}; [rows, {n_out}] is needed, {n_out} being the model's outputs")
-    d = -torch.as_tensor(rhs).to(dtype).expand(c.shape[0])
+    d = -torch.as_tensor(rhs, dtype=dtype).expand(c.shape[0])
     return _checked(c[:, None], d[:, None])
 
 

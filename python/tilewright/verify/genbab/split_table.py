@@ -18,8 +18,8 @@ from tilewright.verify.genbab.unary import Unary
 
 RANGE = 5.0
 CELL = 0.1
-FINE = 0.01
-VERSION = 1
+FINE = 0.02
+VERSION = 2
 
 
 def area(fn: Unary, l: Tensor, u: Tensor) -> Tensor:

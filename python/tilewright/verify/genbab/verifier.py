@@ -138,12 +138,12 @@ def _inner(shape: tuple[int, ...]) -> tuple[int, ...]:
 def _property(C: Any, rhs: Any, n_out: int, dtype: torch.dtype) -> Property:
     if isinstance(C, Tensor):
         return conjunction(C, rhs, n_out, dtype)
-    rows = [torch.as_tensor(c) for c in C]
+    rows = [torch.as_tensor(c, dtype=dtype) for c in C]
     if isinstance(rhs, (int, float)):
-        rhs = [torch.full((len(c),), float(rhs)) for c in rows]
+        rhs = [torch.full((len(c),), float(rhs), dtype=dtype) for c in rows]
     if len(rows) != len(rhs):
         raise ValueError(f"C has {len(rows)} clauses and rhs {len(rhs)}; give one rhs a clause")
-    return clauses([(c, -torch.as_tensor(r)) for c, r in zip(rows, rhs, strict=True)], n_out, dtype)
+    return clauses([(c, -torch.as_tensor(r, dtype=dtype)) for c, r in zip(rows, rhs, strict=True)], n_out, dtype)
 
 
 def _checker(
@@ -221,4 +221,4 @@ def minimum(
     shape = tuple(model.input_shape) if isinstance(model, Graph) else _batched(x_L)
     region = box_region(x_L.reshape(1, -1), x_U.reshape(1, -1), dtype)
     graph = model if isinstance(model, Graph) else BoundedModule(model, x_L.reshape(shape), {"dtype": dtype}).graph
-    return bab.minimum(graph, region, torch.as_tensor(c).to(dtype), settings, gap=gap)
+    return bab.minimum(graph, region, torch.as_tensor(c, dtype=dtype), settings, gap=gap)
