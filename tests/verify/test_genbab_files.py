@@ -83,7 +83,7 @@ def test_known_verdicts(files, op):
     least = float((y[:, 0] - y[:, 1]).min())
     spread = float((y[:, 0] - y[:, 1]).max()) - least
     model, prop, _, _ = files(f"(<= (- Y_0 Y_1) {least - 0.05 * spread})", op)
-    assert verify_files(model, prop, timeout=60).word == "unsat"
+    assert verify_files(model, prop, timeout=60, split="input").word == "unsat"
     model, prop, forward, _ = files(f"(<= (- Y_0 Y_1) {least + 0.05 * spread})", op)
     answer = verify_files(model, prop, timeout=60)
     assert answer.word == "sat"

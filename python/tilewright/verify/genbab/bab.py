@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tilewright.verify.genbab import attack
-from tilewright.verify.genbab.bounds import Trace, backward, bound_nodes, slopes_of
+from tilewright.verify.genbab.bounds import Trace, as_parameters, as_slopes, backward, bound_nodes, slopes_of
 from tilewright.verify.genbab.branching import Branching, Shortcuts, decide, input_decision, shortcuts
 from tilewright.verify.genbab.domains import Batch, Domain, stack, unstack
 from tilewright.verify.genbab.graph import Graph
@@ -115,9 +115,10 @@ class Search:
             raise ArithmeticError("the bounds of the whole input set contradict each other; please report this model")
         lower = solution.lower.reshape(k, r) + self.prop.d
         bounds = {i: (solution.bounds[i][0][0], solution.bounds[i][1][0]) for i in self.graph.pre}
+        found = as_slopes(solution.alphas, slopes_of(self.graph, solution.bounds))
         for clause in range(k):
             rows = slice(clause * r, (clause + 1) * r)
-            alphas = {i: t[:, 0, rows] for i, t in solution.alphas.items()}
+            alphas = {i: t[:, 0, rows] for i, t in found.items()}
             box = self.region.x_L[0], self.region.x_U[0]
             self._file(Domain(clause, *box, bounds, alphas, lower[clause]))
         self.note()
@@ -186,7 +187,7 @@ class Search:
                 batch.c,
                 batch.bounds,
                 batch.region,
-                alphas=batch.alphas,
+                alphas=as_parameters(batch.alphas, slopes),
                 slopes=slopes,
                 splits=batch.splits,
                 trace=trace,
@@ -253,7 +254,7 @@ class Search:
             batch.region,
             bounds,
             batch.c,
-            batch.alphas,
+            as_parameters(batch.alphas, slopes),
             batch.splits,
             settings.branch,
             slopes=slopes,
@@ -262,7 +263,7 @@ class Search:
         )
         lower = torch.where(plain > lower, plain, lower) + batch.d
         lower = torch.where(before > lower, before, lower)
-        unstack(children, bounds, alphas, betas, lower)
+        unstack(children, bounds, as_slopes(alphas, slopes), betas, lower)
         self.visited += len(children)
         for child, gone in zip(children, empty.tolist(), strict=True):
             if not gone:

@@ -322,3 +322,19 @@ def slopes_of(graph: Graph, bounds: Bounds) -> dict[int, SlopeMap]:
         for index, node in enumerate(graph.nodes)
         if isinstance(node.op, Unary)
     }
+
+
+def as_slopes(alphas: Alphas, slopes: Mapping[int, SlopeMap]) -> dict[int, Tensor]:
+    """The slopes that parameters mean; a product's mixture stays what it is."""
+    return {i: slopes[i].low + slopes[i].width * t if i in slopes else t for i, t in alphas.items()}
+
+
+def as_parameters(found: Mapping[int, Tensor], slopes: Mapping[int, SlopeMap]) -> dict[int, Tensor]:
+    """The parameters in [0, 1] of given slopes, as near as the intervals' range of slopes reaches."""
+    out = {}
+    for i, k in found.items():
+        if i in slopes:
+            width = torch.where(slopes[i].width > 0, slopes[i].width, torch.ones_like(slopes[i].width))
+            k = ((k - slopes[i].low) / width).nan_to_num(0.5).clamp(0, 1)
+        out[i] = k
+    return out
