@@ -176,7 +176,9 @@ def test_a_damaged_map_in_a_checkpoint_is_named(tmp_path: Any) -> None:
         load(rewritten(maps=header["maps"] | {"model.layers.7": 1.0}))
 
 
-@pytest.mark.parametrize("runtime", [lambda m: Engine(m, 32), to_transformers, lambda m: CudaEngine(m, 32, device="cpu")])
+@pytest.mark.parametrize(
+    "runtime", [lambda m: Engine(m, 32), to_transformers, lambda m: CudaEngine(m, 32, device="cpu")]
+)
 def test_what_no_runtime_can_do_is_refused(runtime: Any) -> None:
     model = engine_model()
     ones, zeros = torch.ones(64), torch.zeros(64)

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -23,7 +25,7 @@ def integral(x: np.ndarray, y: np.ndarray) -> float:
     x, y = np.sort(x), np.sort(y)
     ends = np.unique(np.concatenate([np.arange(n + 1) * m, np.arange(m + 1) * n]))
     total = 0.0
-    for low, high in zip(ends[:-1], ends[1:], strict=True):
+    for low, high in itertools.pairwise(ends):
         total += (x[low // m] - y[low // n]) ** 2 * (high - low) / (n * m)
     return total
 

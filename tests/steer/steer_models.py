@@ -58,6 +58,7 @@ class OnePlace(nn.Module):
         self.place = nn.Identity()
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        del attention_mask
         return self.place(self.table(input_ids))
 
 

@@ -141,7 +141,9 @@ def test_prox_is_the_minimiser(t1, tg):
         return 0.5 * np.sum((u - v) ** 2) + t1 * np.sum(parts) + tg * np.sqrt(np.sum(u**2) + 1e-18)
 
     start = np.concatenate([np.maximum(v, 0), np.maximum(-v, 0)])
-    least = minimize(smooth, start, bounds=[(0, None)] * 12, method="L-BFGS-B", options={"maxiter": 4000, "ftol": 1e-16})
+    least = minimize(
+        smooth, start, bounds=[(0, None)] * 12, method="L-BFGS-B", options={"maxiter": 4000, "ftol": 1e-16}
+    )
     assert objective(u) <= least.fun + 1e-6
     if least.fun < objective(np.zeros(6)) - 1e-3:
         found = least.x[:6] - least.x[6:]

@@ -38,7 +38,9 @@ def test_generate_gives_the_hooked_models_text(maps, smollm2_gguf):
     from tilewright.steer import Steering
 
     prompt = "The best thing about the weekend was"
-    out = run("generate", smollm2_gguf, "-p", prompt, "--max-new-tokens", 12, "--steer", maps, "--strength", 0.5, "--json")
+    out = run(
+        "generate", smollm2_gguf, "-p", prompt, "--max-new-tokens", 12, "--steer", maps, "--strength", 0.5, "--json"
+    )
     loaded = load(smollm2_gguf)
     theirs = to_transformers(loaded)
     ids = loaded.tokenizer(prompt, return_tensors="pt").input_ids

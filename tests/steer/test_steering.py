@@ -199,7 +199,7 @@ def test_other_and_damaged_files_are_named(tmp_path):
     with pytest.raises(ValueError, match="version 9, this tilewright reads 1"):
         Steering.load(path)
     write(good, strengths={})
-    with pytest.raises(ValueError, match="tensor 'a.bias' belongs to no map"):
+    with pytest.raises(ValueError, match=r"tensor 'a\.bias' belongs to no map"):
         Steering.load(path)
     write({"a.weight": torch.ones(2)}, strengths={"a": 1.0})
     with pytest.raises(ValueError, match="the map at a is not complete"):

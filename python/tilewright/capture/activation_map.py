@@ -44,7 +44,8 @@ class ActivationMap:
                 continue
             if value.shape != self.weight.shape or not value.is_floating_point():
                 raise ValueError(
-                    f"ActivationMap: {name} is {value.dtype} {list(value.shape)}, needed float {list(self.weight.shape)}"
+                    f"ActivationMap: {name} is {value.dtype} {list(value.shape)}, "
+                    f"needed float {list(self.weight.shape)}"
                 )
             if name in ("weight", "bias") and not bool(torch.isfinite(value).all()):
                 raise ValueError(f"ActivationMap: {name} holds NaN or infinite values")

@@ -78,9 +78,7 @@ def _hooked(model: nn.Module, taps: Mapping[Any, Tap], *, replace: bool) -> Iter
             handle.remove()
 
 
-def _place(
-    model: nn.Module, taps: Mapping[Any, Tap], *, replace: bool
-) -> tuple[list[Point], list[RemovableHandle]]:
+def _place(model: nn.Module, taps: Mapping[Any, Tap], *, replace: bool) -> tuple[list[Point], list[RemovableHandle]]:
     """All names are resolved before the first hook is placed."""
     modules = dict(model.named_modules())
     placed = [(point, tap) for site, tap in taps.items() for point in resolve(model, site)]

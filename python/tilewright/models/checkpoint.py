@@ -4,9 +4,9 @@
 ``model.safetensors`` holds the parts of every weight; its metadata has one key, ``tilewright``, with a
 JSON object of exactly these keys: format, version, config, weights (name to kind and, for low-bit
 weights, their record), checksums (part to dtype, shape and CRC-32), settings, notes, source and crc32
-(of all the other keys). A steered model is of version 2 and has one key more, maps: the strength of each activation map,
-whose parts are ``maps.<place>.weight`` and ``.bias``. Anything else - an unknown or missing key, a part too many or too few, another
-dtype or shape, a flipped bit - is an error that names it.
+(of all the other keys). A steered model is of version 2 and has one key more, maps: the strength of each
+activation map, whose parts are ``maps.<place>.weight`` and ``.bias``. Anything else - an unknown or
+missing key, a part too many or too few, another dtype or shape, a flipped bit - is an error that names it.
 """
 
 from __future__ import annotations
@@ -142,7 +142,9 @@ def _map_parts(place: str, one: ActivationMap) -> dict[str, Tensor]:
 def _read_map(place: str, strength: Any, parts: dict[str, Tensor]) -> ActivationMap:
     """Take the parts of one activation map out of ``parts``."""
     if isinstance(strength, bool) or not isinstance(strength, (int, float)):
-        raise CheckpointError(f"{_FILE}: the map at {place[:120]!r} has strength {str(strength)[:40]}; a number is needed")
+        raise CheckpointError(
+            f"{_FILE}: the map at {place[:120]!r} has strength {str(strength)[:40]}; a number is needed"
+        )
     try:
         weight, bias = (parts.pop(f"maps.{place}.{part}") for part in ("weight", "bias"))
         return ActivationMap(weight, bias, strength)

@@ -51,8 +51,8 @@ def to_transformers(
     generation gives the engine's tokens. Any cache of ``generate()`` works; ``Int4KVCache(model)`` also stores four
     bits a number.
 
-    A model of float weights alone, or one with ``dequantize``, keeps transformers' own arithmetic. ``model.maps`` become
-    forward hooks.
+    A model of float weights alone, or one with ``dequantize``, keeps transformers' own arithmetic. ``model.maps``
+    become forward hooks.
 
     Args:
         act, kv_bits, scale_group: as for :class:`tilewright.models.engine.Engine` and

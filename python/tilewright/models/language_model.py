@@ -152,7 +152,7 @@ def optional_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
 
 
 def map_widths(config: LlamaConfig) -> dict[str, int]:
-    """Where an activation map may sit, and how many coordinates are there: outputs of modules by transformers' names."""
+    """Where an activation map may sit, and its width there: outputs of modules by transformers' names."""
     hidden, q = config.hidden_size, config.num_attention_heads * config.head_dim
     kv = config.num_key_value_heads * config.head_dim
     places = {"model.embed_tokens": hidden}
@@ -174,9 +174,9 @@ def check_maps(config: LlamaConfig, maps: dict[str, ActivationMap], where: str) 
     for name, one in maps.items():
         if name not in places:
             raise ValueError(
-                f"{where}: no activation map can sit at {name[:120]!r}; possible are outputs of the embedding, of norms, of "
-                "self_attn, its q_proj, k_proj, v_proj and o_proj, of mlp and its down_proj, and of whole layers (keep "
-                "the model in transformers for other places)"
+                f"{where}: no activation map can sit at {name[:120]!r}; possible are outputs of the embedding, norms, "
+                "self_attn, its q_proj, k_proj, v_proj and o_proj, mlp and its down_proj, and whole layers "
+                "(keep the model in transformers for other places)"
             )
         if one.low is not None:
             raise ValueError(f"{where}: the map at {name} has a range and is not affine; fit it with support='all'")

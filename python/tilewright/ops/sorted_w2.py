@@ -21,9 +21,10 @@ KERNEL_SAMPLES = 128
 def sorted_w2(z: Tensor, v: Tensor) -> Tensor:
     """`W2^2(Z_:j, V_:j)`, the squared 2-Wasserstein distance between the samples of every column j.
 
-    With as many samples on both sides it is `(1/n) sum_i (sort(Z)_ij - sort(V)_ij)^2` (LinEAS, arXiv 2503.10679, eq. 4);
-    else the integral of `(Q_Z(t) - Q_V(t))^2` over the merged breakpoints i/n and j/m, exactly. Differentiable in both;
-    permutations count as constants, so that at ties the gradient is one of the subgradients (the sort is stable).
+    With as many samples on both sides it is `(1/n) sum_i (sort(Z)_ij - sort(V)_ij)^2` (LinEAS, arXiv 2503.10679,
+    section 3); else the integral of `(Q_Z(t) - Q_V(t))^2` over the merged breakpoints i/n and j/m, exactly.
+    Differentiable in both; permutations count as constants, so that at ties the gradient is one of the subgradients
+    (the sort is stable).
 
     Args:
         z: `[n, D]`, any floating type; float64 is computed in float64, all else in float32.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The squared 2-Wasserstein distance of one-dimensional samples, by torch.sort: differentiable, any device, any size."""
+"""The squared 2-Wasserstein distance of one-dimensional samples, by torch.sort: any device and size."""
 
 from __future__ import annotations
 

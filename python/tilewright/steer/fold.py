@@ -20,8 +20,8 @@ _TOLERANCE = 2.0**-18
 def fold_(model: nn.Module, maps: dict[str, ActivationMap]) -> None:
     """Make the model compute with the maps, in place: a norm's gain or a linear's rows times w, b into a bias.
 
-    A norm with a bias and a linear take w and b themselves. A norm without one (RMSNorm) takes w; b goes as W b into the
-    biases of the linears that read it, known for Llama's names.
+    A norm with a bias and a linear take w and b themselves. A norm without one (RMSNorm) takes w; b goes as W b into
+    the biases of the linears that read it, known for Llama's names.
 
     Raises:
         ValueError: a map sits where nothing can take it (a block's output, an input, a module that is no float norm or
@@ -69,7 +69,9 @@ def _require_foldable(model: nn.Module, name: str, module: nn.Module) -> None:
     bias = getattr(module, "bias", None)
     expected = 2 * before - (bias if isinstance(bias, Tensor) else 0)
     if not bool(((doubled - expected).abs() <= _TOLERANCE * before.abs().amax()).all()):
-        raise ValueError(f"fold: {name}: {type(module).__name__} does not multiply by its weight; keep the map as a hook")
+        raise ValueError(
+            f"fold: {name}: {type(module).__name__} does not multiply by its weight; keep the map as a hook"
+        )
     if not isinstance(bias, Tensor) and not _readers(model, name):
         raise ValueError(f"fold: {name} has no bias, and who reads its output is not known; keep the map as a hook")
 

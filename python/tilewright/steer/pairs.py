@@ -40,14 +40,14 @@ _PEOPLE = (
     "His aunt", "The gardener", "Peter", "The nurse", "Her cousin", "The sailor", "A student",
 )  # fmt: skip
 _PRESENT = (
-    "walks to the station.", "reads the letter twice.", "opens the window.", "writes a short note.", "buys fresh bread.",
-    "sings in the kitchen.", "paints the garden door.", "drives to the lake.", "makes some tea.", "calls an old friend.",
+    "walks to the shop.", "reads the letter.", "opens the window.", "writes a short note.", "buys fresh bread.",
+    "sings in the kitchen.", "paints the old door.", "drives to the lake.", "makes some tea.", "calls a friend.",
     "waits for the bus.", "takes the stairs.", "counts the boxes.", "finds a silver coin.", "leaves before lunch.",
     "keeps the receipt.",
 )  # fmt: skip
 _PAST = (
-    "walked to the station.", "read the letter twice.", "opened the window.", "wrote a short note.", "bought fresh bread.",
-    "sang in the kitchen.", "painted the garden door.", "drove to the lake.", "made some tea.", "called an old friend.",
+    "walked to the shop.", "read the letter.", "opened the window.", "wrote a short note.", "bought fresh bread.",
+    "sang in the kitchen.", "painted the old door.", "drove to the lake.", "made some tea.", "called a friend.",
     "waited for the bus.", "took the stairs.", "counted the boxes.", "found a silver coin.", "left before lunch.",
     "kept the receipt.",
 )  # fmt: skip

@@ -41,7 +41,7 @@ class Steering:
 
     @contextlib.contextmanager
     def transform(self, model: nn.Module, strength: float = 1.0, *, tokens: Tokens = "all") -> Iterator[None]:
-        """While the context lives, the model's activations go through the maps: forward passes, ``generate()``, training.
+        """While the context lives, activations go through the maps: forward passes, ``generate()``, training.
 
         strength: 0 changes nothing, bit for bit; negative values move the other way.
         tokens: "generated" leaves a prompt alone: calls with more than one token a sequence pass unchanged, so it needs
@@ -82,7 +82,7 @@ class Steering:
         return moved / total if total else 0.0
 
     def fold_(self, model: nn.Module, strength: float = 1.0) -> None:
-        """Change the model's weights so that it computes with the maps, without hooks; see :mod:`tilewright.steer.fold`."""
+        """Change the model's weights so that it computes with the maps; see :mod:`tilewright.steer.fold`."""
         from tilewright.steer.fold import fold_
 
         fold_(model, self.at(strength).maps)
@@ -149,9 +149,13 @@ class Steering:
         except (ValueError, TypeError, KeyError):
             known = False
         if not known:
-            raise ValueError(f"{file}: holds no activation maps; pass a file that `tw steer fit` or Steering.save wrote")
+            raise ValueError(
+                f"{file}: holds no activation maps; pass a file that `tw steer fit` or Steering.save wrote"
+            )
         if header.get("version") != VERSION:
-            raise ValueError(f"{file}: version {header.get('version')!r:.40}, this tilewright reads {VERSION}; fit again")
+            raise ValueError(
+                f"{file}: version {header.get('version')!r:.40}, this tilewright reads {VERSION}; fit again"
+            )
         try:
             maps = {}
             for name, strength in header["strengths"].items():

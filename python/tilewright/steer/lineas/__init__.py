@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from tilewright.steer import Method
 from tilewright.steer.lineas.estimator import LinEAS
+from tilewright.steer.lineas.loss import distributional_losses
 from tilewright.steer.lineas.method import LinEASConfig, fit
 from tilewright.steer.lineas.prox import prox_sparse_group
-from tilewright.steer.lineas.loss import distributional_losses
 
 METHODS = (Method("lineas", "maps of all layers trained together, sparse on demand", LinEASConfig, fit),)
 

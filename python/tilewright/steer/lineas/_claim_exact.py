@@ -47,7 +47,9 @@ def distance_rows() -> Iterator[Row]:
         for n, offset in ((9, 0.0), (6, 0.11))
     )
     right = torch.autograd.gradcheck(sorted_w2, (z, v), raise_exception=False)
-    yield Row("gradient of sorted_w2 by finite differences, float64", "", "passes" if right else "fails", "passes", right)
+    yield Row(
+        "gradient of sorted_w2 by finite differences, float64", "", "passes" if right else "fails", "passes", right
+    )
 
 
 class OneLayer(nn.Module):
@@ -106,4 +108,6 @@ def prox_rows() -> Iterator[Row]:
     rows = torch.randn(16, 8, generator=torch.Generator().manual_seed(3))
     problem = Problem.of(OneLayer(rows), [[i] for i in range(8)], [[i] for i in range(8, 16)], modules="place")
     found = fit(problem, LinEASConfig(steps=20, gamma=100.0), progress=False)
-    yield at_most("large gamma: share of coordinates that are not exactly the identity", found.support(), 0.0, paper="0")
+    yield at_most(
+        "large gamma: share of coordinates that are not exactly the identity", found.support(), 0.0, paper="0"
+    )

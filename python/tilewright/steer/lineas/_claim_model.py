@@ -29,11 +29,14 @@ class Size:
     steps: int
     pairs: tuple[str, ...]
     seeds: tuple[int, ...]
+    strengths: tuple[float, ...]
     neutral_tokens: int
 
 
-QUICK = Size(8, 16, 32, 40, ("weather-animals",), (0, 1), 128)
-FULL = Size(12, 16, 32, 100, ("weather-animals", "present-past", "plain-exclamatory"), (0, 1), 512)
+QUICK = Size(8, 16, 16, 40, ("weather-animals",), (0, 1), (0.0, 0.5, 1.0), 128)
+FULL = Size(
+    12, 16, 32, 100, ("weather-animals", "present-past", "plain-exclamatory"), (0, 1), (0.0, 0.25, 0.5, 0.75, 1.0), 512
+)
 
 
 class Bench:

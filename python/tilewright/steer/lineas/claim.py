@@ -3,7 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from tilewright.claims import Claim, Experiment, Row, at_least, at_most
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
     from tilewright.steer.lineas._claim_model import Bench
     from tilewright.steer.steering import Steering
 
-STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 GAMMAS = (0.01, 0.03, 0.1)
 METHODS = {
     "LinEAS": ("lineas", {}),
@@ -41,6 +41,7 @@ def run(experiment: Experiment) -> Iterator[Row]:
         for seed in bench.size.seeds:
             experiment.say(f"{name}, seed {seed}")
             runs.append(one_run(bench, name, seed))
+    experiment.values["strengths"] = bench.size.strengths
     experiment.values["runs"] = [{key: run[key] for key in ("pair", "seed", "curves")} for run in runs]
     yield from loss_rows(experiment, runs)
     yield from exactness_rows(experiment, bench, runs[0]["fitted"]["LinEAS"])
@@ -48,9 +49,9 @@ def run(experiment: Experiment) -> Iterator[Row]:
     yield from sparsity_rows(experiment, bench, runs[0])
 
 
-def curve(evaluation: Evaluation, steering: Steering) -> dict[str, list[float]]:
+def curve(evaluation: Evaluation, steering: Steering, strengths: Sequence[float]) -> dict[str, list[float]]:
     """Held-out loss and probe score by strength."""
-    points = [evaluation.steered(steering, s) for s in STRENGTHS]
+    points = [evaluation.steered(steering, s) for s in strengths]
     return {"loss": [loss for loss, _ in points], "score": [score for _, score in points]}
 
 
@@ -58,7 +59,7 @@ def one_run(bench: Bench, name: str, seed: int) -> dict[str, Any]:
     """All methods on one pair."""
     fitted = {label: bench.fit(method, name, seed, **options) for label, (method, options) in METHODS.items()}
     evaluation = bench.evaluation(fitted["LinEAS"], name, seed)
-    curves = {label: curve(evaluation, one) for label, one in fitted.items()}
+    curves = {label: curve(evaluation, one, bench.size.strengths) for label, one in fitted.items()}
     return {"pair": name, "seed": seed, "fitted": fitted, "evaluation": evaluation, "curves": curves}
 
 
@@ -80,12 +81,12 @@ def loss_rows(experiment: Experiment, runs: list[dict[str, Any]]) -> Iterator[Ro
     for label in ("DiffMean", "unsteered"):
         mean = sum(ratios[label]) / len(runs)
         yield Row(f"held-out loss, LinEAS over {label}, {many}", "", mean, "reported", True)
-    scores = [sum(run["curves"]["LinEAS"]["score"][i] for run in runs) / len(runs) for i in range(len(STRENGTHS))]
+    strengths = experiment.values["strengths"]
+    scores = [sum(run["curves"]["LinEAS"]["score"][i] for run in runs) / len(runs) for i in range(len(strengths))]
     experiment.values["scores"] = scores
-    steps = [b - a for a, b in zip(scores[:-1], scores[1:], strict=True)]
-    name = f"probe's score of the target by strength {', '.join(f'{s:g}' for s in STRENGTHS)}, {many}"
+    name = f"probe's score of the target by strength {', '.join(f'{s:g}' for s in strengths)}, {many}"
     shown = " < ".join(f"{s:.3f}" for s in scores)
-    yield Row(name, "rises with strength", shown, "strictly rising", all(step > 0 for step in steps))
+    yield Row(name, "rises with strength", shown, "strictly rising", all(a < b for a, b in itertools.pairwise(scores)))
 
 
 def exactness_rows(experiment: Experiment, bench: Bench, steering: Steering) -> Iterator[Row]:
@@ -99,13 +100,13 @@ def exactness_rows(experiment: Experiment, bench: Bench, steering: Steering) -> 
     yield at_least("decode engine and hooked low-bit model, equal tokens of 24", float(common), 24.0)
 
 
-def matched_strength(scores: list[float], wanted: float) -> float:
+def matched_strength(strengths: Sequence[float], scores: Sequence[float], wanted: float) -> float:
     """The strength at which the score is first reached, on straight lines between the measured ones."""
     for i in range(1, len(scores)):
         if scores[i] >= wanted:
             share = (wanted - scores[i - 1]) / (scores[i] - scores[i - 1])
-            return STRENGTHS[i - 1] + max(share, 0.0) * (STRENGTHS[i] - STRENGTHS[i - 1])
-    return STRENGTHS[-1]
+            return strengths[i - 1] + max(share, 0.0) * (strengths[i] - strengths[i - 1])
+    return strengths[-1]
 
 
 def utility_rows(experiment: Experiment, bench: Bench, runs: list[dict[str, Any]]) -> Iterator[Row]:
@@ -117,7 +118,7 @@ def utility_rows(experiment: Experiment, bench: Bench, runs: list[dict[str, Any]
     for run in runs[:: len(bench.size.seeds)]:
         wanted = min(max(run["curves"][label]["score"]) for label in labels)
         for label in labels:
-            strength = matched_strength(run["curves"][label]["score"], wanted)
+            strength = matched_strength(bench.size.strengths, run["curves"][label]["score"], wanted)
             perplexity = bench.perplexity(run["fitted"][label], strength)
             found[label].append({"strength": strength, "score": wanted, "perplexity": perplexity})
     experiment.values["utility"] = {"unsteered": plain} | found
@@ -150,20 +151,23 @@ def speed_rows(experiment: Experiment, bench: Bench) -> Iterator[Row]:
     experiment.say("speed")
     times = bench.step_times(1 if experiment.quick else 7)
     experiment.values["times"] = times
-    yield experiment.in_full(at_most("step over the model's forward and backward pass, time", times["step"] / times["bare"], 1.3))
+    yield experiment.in_full(
+        at_most("step over the model's forward and backward pass, time", times["step"] / times["bare"], 1.3)
+    )
     yield experiment.in_full(at_most("sorting and loss, share of a step", times["loss"] / times["step"], 0.1))
 
 
 def plot(values: dict[str, Any], figure: Figure) -> None:
     """Left: held-out loss by strength. Middle: probe score. Right: sparsity."""
     left, middle, right = figure.subplots(1, 3)
+    strengths = values["strengths"]
     for label in METHODS:
         curves = [run["curves"][label] for run in values["runs"]]
         relative = [[one / c["loss"][0] for one in c["loss"]] for c in curves]
         mean = [sum(column) / len(column) for column in zip(*relative, strict=True)]
         score = [sum(column) / len(column) for column in zip(*(c["score"] for c in curves), strict=True)]
-        left.plot(STRENGTHS, mean, "o-", label=label, linewidth=1.2, markersize=3)
-        middle.plot(STRENGTHS, score, "o-", label=label, linewidth=1.2, markersize=3)
+        left.plot(strengths, mean, "o-", label=label, linewidth=1.2, markersize=3)
+        middle.plot(strengths, score, "o-", label=label, linewidth=1.2, markersize=3)
     left.set_xlabel("strength")
     left.set_ylabel("distance to the target, unsteered = 1")
     left.set_title("held-out texts, all layers")

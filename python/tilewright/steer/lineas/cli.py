@@ -196,16 +196,19 @@ def evaluate(
         with found.transform(module, one):
             neutral = perplexity(module, tokens, window=min(256, len(tokens))).perplexity
         rows.append(
-            {"strength": one, "loss": evaluation.loss(one), "target_score": evaluation.score(one), "perplexity": neutral}
+            {
+                "strength": one,
+                "loss": evaluation.loss(one),
+                "target_score": evaluation.score(one),
+                "perplexity": neutral,
+            }
         )
     if as_json:
         print_json({"steer": str(steer), "method": found.method, "rows": rows})
         return
     print("strength  distance to target  probe's target score  perplexity")
     for row in rows:
-        print(
-            f"{row['strength']:8.2f}  {row['loss']:18.4g}  {row['target_score']:20.3f}  {row['perplexity']:10.2f}"
-        )
+        print(f"{row['strength']:8.2f}  {row['loss']:18.4g}  {row['target_score']:20.3f}  {row['perplexity']:10.2f}")
 
 
 VERBS = {"steer": app}

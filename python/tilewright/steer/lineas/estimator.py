@@ -19,8 +19,9 @@ class LinEAS:
     """:func:`tilewright.steer.steer` with ``method="lineas"``, in scikit-learn's form.
 
     Attributes:
-        steering_: the learned maps, after :meth:`fit`. loss_history_: the total loss before each step. layers_: the loss
-            of each place before the last step.
+        steering_: the learned maps, after :meth:`fit`.
+        loss_history_: the total loss before each step.
+        layers_: the loss of each place before the last step.
     """
 
     def __init__(

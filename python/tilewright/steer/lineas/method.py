@@ -216,8 +216,8 @@ class Training:
         self.halvings += 1
         if self.halvings > _HALVINGS:
             raise ValueError(
-                f"LinEAS: {where} at every step size down to {self.config.lr * self.scale:.2g}; lower lr, set clip, or use "
-                "normalize='std' where activations are large"
+                f"LinEAS: {where} at every step size down to {self.config.lr * self.scale:.2g}; lower lr, set clip, "
+                "or use normalize='std' where activations are large"
             )
         self.scale /= 2
         with torch.no_grad():
