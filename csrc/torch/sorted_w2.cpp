@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // sorted_w2: each column's squared 2-Wasserstein distance and its gradient with respect to z.
-#include "ops/sorted_w2/kernels.h"
-
 #include <tuple>
 
+#include "ops/sorted_w2/kernels.h"
 #include "torch/tensors.h"
 
 namespace tilewright::torch_adapter {
@@ -20,8 +19,8 @@ constexpr int64_t kBlocksPerThread = 4;
 void check_samples(const Tensor& x, const char* argument) {
   require_cpu(x, kOp, argument);
   require_dim(x, 2, kOp, argument, "[samples, D]");
-  require(x.size(0) >= 1 && x.size(0) <= kMaxSamples, kOp, ": ", argument, " has shape ", shape_of(x),
-          ", needed 1 to ", kMaxSamples, " samples; tilewright.ops.sorted_w2 sorts more with torch");
+  require(x.size(0) >= 1 && x.size(0) <= kMaxSamples, kOp, ": ", argument, " has shape ", shape_of(x), ", needed 1 to ",
+          kMaxSamples, " samples; tilewright.ops.sorted_w2 sorts more with torch");
 }
 
 // The breakpoints i/n and j/m merged: in units of 1/(n m) they are whole numbers.

@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 // activation_map: target <- T(source) or target += T(source), T affine by coordinate with a strength; the source is
 // normalized first where the map sits at a norm's output.
-#include "ops/activation_map/kernels.h"
-
 #include "engine/call.h"
+#include "ops/activation_map/kernels.h"
 #include "ops/rms_norm/kernels.h"
 
 namespace tilewright::engine {
@@ -52,8 +51,8 @@ class ActivationMap final : public Step {
   int64_t rows_ = 0;
 };
 
-const RegisterRecord registered{
-    {Kind::kActivationMap, "activation_map", [](Reader& r, StepArena& a) -> Step* { return a.make<ActivationMap>(r); }}};
+const RegisterRecord registered{{Kind::kActivationMap, "activation_map",
+                                 [](Reader& r, StepArena& a) -> Step* { return a.make<ActivationMap>(r); }}};
 
 }  // namespace
 }  // namespace tilewright::engine

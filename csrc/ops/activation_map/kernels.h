@@ -11,9 +11,9 @@ namespace tilewright::activation_map {
 struct Problem {
   int64_t width;
   const float* weight;  // w [width]
-  const float* bias;    // b [width]
-  float strength;       // s
-  bool add;             // y += instead of y =
+  const float* bias;  // b [width]
+  float strength;  // s
+  bool add;  // y += instead of y =
 };
 
 // x, y: [width]; y may be x.

@@ -19,15 +19,15 @@ struct Pair {
 
 template <class T>
 struct Problem {
-  int64_t n, m, columns;   // 1 <= n, m <= kMaxSamples
-  const T* z;              // [n, columns], rows z_stride apart
+  int64_t n, m, columns;  // 1 <= n, m <= kMaxSamples
+  const T* z;  // [n, columns], rows z_stride apart
   int64_t z_stride;
-  const T* v;              // [m, columns]
+  const T* v;  // [m, columns]
   int64_t v_stride;
-  const int64_t* first;    // [n + 1]
-  const Pair* pairs;       // [first[n]]
-  T* cost;                 // [columns]
-  T* gradient;             // dcost / dz [n, columns], rows `columns` apart
+  const int64_t* first;  // [n + 1]
+  const Pair* pairs;  // [first[n]]
+  T* cost;  // [columns]
+  T* gradient;  // dcost / dz [n, columns], rows `columns` apart
 };
 
 // Columns [kColumns * block, ...) for blocks [from, to).
