@@ -53,7 +53,7 @@ def test_inverse_undoes_and_then_composes():
 
 
 def test_inverse_holds_small_factors():
-    change = ActivationMap(torch.tensor([0.0, -1e-9, 5.0]), torch.zeros(3))
+    change = ActivationMap(torch.tensor([0.0, -1e-4, 5.0]), torch.zeros(3))
     assert change.inverse().weight.tolist() == [pytest.approx(1000), pytest.approx(-1000), pytest.approx(0.2)]
     with pytest.raises(ValueError, match="least = 0"):
         change.inverse(0)

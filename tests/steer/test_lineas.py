@@ -38,6 +38,12 @@ def test_one_text_is_the_mean_shift():
 def test_gradients_flow_through_later_layers():
     """Of the total loss by an early map's parameters, against central differences in float64."""
     model = tiny_llama(dtype=torch.float64)
+    for layer in model.model.layers:
+        # transformers' norm rounds to float32, which finite differences would see
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            norm = torch.nn.RMSNorm(32, eps=1e-6, dtype=torch.float64)
+            norm.load_state_dict(getattr(layer, name).state_dict())
+            setattr(layer, name, norm)
     problem = Problem.of(model, source(5), target(5))
     training = Training(problem, LinEASConfig())
     training.w = {n: w.detach().double().requires_grad_() for n, w in training.w.items()}
@@ -78,12 +84,15 @@ def test_checkpointing_gives_the_same_maps(last):
     assert all("forward" not in vars(m) for m in model.modules())
 
 
-def test_training_lowers_the_loss_below_the_baselines_and_is_deterministic():
+def test_training_is_deterministic():
     model = tiny_llama()
-    options = {"source": source(16), "target": target(16), "steps": 150, "lr": 0.02}
-    maps = steer(model, **options)
-    again = steer(model, **options)
-    assert maps.report["loss"] == again.report["loss"]
+    options = {"source": source(16), "target": target(16), "steps": 5}
+    assert steer(model, **options).report["loss"] == steer(model, **options).report["loss"]
+
+
+def test_training_lowers_the_loss_below_the_baselines():
+    model = tiny_llama(layers=2)
+    maps = steer(model, source=source(16), target=target(16), steps=400)
     problem = Problem.of(model, source(16), target(16))
     wanted = problem.pooled(problem.target)
 
@@ -113,13 +122,13 @@ def test_a_large_gamma_leaves_the_identity_and_a_small_one_some_support():
     assert steer(model, gamma=100.0, **options).support() == 0.0
     dense = steer(model, **options)
     assert dense.support() == 1.0
-    some = steer(model, gamma=0.02, **options).support()
+    some = steer(model, gamma=0.2, **options).support()
     assert 0.0 < some < 1.0
 
 
 def test_thresholds_follow_the_step_size_unless_told_otherwise():
     model = tiny_llama()
-    options = {"source": source(12), "target": target(12), "steps": 10, "lr": 0.02, "gamma": 0.005}
+    options = {"source": source(12), "target": target(12), "steps": 10, "lr": 0.02, "gamma": 0.05}
     scaled, printed = steer(model, **options), steer(model, prox_lr=False, **options)
     assert printed.support() < scaled.support()
     ended = steer(model, final_threshold=True, **options)
