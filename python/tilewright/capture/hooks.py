@@ -37,7 +37,7 @@ def intervened(model: nn.Module, maps: Mapping[str | Site, Transform]) -> Iterat
         yield points
 
 
-def attach(model: nn.Module, maps: Mapping[str | Site, Transform]) -> Callable[[], None]:
+def attach(model: nn.Module, maps: Mapping[str, Transform]) -> Callable[[], None]:
     """As :func:`intervened`, but until the function that it returns is called."""
     _, handles = _place(model, _replacements(maps), replace=True)
 
@@ -48,7 +48,7 @@ def attach(model: nn.Module, maps: Mapping[str | Site, Transform]) -> Callable[[
     return remove
 
 
-def _replacements(maps: Mapping[str | Site, Transform]) -> dict[str | Site, Tap]:
+def _replacements(maps: Mapping[Any, Transform]) -> dict[str | Site, Tap]:
     for site in maps:
         if isinstance(site, Site) and site.transform is not None:
             raise ValueError(f"site {site.pattern!r} has a transform; an intervention takes the map itself instead")

@@ -154,8 +154,7 @@ class TorchSession(Session):
         from tilewright.steer import Steering
 
         loaded: Any = self.model
-        maps = Steering.load(file).at(strength).maps
-        attach(loaded.model, dict(maps))
+        attach(loaded.model, Steering.load(file).at(strength).maps)
 
 
 class LinearizedSession(TorchSession):

@@ -86,7 +86,7 @@ def to_transformers(
     generation_defaults(theirs, model.config)
     left = [n for n, t in [*theirs.named_parameters(), *theirs.named_buffers()] if t.is_meta]
     assert not left, f"parameters without a value: {left[:3]}"
-    attach(theirs, dict(model.maps))
+    attach(theirs, model.maps)
     return theirs.eval().requires_grad_(False)
 
 

@@ -4,12 +4,16 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from tilewright import data, evaluate, models
+from tilewright.ops.sorted_w2 import sorted_w2
+from tilewright.reference.sorted_w2 import sorted_w2 as by_sorting
 from tilewright.steer import steer
 from tilewright.steer.activations import Collector, encode
 from tilewright.steer.evaluation import Evaluation
@@ -114,7 +118,8 @@ class Bench:
         return different, common
 
     def step_times(self, repeats: int) -> dict[str, float]:
-        """Seconds: of an optimiser step, of the bare forward and backward pass to the same place, of the loss alone."""
+        """Seconds: of an optimiser step, of the bare forward and backward pass to the same place, of the loss alone
+        with its gradient, and of the same by torch.sort."""
         source, target = pair("weather-animals", "train", 16)
         problem = Problem.of(self.module, source, target, self.tokenizer, layers=range(self.size.blocks))
         training = Training(problem, LinEASConfig(checkpoint=False))
@@ -129,18 +134,22 @@ class Bench:
                 run(batch)[names[-1]].sum().backward()
             handle.remove()
 
-        def loss() -> None:
-            seen = {name: v.clone().requires_grad_() for name, v in training.target.items()}
-            from tilewright.steer.lineas.loss import distributional_losses
+        z, v = (torch.cat(list(training.target.values()), 1) for _ in range(2))
 
-            torch.stack(list(distributional_losses(seen, training.target).values())).sum().backward()
+        def cost(distance: Callable[[Tensor, Tensor], Tensor]) -> None:
+            distance(z.clone().requires_grad_(), v).sum().backward()
 
         with training.ready() as run:
             step = _fastest(lambda: training.step(run, 999), repeats)
-        return {"step": step, "bare": _fastest(bare, repeats), "loss": _fastest(loss, repeats)}
+        return {
+            "step": step,
+            "bare": _fastest(bare, repeats),
+            "loss": _fastest(lambda: cost(sorted_w2), repeats),
+            "loss by torch.sort": _fastest(lambda: cost(by_sorting), repeats),
+        }
 
 
-def _fastest(run: Any, repeats: int) -> float:
+def _fastest(run: Callable[[], None], repeats: int) -> float:
     times = []
     for _ in range(repeats + 1):
         start = time.perf_counter()

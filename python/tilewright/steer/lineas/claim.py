@@ -151,10 +151,13 @@ def speed_rows(experiment: Experiment, bench: Bench) -> Iterator[Row]:
     experiment.say("speed")
     times = bench.step_times(1 if experiment.quick else 7)
     experiment.values["times"] = times
+    ratio = times["step"] / times["bare"]
+    yield experiment.in_full(at_most("step over the model's forward and backward pass, time", ratio, 1.3))
     yield experiment.in_full(
-        at_most("step over the model's forward and backward pass, time", times["step"] / times["bare"], 1.3)
+        at_most("distances and their gradient, share of a step", times["loss"] / times["step"], 0.1)
     )
-    yield experiment.in_full(at_most("sorting and loss, share of a step", times["loss"] / times["step"], 0.1))
+    ratio = times["loss"] / times["loss by torch.sort"]
+    yield experiment.in_full(at_most("distances and their gradient over the same by torch.sort, time", ratio, 0.5))
 
 
 def plot(values: dict[str, Any], figure: Figure) -> None:
