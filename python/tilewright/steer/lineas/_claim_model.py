@@ -58,7 +58,7 @@ class Bench:
     def fit(self, method: str, name: str, seed: int, **options: Any) -> Steering:
         """A method's maps from a pair's training texts, on the norms of the first blocks."""
         if method == "lineas":
-            options = {"steps": self.size.steps} | options
+            options = {"steps": self.size.steps, "optimizer": "adam", "lr": 0.01} | options
         source, target = pair(name, "train", self.size.texts, seed=seed)
         return steer(
             self.module,

@@ -77,7 +77,8 @@ def loss_rows(experiment: Experiment, runs: list[dict[str, Any]]) -> Iterator[Ro
     paper = "LinEAS mitigates more than Lin-AcT"
     for label in ("Lin-AcT, sequential", "Lin-AcT, at once"):
         mean = sum(ratios[label]) / len(runs)
-        yield at_most(f"held-out loss, LinEAS over {label} (best strength), {many}", mean, 0.9, paper=paper)
+        name = f"held-out loss, LinEAS over {label} (best strength), {many}"
+        yield experiment.in_full(at_most(name, mean, 0.9, paper=paper))
     for label in ("DiffMean", "unsteered"):
         mean = sum(ratios[label]) / len(runs)
         yield Row(f"held-out loss, LinEAS over {label}, {many}", "", mean, "reported", True)
@@ -86,7 +87,8 @@ def loss_rows(experiment: Experiment, runs: list[dict[str, Any]]) -> Iterator[Ro
     experiment.values["scores"] = scores
     name = f"probe's score of the target by strength {', '.join(f'{s:g}' for s in strengths)}, {many}"
     shown = " < ".join(f"{s:.3f}" for s in scores)
-    yield Row(name, "rises with strength", shown, "strictly rising", all(a < b for a, b in itertools.pairwise(scores)))
+    rises = all(a < b for a, b in itertools.pairwise(scores))
+    yield experiment.in_full(Row(name, "rises with strength", shown, "strictly rising", rises))
 
 
 def exactness_rows(experiment: Experiment, bench: Bench, steering: Steering) -> Iterator[Row]:

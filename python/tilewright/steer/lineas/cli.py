@@ -67,7 +67,8 @@ def fit(
     layers: Annotated[str | None, typer.Option("--layers", help="Only these blocks, for example 0-11.")] = None,
     pooling: Annotated[str, typer.Option("--pooling", help="mean, last or max over a text's tokens.")] = "mean",
     steps: Annotated[int, typer.Option("--steps", min=1, help="LinEAS: gradient steps.")] = 200,
-    lr: Annotated[float, typer.Option("--lr", help="LinEAS: step size.")] = 0.1,
+    lr: Annotated[float, typer.Option("--lr", help="LinEAS: step size.")] = 0.01,
+    optimizer: Annotated[str, typer.Option("--optimizer", help="LinEAS: adam, or the paper's sgd.")] = "adam",
     gamma: Annotated[float, typer.Option("--gamma", help="LinEAS: weight of the sparse regulariser.")] = 0.0,
     normalize: Annotated[
         str, typer.Option("--normalize", help="LinEAS: none, or std to put layers on one scale.")
@@ -82,7 +83,14 @@ def fit(
     sides = read_sides(source, target, pair, "train")
     options: dict[str, Any] = {}
     if method == "lineas":
-        options = {"steps": steps, "lr": lr, "gamma": gamma, "normalize": normalize, "seed": seed}
+        options = {
+            "steps": steps,
+            "lr": lr,
+            "optimizer": optimizer,
+            "gamma": gamma,
+            "normalize": normalize,
+            "seed": seed,
+        }
     module, tokenizer = load_module(model, threads)
     wanted: Any = pooling
     found = steer(

@@ -6,7 +6,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,8 +27,10 @@ _CHECKPOINT_BYTES = 2**31
 # Floats that a block keeps for each token and coordinate of the residual stream: norms, projections, an MLP of 8/3.
 _KEPT_FLOATS = 24
 _HALVINGS = 12
-# A loss so many times the first one is divergence before it is infinite.
-_DIVERGED = 1e3
+# A step behind which the loss is so many times what it was is taken back. Batches differ by less.
+_DIVERGED = 1.5
+# Adam's constants (arXiv 1412.6980).
+_ADAM_DECAYS, _ADAM_EPS = (0.9, 0.999), 1e-8
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class LinEASConfig:
     Attributes:
         steps, lr, batch_size: gradient steps; their size, decayed by ``schedule`` to 0; texts of each side in a step
             (all of them where there are no more).
+        optimizer: "sgd", the paper's; or "adam", which gives every coordinate a step of its own size: activations of
+            some models differ by orders between coordinates, and the largest then decides the step that all can take.
         gamma: weight of the regulariser ``lambda_1 ||.||_1 + lambda_g sqrt(C) ||.||_2`` on w - 1 and on b; 0: none.
         schedule: "cosine" or "constant".
         normalize: of the loss, see :func:`distributional_losses`.
@@ -54,6 +58,7 @@ class LinEASConfig:
     steps: int = 1000
     lr: float = 0.1
     batch_size: int = 32
+    optimizer: Literal["sgd", "adam"] = "sgd"
     gamma: float = 0.0
     lambda_1: float = 1.0
     lambda_g: float = 1.0
@@ -74,6 +79,8 @@ class LinEASConfig:
                 raise ValueError(f"LinEAS: {name} = {getattr(self, name)}, needed a number >= 0")
         if not 0 < self.lr < math.inf or (self.clip is not None and not self.clip > 0):
             raise ValueError(f"LinEAS: lr = {self.lr}, clip = {self.clip}, needed numbers > 0")
+        if self.optimizer not in ("sgd", "adam"):
+            raise ValueError(f"LinEAS: optimizer = {self.optimizer!r}, needed 'sgd' or 'adam'")
         if self.schedule not in ("cosine", "constant"):
             raise ValueError(f"LinEAS: schedule = {self.schedule!r}, needed 'cosine' or 'constant'")
 
@@ -123,6 +130,7 @@ class Training:
         self.scale, self.halvings = 1.0, 0
         self.random = torch.Generator().manual_seed(config.seed)
         self._good = self._copy()
+        self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self._good]
 
     @property
     def parameters(self) -> list[Tensor]:
@@ -160,7 +168,7 @@ class Training:
         losses = self._losses(run)
         total = torch.stack(list(losses.values())).sum()
         value = float(total.detach())
-        if not math.isfinite(value) or (self.history and value > _DIVERGED * self.history[0]):
+        if not math.isfinite(value) or (self.history and value > _DIVERGED * self.history[-1]):
             self._go_back({name: float(loss.detach()) for name, loss in losses.items()})
             return
         gradients = torch.autograd.grad(total, self.parameters)
@@ -176,9 +184,21 @@ class Training:
             length = float(torch.stack([g.norm() for g in gradients]).norm())
             factor = min(1.0, self.config.clip / length) if length > 0 else 1.0
         with torch.no_grad():
-            for parameter, gradient in zip(self.parameters, gradients, strict=True):
-                parameter -= lr * factor * gradient
+            for parameter, change in zip(self.parameters, self._directions(gradients), strict=True):
+                parameter -= lr * factor * change
         self.shrink(lr)
+
+    def _directions(self, gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+        if self.config.optimizer == "sgd":
+            return gradients
+        found = []
+        for (mean, square), g in zip(self._moments, gradients, strict=True):
+            mean.lerp_(g, 1 - _ADAM_DECAYS[0])
+            square.lerp_(g * g, 1 - _ADAM_DECAYS[1])
+            count = len(self.history)
+            first, second = (1 - decay**count for decay in _ADAM_DECAYS)
+            found.append(mean / first / ((square / second).sqrt() + _ADAM_EPS))
+        return found
 
     def _losses(self, run: Collector) -> dict[str, Tensor]:
         source, target = self.problem.source, self.target
