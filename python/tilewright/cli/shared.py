@@ -38,6 +38,12 @@ Activations = Annotated[
     str | None, typer.Option("--act", help="Activations: int8, fp8 or fp8-fold; the checkpoint's if not given.")
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, or cuda for an NVIDIA Hopper GPU.")]
+Steer = Annotated[
+    str | None, typer.Option("--steer", metavar="FILE", help="Activation maps written by `tw steer fit`.")
+]
+Strength = Annotated[
+    float, typer.Option("--strength", help="How much of --steer: 0 nothing, 1 all of it, negative the other way.")
+]
 Cache = Annotated[str | None, typer.Option("--kv", help="KV cache: int4 or bf16; the checkpoint's if not given.")]
 
 

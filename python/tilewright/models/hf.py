@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from tilewright.capture import attach
 from tilewright.formats.int4 import Int4Weight
 from tilewright.formats.int8 import Int8Weight
 from tilewright.models.config import LlamaConfig
 from tilewright.models.engine import decided_formats
 from tilewright.models.image import Activation, CacheFormat, QueryFormat, activation_scale_group, input_kind
-from tilewright.models.language_model import LanguageModel, Weight, linear_names, threshold_name
+from tilewright.models.language_model import LanguageModel, Weight, check_maps, linear_names, threshold_name
 from tilewright.nn import (
     CATSMLP,
     BFloat16Linear,
@@ -51,7 +52,8 @@ def to_transformers(
     generation gives the engine's tokens. Any cache of ``generate()`` works; ``Int4KVCache(model)`` also stores four
     bits a number.
 
-    A model of float weights alone, or one with ``dequantize``, keeps transformers' own arithmetic.
+    A model of float weights alone, or one with ``dequantize``, keeps transformers' own arithmetic. ``model.maps``
+    become forward hooks.
 
     Args:
         act, kv_bits, scale_group: as for :class:`tilewright.models.engine.Engine` and
@@ -67,6 +69,7 @@ def to_transformers(
         ValueError: an option is none of its words, or does not fit the weights, or the model is linearized.
     """
     model.require_softmax("to_transformers")
+    check_maps(model.config, model.maps, "to_transformers")
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**model.config.to_transformers())
@@ -85,6 +88,7 @@ def to_transformers(
     generation_defaults(theirs, model.config)
     left = [n for n, t in [*theirs.named_parameters(), *theirs.named_buffers()] if t.is_meta]
     assert not left, f"parameters without a value: {left[:3]}"
+    attach(theirs, model.maps)
     return theirs.eval().requires_grad_(False)
 
 
