@@ -15,6 +15,7 @@ from torch import Tensor
 from tilewright.formats.int4 import Int4Weight
 from tilewright.formats.int8 import GROUP as INT8_GROUP
 from tilewright.formats.int8 import Int8Weight
+from tilewright.formats.ternary import PackedTernary
 from tilewright.models.config import LlamaConfig
 from tilewright.models.language_model import LanguageModel, Weight
 from tilewright.models.mixer_records import ABSENT, MixerRecords, float_bits
@@ -27,11 +28,12 @@ CacheFormat = Literal["int4", "bf16"]
 QueryFormat = Literal["fp8", "float32"]
 
 # csrc/engine/program.h and step.h
-_MAGIC, _VERSION = 0x454E49474E455754, 1
+_MAGIC, _VERSION = 0x454E49474E455754, 2
 _HEADER_WORDS, _CHECKSUM_AT = 8, 3
 _EMBED, _ANGLES, _LINEAR, _GATED_LINEAR, _ATTENTION, _SELECT_LAST, _LOGITS = range(1, 8)
 _NO_WINDOW = 1 << 62
 _CACHE_LINE = 64
+_FUNCTIONS = {"silu": 0, "relu2": 1}
 _ACTIVATIONS = {"int8": 0, "fp8": 1, "fp8-fold": 2}
 _CACHES = {"int4": 0, "bf16": 1}
 _FLOAT32_SCALES = 2
@@ -88,7 +90,8 @@ def compile(
 ) -> ModelImage:
     """Pack a model for the engine.
 
-    INT4 and INT8 weights keep their exact values; float matrices become bfloat16.
+    INT4, INT8 and ternary weights keep their exact values; float matrices become bfloat16. Inputs of ternary weights
+    are rounded to INT8 with one scale a token, whatever ``act``.
 
     Args:
         model: a loaded model; a post-RoPE key scale (``self_attn.key_scale``) is applied while running.
@@ -183,10 +186,12 @@ class _Compiler:
             self._attention(attention)
         if index == self.config.num_hidden_layers - 1:
             self._record(_SELECT_LAST, [2, self.hidden, self.attended])
-        self._linear(self.attended, _NO_NORM, [(attention + "o_proj", self.hidden)], add=True)
+        sub_norm = self._sub_norm(attention + "attn_sub_norm.weight")
+        self._linear(self.attended, sub_norm, [(attention + "o_proj", self.hidden)], add=True)
         norm = self._norm(prefix + "post_attention_layernorm.weight")
         self._gated(norm, mlp + "gate_proj", mlp + "up_proj")
-        self._linear(self.inner, _NO_NORM, [(mlp + "down_proj", self.hidden)], add=True)
+        sub_norm = self._sub_norm(mlp + "ffn_sub_norm.weight")
+        self._linear(self.inner, sub_norm, [(mlp + "down_proj", self.hidden)], add=True)
 
     def _linear(self, source: int, norm: Sequence[int], outputs: list[tuple[str, int]], add: bool = False) -> None:
         # Matrices that read the same quantized input share a record; a checkpoint may mix formats within a layer.
@@ -206,7 +211,7 @@ class _Compiler:
                 if not isinstance(weight, Tensor):
                     self.weights[name + ".weight"] = weight.dequantize(torch.bfloat16)
                     self.notes.append(f"{name}: kept in bfloat16, since gate and up come in different formats")
-        record = [self.hidden, *norm, *self._activation(), self.inner]
+        record = [self.hidden, *norm, *self._activation(), self.inner, _FUNCTIONS[self.config.hidden_act]]
         for name in (gate, up):
             record += [*self._matrix(name + ".weight"), self._bias(name)]
         self._record(_GATED_LINEAR, record)
@@ -246,6 +251,9 @@ class _Compiler:
     def _norm(self, name: str) -> tuple[int, int]:
         return self._floats(self._take(name)), float_bits(self.config.rms_norm_eps)
 
+    def _sub_norm(self, name: str) -> tuple[int, int]:
+        return self._norm(name) if self.config.has_sub_norms else _NO_NORM
+
     def _bias(self, name: str) -> int:
         bias = self.weights.pop(name + ".bias", None)
         if bias is None:
@@ -267,6 +275,8 @@ class _Compiler:
             return self._part(weight.pack().data)
         if isinstance(weight, Int8Weight):
             return self._part(dense_linear.int8_pack(weight))
+        if isinstance(weight, PackedTernary):
+            return self._part(_ternary_part(weight))
         if weight.dtype != torch.bfloat16:
             self.notes.append(f"{name}: {str(weight.dtype).removeprefix('torch.')} kept in bfloat16")
         return self._part(dense_linear.bfloat16_pack(weight.detach().to(torch.bfloat16)))
@@ -318,7 +328,16 @@ def input_kind(weight: Weight) -> tuple[object, ...]:
     """Matrices of one kind read the same quantized input."""
     if isinstance(weight, Int4Weight):
         return ("int4", weight.group_size)
+    if isinstance(weight, PackedTernary):
+        return ("ternary",)
     return ("int8", INT8_GROUP) if isinstance(weight, Int8Weight) else ("bfloat16",)
+
+
+def _ternary_part(weight: PackedTernary) -> Tensor:
+    """A weight packed as "q2", and its scales at the next multiple of a cache line."""
+    data = weight.convert("q2").data
+    padding = data.new_zeros(-data.numel() % _CACHE_LINE)
+    return torch.cat((data, padding, weight.scale.to(torch.float32).contiguous().view(torch.uint8)))
 
 
 def _return_freed_memory() -> None:
