@@ -134,9 +134,9 @@ def test_the_first_checkpoints(tmp_path: Path) -> None:
 def test_logits_are_near_those_of_transformers(tmp_path: Path, hidden_act: str) -> None:
     """transformers' own classes on the same files, then with our layers over the imported weights in their place.
 
-    The two round activations by 127 / max and by max / 127, which differ in the last place: a code may fall otherwise at a
-    half, one in some 10^5. One such step, 1/127 of a token's largest value in one of 64 columns, is below 10^-3 of the
-    logits; everything else is rounding of float32.
+    The two round activations by 127 / max and by max / 127, which differ in the last place: a code may fall otherwise
+    at a half, one in some 10^5. One such step, 1/127 of a token's largest value in one of 64 columns, is below
+    10^-3 of the logits; everything else is rounding of float32.
     """
     from transformers import AutoModelForCausalLM
 
@@ -320,7 +320,7 @@ def test_llama_files_in_ternary_types(tmp_path: Path, kind: str) -> None:
     name = "model.layers.0.mlp.down_proj.weight"
     assert isinstance(model.weights[name], torch.Tensor)
     assert any("dequantized" in note for note in model.notes)
-    for name in (name, "model.layers.0.self_attn.v_proj.weight"):
+    for name in ("model.layers.0.mlp.down_proj.weight", "model.layers.0.self_attn.v_proj.weight"):
         exact = gguf.dequantize(gguf.quantize(weights[name].numpy(), KINDS[kind]), KINDS[kind])
         np.testing.assert_array_equal(model.dense(name).numpy(), exact)
 

@@ -132,8 +132,8 @@ class _Builder:
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 self._norm(prefix + norm)
             mlp = self.theirs.get_submodule(prefix + "mlp")
-            projections = [mlp.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj")]
-            gated = GatedMLP(*projections, act=config.hidden_act)
+            gate, up, down = (mlp.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
+            gated = GatedMLP(gate, up, down, config.hidden_act)
             if config.has_sub_norms:
                 gated.ffn_sub_norm = self._rms_norm(prefix + "mlp.ffn_sub_norm")
                 self._norm(prefix + "self_attn.attn_sub_norm")

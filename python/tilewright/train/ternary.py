@@ -66,7 +66,7 @@ class TernaryRun:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON types; :meth:`from_dict` gives the same run back."""
-        values = {**asdict(self), "training": self.training.to_dict()}
+        values: dict[str, Any] = {**asdict(self), "training": self.training.to_dict()}
         return values | {name: list(values[name]) for name in ("text", "held_out")}
 
     @classmethod

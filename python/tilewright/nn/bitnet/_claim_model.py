@@ -54,9 +54,9 @@ def rows(experiment: Experiment) -> Iterator[Row]:
     layers = 3 if experiment.quick else model.config.num_hidden_layers
     wrong = 0
     for name in list(linear_names(model.config))[: 7 * layers]:
-        weight = model.weights[name]
-        assert isinstance(weight, PackedTernary)
-        wrong += different(weight)
+        held = model.weights[name]
+        assert isinstance(held, PackedTernary)
+        wrong += different(held)
     yield at_most("int32 sums that differ from int64 products, of SmolLM2's linears", wrong, 0)
     yield at_most("bytes of the packed linears over float32", packed_bytes / float_bytes, 1 / 15)
     count = 12 if experiment.quick else 48

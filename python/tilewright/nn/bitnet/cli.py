@@ -85,7 +85,7 @@ def train_ternary(
 
     if resume and config is None and (output / RUN).exists():
         config = output / RUN
-    model = {"text": tuple(text) if text else None, "held_out": tuple(held_out) if held_out else None}
+    model: dict[str, Any] = {"text": tuple(text) if text else None, "held_out": tuple(held_out) if held_out else None}
     model |= {"tokenizer": tokenizer, "layers": layers, "width": width, "inner": inner, "heads": heads}
     model |= {"kv_heads": kv_heads, "hidden_act": activation, "batch": batch, "length": length, "context": context}
     model |= {"ternary": False if in_float else None}

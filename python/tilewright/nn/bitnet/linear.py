@@ -67,7 +67,8 @@ class BitLinear(nn.Module):
             torch.empty(out_features, in_features, device=device, dtype=dtype)
         )
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        self._shape, self._format = (out_features, in_features), "q2"
+        self._shape = (out_features, in_features)
+        self._format: TernaryFormat = "q2"
         self.reset_parameters()
 
     def reset_parameters(self, generator: torch.Generator | None = None) -> None:

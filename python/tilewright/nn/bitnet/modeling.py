@@ -5,8 +5,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Literal
 
-import torch
-
 from tilewright.nn.bitnet.convert import replace_with_bitlinear
 
 if TYPE_CHECKING:
@@ -70,4 +68,4 @@ def build_bitnet(
     model = BitNetForCausalLM(config)
     if ternary:
         replace_with_bitlinear(model)
-    return model.to(torch.float32)
+    return model.float()
