@@ -67,7 +67,8 @@ class TernaryRun:
     def to_dict(self) -> dict[str, Any]:
         """JSON types; :meth:`from_dict` gives the same run back."""
         values: dict[str, Any] = {**asdict(self), "training": self.training.to_dict()}
-        return values | {name: list(values[name]) for name in ("text", "held_out")}
+        values["text"], values["held_out"] = list(self.text), list(self.held_out)
+        return values
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> TernaryRun:
@@ -76,8 +77,8 @@ class TernaryRun:
         if unknown := sorted(values.keys() - set(known)):
             raise ValueError(f"unknown setting {', '.join(unknown)} of a run; known: {', '.join(known)}")
         training = TrainConfig.from_dict(values.get("training", {}))
-        names = {name: tuple(values[name]) for name in ("text", "held_out") if name in values}
-        return cls(**{**values, **names, "training": training})
+        names: dict[str, Any] = {name: tuple(values[name]) for name in ("text", "held_out") if name in values}
+        return cls(**(values | names | {"training": training}))
 
     @classmethod
     def read(cls, path: Path) -> TernaryRun:

@@ -84,6 +84,7 @@ class BitLinear(nn.Module):
         """A layer that trains the weight and bias of ``linear``, which it takes over without a copy."""
         with torch.device("meta"):
             layer = cls(linear.in_features, linear.out_features, linear.bias is not None)
+        assert isinstance(linear.weight, nn.Parameter)
         layer.weight, layer.bias = linear.weight, linear.bias
         if norm_eps is not None:
             layer.norm = RMSNorm(linear.in_features, norm_eps).to(linear.weight)
