@@ -14,6 +14,7 @@ from torch import Tensor
 from tilewright.capture.activation_map import ActivationMap
 from tilewright.formats.int4 import Int4Weight
 from tilewright.formats.int8 import Int8Weight
+from tilewright.formats.ternary import PackedTernary
 from tilewright.models.config import LlamaConfig
 from tilewright.models.errors import CheckpointError
 from tilewright.models.mixers import LinearMixer
@@ -21,7 +22,7 @@ from tilewright.models.mixers import LinearMixer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Weight = Tensor | Int4Weight | Int8Weight
+Weight = Tensor | Int4Weight | Int8Weight | PackedTernary
 LINEARS = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -46,7 +47,7 @@ HIDDEN_MAPS = (
 class LanguageModel:
     """A Llama-family model, framework-free.
 
-    ``weights`` maps transformers' parameter names to a float tensor, an Int4Weight or an Int8Weight.
+    ``weights`` maps transformers' parameter names to a float tensor, an Int4Weight, an Int8Weight or a PackedTernary.
     A tied output head has no ``lm_head.weight``. ``settings`` holds what a quantizer decided beside
     the weights (method, activation and cache formats), ``notes`` what a reader should know about the
     import (a tensor kept in float because its format has no exact low-bit form here, for example).
@@ -141,6 +142,9 @@ def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{prefix}{name}.weight"] = shape
             if biased[name]:
                 shapes[f"{prefix}{name}.bias"] = shape[:1]
+        if config.has_sub_norms:
+            shapes[prefix + "self_attn.attn_sub_norm.weight"] = (q,)
+            shapes[prefix + "mlp.ffn_sub_norm.weight"] = (inner,)
     shapes["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
@@ -241,7 +245,7 @@ def check_finite(name: str, weight: Weight, where: str) -> None:
         if not weight.is_floating_point():
             raise CheckpointError(f"{where}: tensor {name!r} has dtype {weight.dtype}, a floating dtype is needed")
     else:
-        parts = {" (scales)": weight.scales}
+        parts = {" (scales)": weight.scale if isinstance(weight, PackedTernary) else weight.scales}
         if isinstance(weight, Int4Weight) and weight.offsets is not None and weight.offsets.is_floating_point():
             parts[" (offsets)"] = weight.offsets
     for part, tensor in parts.items():
