@@ -64,6 +64,7 @@ enum class Kind : int64_t {
   kWindowAttention = 10,
   kLinearAttention = 11,
   kSparseMlp = 12,
+  kActivationMap = 13,
 };
 
 struct RecordKind {

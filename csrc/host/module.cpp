@@ -6,6 +6,7 @@
 #include "core/require.h"
 #include "format/fp8.h"
 #include "format/ternary.h"
+#include "host/hls.h"
 #include "isa/isa.h"
 #include "microbench/microbench.h"
 #include "ops/int4_fp8_attention/plan.h"
@@ -199,4 +200,5 @@ PYBIND11_MODULE(_host, m) {
   m.def("ternary5_unpack", &ternary_unpack<format::Ternary5>);
   bind_fp8<format::E4M3>(m, "e4m3");
   bind_fp8<format::E5M2>(m, "e5m2");
+  bind_hls(m);
 }

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import VOCABULARY, PlainMLP, batches, small_model
+from sparse_models import VOCABULARY, PlainMLP, batches, small_model
 from torch import nn
 
 from tilewright.adapt import merge_lora
