@@ -65,6 +65,8 @@ def test_fusing_sweeps_amortises_the_filling() -> None:
     assert fused.linear_cycles(1536, 4608) / PAPERS.linear_cycles(1536, 4608) == pytest.approx(1.09, abs=0.01)
     assert PAPERS.layer_cycles() < fused.layer_cycles() < unfused.layer_cycles()
     assert replace(PAPERS, fused=True).layer_cycles() == PAPERS.layer_cycles()
+    assert fused._pieces(1536, 4608) == [(1536, 4608)]
+    assert len(fused._pieces(1536, 8192)) == 2, "gate and up together exceed 48 UltraRAMs"
 
 
 def test_the_papers_resources_are_the_models_at_its_point() -> None:

@@ -104,7 +104,7 @@ class TellmeConfig:
 
     Attributes:
         f_mhz: clock. fill: cycles between blocks to write tables (27 one entry a cycle, 0 with a second set).
-        fused: q, k, v in one sweep and gate, up in one, so that they share tables.
+        fused: q, k, v in one sweep and gate, up in one, as far as the buffer holds them, so that they share tables.
         overlap: weights come in while others are used, in pieces that fit half of the buffer.
         packing: "beats" as the paper (5 vectors of 140 bits in 768), "dense" without gaps, "trits" 5 weights a byte.
         bram: block RAMs, not modelled beyond the paper's count plus one row of sums for each query beyond 4.
@@ -174,12 +174,11 @@ class TellmeConfig:
         return self.tiling.blocks(inputs) * (-(-outputs // self.tiling.q) + self.fill)
 
     def _pieces(self, inputs: int, outputs: int) -> list[tuple[int, int]]:
-        if not self.overlap:
-            return [(inputs, outputs)]
         t = self.tiling
-        most = URAM_WORDS * (t.q // 2) // t.blocks(inputs) // t.q * t.q
+        deep = 1 if self.overlap else -(-self.buffer_words() // URAM_WORDS)
+        most = deep * URAM_WORDS * (t.q // 2) // t.blocks(inputs) // t.q * t.q
         if most < 1:
-            raise ValueError(f"TellmeConfig: half of the buffer holds no column of {inputs} inputs; raise q or t")
+            raise ValueError(f"TellmeConfig: half of the buffer holds no step of {inputs} inputs; raise q or t")
         return [(inputs, min(most, outputs - at)) for at in range(0, outputs, most)]
 
     def layer_cycles(self) -> int:
