@@ -17,9 +17,9 @@ from tilewright.edge.tellme import (
     SMOLLM2_135M,
     XCK26,
     TellmeConfig,
-    search,
 )
 from tilewright.edge.tellme.presets import PAPER
+from tilewright.edge.tellme.search import search
 
 PAPERS = TellmeConfig(BITNET_0_73B)
 AT_OURS = TellmeConfig(BITNET_0_73B, calibration=OURS, fill=27, fused=True)

@@ -159,8 +159,9 @@ def real_rows(experiment: Experiment) -> Iterator[Row]:
 
 def model_rows(experiment: Experiment) -> Iterator[Row]:
     """Items 5 and 7, and ours: what the schedule gives under the paper's memory and host."""
-    from tilewright.edge.tellme import BITNET_0_73B, OURS, PAPER_BUDGET, SMOLLM2_135M, TellmeConfig, search
+    from tilewright.edge.tellme import BITNET_0_73B, OURS, PAPER_BUDGET, SMOLLM2_135M, TellmeConfig
     from tilewright.edge.tellme.presets import PEER_SMOLLM2
+    from tilewright.edge.tellme.search import search
 
     experiment.say("cycles and memory")
     paper = TellmeConfig(BITNET_0_73B)

@@ -45,8 +45,8 @@ def estimate(
     """Cycles, external memory, time to the first token, tokens a second and resources."""
     from tilewright._methods import choose
     from tilewright.edge.tellme import OURS, Calibration, TellmeConfig
-    from tilewright.edge.tellme import search as find
     from tilewright.edge.tellme.presets import BOARDS
+    from tilewright.edge.tellme.search import search as find
 
     shape, limits = _shape(model), choose(BOARDS, board.lower(), "board")
     if search:
