@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from tilewright.data.fetch import Progress
 
 DEBUG_VARIABLE = "TILEWRIGHT_DEBUG"
-SMOLLM2_ALIAS = "smollm2"
+SMOLLM2_ALIAS, TERNARY_ALIAS = "smollm2", "ternary"
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="GGUF file, transformers or tilewright folder, safetensors file; or `smollm2`."
+        metavar="MODEL", help="GGUF file, transformers or tilewright folder, safetensors file; or `smollm2`, `ternary`."
     ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; all cores when not given.")]
@@ -128,7 +128,7 @@ def progress_bar() -> Iterator[Progress]:
 
 
 def model_path(name: str) -> Path:
-    """The path that MODEL names; `smollm2` is the fetched SmolLM2 file.
+    """The path that MODEL names; `smollm2` is the fetched SmolLM2 file, `ternary` the model in the package.
 
     Raises `FileNotFoundError` when there is nothing of that name.
     """
@@ -141,8 +141,13 @@ def model_path(name: str) -> Path:
         from tilewright.data import smollm2_gguf
 
         return smollm2_gguf()
+    if name.lower() == TERNARY_ALIAS:
+        from tilewright.data import ternary_model
+
+        return ternary_model()
     raise FileNotFoundError(
-        f"{name}: no such file or folder; name a GGUF file, a model folder, or `{SMOLLM2_ALIAS}` after `tw fetch`"
+        f"{name}: no such file or folder; name a GGUF file, a model folder, `{TERNARY_ALIAS}`, or `{SMOLLM2_ALIAS}` "
+        "after `tw fetch`"
     )
 
 

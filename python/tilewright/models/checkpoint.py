@@ -24,6 +24,7 @@ from tilewright._files import atomic_directory
 from tilewright.capture.activation_map import ActivationMap
 from tilewright.formats.int4 import Int4Weight
 from tilewright.formats.int8 import Int8Weight
+from tilewright.formats.ternary import PackedTernary
 from tilewright.models.config import LlamaConfig
 from tilewright.models.errors import CheckpointError
 from tilewright.models.language_model import LanguageModel, Weight, check_maps, check_weights
@@ -34,7 +35,11 @@ VERSION = 1
 VERSION_WITH_MAPS = 2
 _FILE = "model.safetensors"
 _KEYS = ("format", "version", "config", "weights", "checksums", "settings", "notes", "source", "crc32")
-_KINDS: dict[str, type[Int4Weight] | type[Int8Weight]] = {"int4": Int4Weight, "int8": Int8Weight}
+_KINDS: dict[str, type[Int4Weight] | type[Int8Weight] | type[PackedTernary]] = {
+    "int4": Int4Weight,
+    "int8": Int8Weight,
+    "ternary": PackedTernary,
+}
 # files that save() may write and therefore may replace
 _OWN_FILES = {
     _FILE,
@@ -93,7 +98,8 @@ def require_replaceable(target: Path) -> None:
 def _record(weight: Weight) -> dict[str, Any]:
     if isinstance(weight, Tensor):
         return {"kind": "tensor"}
-    return {"kind": "int4" if isinstance(weight, Int4Weight) else "int8", "record": weight.metadata()}
+    kind = next(name for name, kind in _KINDS.items() if isinstance(weight, kind))
+    return {"kind": kind, "record": weight.metadata()}
 
 
 def _fingerprint(tensor: Tensor) -> dict[str, Any]:
@@ -266,12 +272,12 @@ def _rebuild(name: str, record: Any, parts: dict[str, Tensor]) -> Weight:
         or not isinstance(record["record"], dict)
     ):
         raise CheckpointError(
-            f"{_FILE}: weight {name[:120]!r} has the record {str(record)[:120]}; a kind of tensor, int4 or int8 "
-            "is needed"
+            f"{_FILE}: weight {name[:120]!r} has the record {str(record)[:120]}; a kind of tensor, "
+            f"{', '.join(_KINDS)} is needed"
         )
     try:
         weight: Weight = _KINDS[kind].from_tensors(name, parts, record["record"])
-    except (ValueError, KeyError, TypeError, OverflowError) as wrong:
+    except (ValueError, KeyError, TypeError, OverflowError, RuntimeError) as wrong:
         raise CheckpointError(f"{_FILE}: weight {name!r}: {wrong}") from None
     assert not isinstance(weight, Tensor)
     for part in weight.to_tensors(name):

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from tilewright.formats.int4 import Int4Weight
+from tilewright.formats.ternary import PackedTernary
 from tilewright.models.language_model import LanguageModel, Weight, check_maps
 from tilewright.models.sequences import SequenceEngine
 from tilewright.ops.int4_fp8_attention import int4_fp8_attention
@@ -73,8 +74,8 @@ class CudaEngine(SequenceEngine):
         mode: of the INT4 linears, "exact" or "fold"; None: what the model's quantizer decided, else "exact".
 
     Raises:
-        ValueError: an option is out of range, a layer has linear attention, an activation map sits where it cannot be
-            applied, or there is no CUDA device.
+        ValueError: an option is out of range, a layer has linear attention, the weights are ternary, an activation map
+            sits where it cannot be applied, or there is no CUDA device.
     """
 
     def __init__(
@@ -88,8 +89,15 @@ class CudaEngine(SequenceEngine):
         mode: Literal["exact", "fold"] | None = None,
     ) -> None:
         model.require_softmax("CudaEngine")
+        if model.has_thresholds:
+            raise ValueError(
+                "CudaEngine: the model drops neurons below thresholds (tw sparsify), which runs on the CPU; use "
+                "Engine, or the checkpoint it was made from"
+            )
         check_maps(model.config, model.maps, "CudaEngine")
         c = model.config
+        if c.has_sub_norms or any(isinstance(weight, PackedTernary) for weight in model.weights.values()):
+            raise ValueError("CudaEngine: the model is a BitNet or has ternary weights; run it with Engine on the CPU")
         length = c.max_position_embeddings if max_length is None else max_length
         if not 1 <= length <= c.max_position_embeddings:
             raise ValueError(f"CudaEngine: max_length = {length}, needed 1 .. {c.max_position_embeddings}")

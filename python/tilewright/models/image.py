@@ -13,11 +13,13 @@ import torch
 from torch import Tensor
 
 from tilewright.capture.activation_map import ActivationMap
+from tilewright.formats import int4_sparse
 from tilewright.formats.int4 import Int4Weight
 from tilewright.formats.int8 import GROUP as INT8_GROUP
 from tilewright.formats.int8 import Int8Weight
+from tilewright.formats.ternary import PackedTernary
 from tilewright.models.config import LlamaConfig
-from tilewright.models.language_model import LanguageModel, Weight, check_maps
+from tilewright.models.language_model import LanguageModel, Weight, check_maps, threshold_name
 from tilewright.models.mixer_records import ABSENT, MixerRecords, float_bits
 from tilewright.models.mixers import LinearMixer
 from tilewright.ops import dense_linear
@@ -28,12 +30,14 @@ CacheFormat = Literal["int4", "bf16"]
 QueryFormat = Literal["fp8", "float32"]
 
 # csrc/engine/program.h and step.h
-_MAGIC, _VERSION = 0x454E49474E455754, 1
+_MAGIC, _VERSION = 0x454E49474E455754, 2
 _HEADER_WORDS, _CHECKSUM_AT = 8, 3
 _EMBED, _ANGLES, _LINEAR, _GATED_LINEAR, _ATTENTION, _SELECT_LAST, _LOGITS = range(1, 8)
+_SPARSE_MLP = 12
 _ACTIVATION_MAP = 13
 _NO_WINDOW = 1 << 62
 _CACHE_LINE = 64
+_FUNCTIONS = {"silu": 0, "relu2": 1}
 _ACTIVATIONS = {"int8": 0, "fp8": 1, "fp8-fold": 2}
 _CACHES = {"int4": 0, "bf16": 1}
 _FLOAT32_SCALES = 2
@@ -87,10 +91,12 @@ def compile(
     *,
     scale_group: int | None = None,
     release: bool = False,
+    sparse: bool = True,
 ) -> ModelImage:
     """Pack a model for the engine.
 
-    INT4 and INT8 weights keep their exact values; float matrices become bfloat16. ``model.maps`` become records.
+    INT4, INT8 and ternary weights keep their exact values; float matrices become bfloat16. Inputs of ternary weights
+    are rounded to INT8 with one scale a token, whatever ``act``. ``model.maps`` become records.
 
     Args:
         model: a loaded model; a post-RoPE key scale (``self_attn.key_scale``) is applied while running.
@@ -101,6 +107,8 @@ def compile(
             a token. None: 64, or the weights' group where 64 is no multiple of it.
         release: remove each weight from ``model.weights`` once it is packed, so that no second copy is ever held. The
             model cannot be used afterwards.
+        sparse: where layers have thresholds of the gate activation (CATS), also keep up and down by rows, so that a
+            decoded token reads only those it needs; without, all rows are read. The same bits either way.
 
     Raises:
         ValueError: an option is none of its words, a shape is outside what the engine runs, or an activation map sits
@@ -113,7 +121,7 @@ def compile(
     group = activation_scale_group(act, scale_group, weights)
     check_maps(model.config, model.maps, "compile")
     formats = (_ACTIVATIONS[act], group, _CACHES[kv], _QUERIES[query])
-    compiler = _Compiler(model.config, weights, *formats, model.mixers, model.maps)
+    compiler = _Compiler(model.config, weights, *formats, sparse, model.mixers, model.maps)
     program, arena = compiler.compile()
     notes = tuple(compiler.notes)
     return ModelImage(program, arena, model.config, act, kv, query, group, notes, len(model.mixers))
@@ -145,6 +153,7 @@ class _Compiler:
     scale_group: int
     kv: int
     query: int
+    sparse: bool = True
     mixers: dict[int, LinearMixer] = field(default_factory=dict)
     maps: dict[str, ActivationMap] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -193,10 +202,14 @@ class _Compiler:
             self._attention(attention)
         if index == self.config.num_hidden_layers - 1:
             self._record(_SELECT_LAST, [2, self.hidden, self.attended])
-        self._into_residual(self.attended, attention + "o_proj")
+        self._into_residual(self.attended, attention + "o_proj", self._sub_norm(attention + "attn_sub_norm.weight"))
         source, norm = self._normalized(prefix + "post_attention_layernorm")
-        self._gated(source, norm, mlp + "gate_proj", mlp + "up_proj")
-        self._into_residual(self.inner, mlp + "down_proj")
+        if (threshold := self.weights.pop(threshold_name(index), None)) is not None:
+            assert isinstance(threshold, Tensor)
+            self._sparse_mlp(source, norm, mlp, threshold)
+        else:
+            self._gated(source, norm, mlp + "gate_proj", mlp + "up_proj")
+            self._into_residual(self.inner, mlp + "down_proj", self._sub_norm(mlp + "ffn_sub_norm.weight"))
         self._map_in_place(prefix.removesuffix("."), self.hidden)
 
     def _normalized(self, name: str) -> tuple[int, Sequence[int]]:
@@ -208,14 +221,14 @@ class _Compiler:
             return target, _NO_NORM
         return self.hidden, norm
 
-    def _into_residual(self, source: int, name: str) -> None:
-        """hidden += linear(source), through the maps at the linear's output and at that of the module around it."""
+    def _into_residual(self, source: int, name: str, norm: Sequence[int]) -> None:
+        """hidden += linear(norm(source)), through the maps at the linear's output and at that of the module around it."""
         places = [place for place in (name, name.rpartition(".")[0]) if self._steers(place)]
         if not places:
-            self._linear(source, _NO_NORM, [(name, self.hidden)], add=True)
+            self._linear(source, norm, [(name, self.hidden)], add=True)
             return
         target = self._mapped_slot()
-        self._linear(source, _NO_NORM, [(name, target)])
+        self._linear(source, norm, [(name, target)])
         for place in places[:-1]:
             self._map_in_place(place, target)
         self._map(places[-1], target, self.hidden, add=True)
@@ -250,14 +263,60 @@ class _Compiler:
                 record += [target, int(add), *self._matrix(name + ".weight"), self._bias(name)]
             self._record(_LINEAR, record)
 
-    def _gated(self, source: int, norm: Sequence[int], gate: str, up: str) -> None:
+    def _sparse_mlp(self, source: int, norm: Sequence[int], mlp: str, threshold: Tensor) -> None:
+        if any(self._steers(place) for place in (mlp + "down_proj", mlp.removesuffix("."))):
+            where = f"compile: {mlp.removesuffix('.')} has thresholds and a map at its output"
+            raise ValueError(f"{where}; put the map at the layer's output")
+        if self.config.hidden_act != "silu" or self.config.has_sub_norms:
+            raise ValueError(f"compile: {mlp.removesuffix('.')} has thresholds, which go with SiLU and no norm inside")
+        names = [mlp + "gate_proj", mlp + "up_proj", mlp + "down_proj"]
+        self._one_format(names[0], names[1])
+        up, down = self.weights[names[1] + ".weight"], self.weights[names[2] + ".weight"]
+        record = [source, *norm, *self._activation(), self.hidden, self.inner, *_NO_NORM, self.inner]
+        record += [threshold.numel(), self._floats(threshold)]
+        for name in names:
+            record += [*self._matrix(name + ".weight"), self._bias(name)]
+            if name == names[1]:
+                up_blob = record[-3:-1]
+        by_rows = self.sparse and self._by_rows(up, down)
+        record.append(int(bool(by_rows)))
+        if by_rows:
+            # A float matrix lies by rows already.
+            record += list(up_blob) if by_rows[0] is None else self._part(by_rows[0])
+            record += self._part(by_rows[1])
+        else:
+            self.notes.append(f"{mlp.removesuffix('.')}: all rows are read, its formats are not kept by rows")
+        self._record(_SPARSE_MLP, record)
+
+    def _by_rows(self, up: Weight, down: Weight) -> tuple[Tensor | None, Tensor] | None:
+        """Blobs of up by rows (None: its own) and of down by columns; None where a format has no such form."""
+        int8_tokens = self.act == _ACTIVATIONS["int8"]
+        if isinstance(up, Int4Weight):
+            if not (int8_tokens and int4_sparse.can_pack_rows(up)):
+                return None
+            rows: Tensor | None = int4_sparse.pack_rows(up)
+        elif isinstance(up, Tensor):
+            rows = None
+        else:
+            return None
+        if isinstance(down, Int4Weight):
+            return (rows, int4_sparse.pack_columns(down)) if int8_tokens else None
+        if isinstance(down, Tensor):
+            return rows, dense_linear.bfloat16_pack(down.detach().to(torch.bfloat16).T.contiguous())
+        return None
+
+    def _one_format(self, gate: str, up: str) -> None:
+        """Gate and up share one quantized input: where their formats differ both are kept in bfloat16."""
         if input_kind(self.weights[gate + ".weight"]) != input_kind(self.weights[up + ".weight"]):
             for name in (gate, up):
                 weight = self.weights[name + ".weight"]
                 if not isinstance(weight, Tensor):
                     self.weights[name + ".weight"] = weight.dequantize(torch.bfloat16)
                     self.notes.append(f"{name}: kept in bfloat16, since gate and up come in different formats")
-        record = [source, *norm, *self._activation(), self.inner]
+
+    def _gated(self, source: int, norm: Sequence[int], gate: str, up: str) -> None:
+        self._one_format(gate, up)
+        record = [source, *norm, *self._activation(), self.inner, _FUNCTIONS[self.config.hidden_act]]
         for name in (gate, up):
             record += [*self._matrix(name + ".weight"), self._bias(name)]
         self._record(_GATED_LINEAR, record)
@@ -297,6 +356,9 @@ class _Compiler:
     def _norm(self, name: str) -> tuple[int, int]:
         return self._floats(self._take(name)), float_bits(self.config.rms_norm_eps)
 
+    def _sub_norm(self, name: str) -> tuple[int, int]:
+        return self._norm(name) if self.config.has_sub_norms else _NO_NORM
+
     def _bias(self, name: str) -> int:
         bias = self.weights.pop(name + ".bias", None)
         if bias is None:
@@ -318,6 +380,8 @@ class _Compiler:
             return self._part(weight.pack().data)
         if isinstance(weight, Int8Weight):
             return self._part(dense_linear.int8_pack(weight))
+        if isinstance(weight, PackedTernary):
+            return self._part(_ternary_part(weight))
         if weight.dtype != torch.bfloat16:
             self.notes.append(f"{name}: {str(weight.dtype).removeprefix('torch.')} kept in bfloat16")
         return self._part(dense_linear.bfloat16_pack(weight.detach().to(torch.bfloat16)))
@@ -369,7 +433,16 @@ def input_kind(weight: Weight) -> tuple[object, ...]:
     """Matrices of one kind read the same quantized input."""
     if isinstance(weight, Int4Weight):
         return ("int4", weight.group_size)
+    if isinstance(weight, PackedTernary):
+        return ("ternary",)
     return ("int8", INT8_GROUP) if isinstance(weight, Int8Weight) else ("bfloat16",)
+
+
+def _ternary_part(weight: PackedTernary) -> Tensor:
+    """A weight packed as "q2", and its scales at the next multiple of a cache line."""
+    data = weight.convert("q2").data
+    padding = data.new_zeros(-data.numel() % _CACHE_LINE)
+    return torch.cat((data, padding, weight.scale.to(torch.float32).contiguous().view(torch.uint8)))
 
 
 def _return_freed_memory() -> None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from tilewright.capture.activation_map import ActivationMap
 from tilewright.formats.int4 import Int4Weight
 from tilewright.formats.int8 import Int8Weight
+from tilewright.formats.ternary import PackedTernary
 from tilewright.models.config import LlamaConfig
 from tilewright.models.errors import CheckpointError
 from tilewright.models.mixers import LinearMixer
@@ -21,7 +22,7 @@ from tilewright.models.mixers import LinearMixer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Weight = Tensor | Int4Weight | Int8Weight
+Weight = Tensor | Int4Weight | Int8Weight | PackedTernary
 LINEARS = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -46,7 +47,7 @@ HIDDEN_MAPS = (
 class LanguageModel:
     """A Llama-family model, framework-free.
 
-    ``weights`` maps transformers' parameter names to a float tensor, an Int4Weight or an Int8Weight.
+    ``weights`` maps transformers' parameter names to a float tensor, an Int4Weight, an Int8Weight or a PackedTernary.
     A tied output head has no ``lm_head.weight``. ``settings`` holds what a quantizer decided beside
     the weights (method, activation and cache formats), ``notes`` what a reader should know about the
     import (a tensor kept in float because its format has no exact low-bit form here, for example).
@@ -96,6 +97,11 @@ class LanguageModel:
             )
 
     @property
+    def has_thresholds(self) -> bool:
+        """Whether a layer drops neurons below a threshold of the gate activation (CATS)."""
+        return any(threshold_name(layer) in self.weights for layer in range(self.config.num_hidden_layers))
+
+    @property
     def output_name(self) -> str:
         """Name of the matrix that maps hidden states to logits."""
         return "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
@@ -136,6 +142,9 @@ def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{prefix}{name}.weight"] = shape
             if biased[name]:
                 shapes[f"{prefix}{name}.bias"] = shape[:1]
+        if config.has_sub_norms:
+            shapes[prefix + "self_attn.attn_sub_norm.weight"] = (q,)
+            shapes[prefix + "mlp.ffn_sub_norm.weight"] = (inner,)
     shapes["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
@@ -149,6 +158,20 @@ def optional_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     """
     shape = (config.num_key_value_heads, config.head_dim)
     return {f"model.layers.{i}.self_attn.key_scale": shape for i in range(config.num_hidden_layers)}
+
+
+def threshold_name(layer: int) -> str:
+    """Name of a layer's thresholds of the gate activation (CATS), float [1] or one a neuron [M]; optional."""
+    return f"model.layers.{layer}.mlp.threshold"
+
+
+def _check_threshold(name: str, weight: Weight, inner: int, where: str) -> None:
+    shape = tuple(weight.shape)
+    if shape not in ((1,), (inner,)) or not isinstance(weight, Tensor):
+        raise CheckpointError(f"{where}: tensor {name!r} has shape {list(shape)}, [1] or [{inner}] is needed")
+    check_finite(name, weight, where)
+    if bool((weight < 0).any()):
+        raise CheckpointError(f"{where}: tensor {name!r} is negative; thresholds are compared with magnitudes")
 
 
 def map_widths(config: LlamaConfig) -> dict[str, int]:
@@ -196,7 +219,11 @@ def check_weights(config: LlamaConfig, weights: dict[str, Weight], where: str) -
     for name in expected:
         if name not in weights:
             raise CheckpointError(f"{where}: tensor {name!r} is missing")
+    thresholds = {threshold_name(layer) for layer in range(config.num_hidden_layers)}
     for name, weight in weights.items():
+        if name in thresholds:
+            _check_threshold(name, weight, config.intermediate_size, where)
+            continue
         if name not in allowed:
             raise CheckpointError(
                 f"{where}: tensor {name[:120]!r} does not belong to this {config.model_type} architecture"
@@ -218,7 +245,7 @@ def check_finite(name: str, weight: Weight, where: str) -> None:
         if not weight.is_floating_point():
             raise CheckpointError(f"{where}: tensor {name!r} has dtype {weight.dtype}, a floating dtype is needed")
     else:
-        parts = {" (scales)": weight.scales}
+        parts = {" (scales)": weight.scale if isinstance(weight, PackedTernary) else weight.scales}
         if isinstance(weight, Int4Weight) and weight.offsets is not None and weight.offsets.is_floating_point():
             parts[" (offsets)"] = weight.offsets
     for part, tensor in parts.items():
