@@ -222,7 +222,7 @@ class _Compiler:
         return self.hidden, norm
 
     def _into_residual(self, source: int, name: str, norm: Sequence[int]) -> None:
-        """hidden += linear(norm(source)), through the maps at the linear's output and at that of the module around it."""
+        """hidden += linear(norm(source)), through the maps at the output of the linear and of the module around it."""
         places = [place for place in (name, name.rpartition(".")[0]) if self._steers(place)]
         if not places:
             self._linear(source, norm, [(name, self.hidden)], add=True)

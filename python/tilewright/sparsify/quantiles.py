@@ -8,9 +8,12 @@ import math
 import torch
 from torch import Tensor
 
-# The upper half of a float32: sign, eight bits of exponent, seven of mantissa. Positive floats are ordered as their
-# bits.
-_SHIFT, _BINS = 16, 1 << 15
+# Positive floats are ordered as their bits: 13 bits of mantissa make 8192 bins an octave, between 2^-27 and 2^16.
+# SiLU has a minimum of -0.278, where magnitudes lie dense: a few hundred bins an octave would put whole percents of
+# them into one.
+_SHIFT = 10
+_LOWEST = (127 - 27) << 23 >> _SHIFT
+_BINS = (27 + 16) << 23 >> _SHIFT
 
 
 def check_share(k: float) -> float:
@@ -59,9 +62,11 @@ class Magnitudes:
 
 
 class LogHistogram:
-    """Counts of magnitudes in 128 bins an octave over all of float32: 256 KiB, however many values.
+    """Counts of magnitudes in 8192 bins an octave from 2^-27 to 2^16: 2.8 MB, however many values.
 
-    ``quantile(k)`` lies in the bin of the value of rank ceil(k n), at its share of the bin's width: within 0.8 % of it.
+    ``quantile(k)`` lies in the bin of the value of rank ceil(k n), at its share of the bin's width: within 0.012 % of
+    it.
+    What is below 2^-27 counts as zero, what is above 2^16 as that.
     """
 
     def __init__(self) -> None:
@@ -69,8 +74,8 @@ class LogHistogram:
 
     def update(self, x: Tensor) -> None:
         """Take any tensor of finite values."""
-        bits = _magnitudes(x).view(torch.int32) >> _SHIFT
-        self._counts += torch.bincount(bits, minlength=_BINS)
+        bins = (_magnitudes(x).view(torch.int32) >> _SHIFT) - _LOWEST
+        self._counts += torch.bincount(bins.clamp_(0, _BINS - 1), minlength=_BINS)
 
     def result(self) -> LogHistogram:
         """Itself."""
@@ -88,10 +93,11 @@ class LogHistogram:
             return 0.0
         upto = self._counts.cumsum(0)
         index = int(torch.searchsorted(upto, rank))
-        if index == 0:  # zero itself, and what float32 cannot tell from it
+        if index == 0:
             return 0.0
         low, high = (
-            float(torch.tensor(i << _SHIFT, dtype=torch.int32).view(torch.float32)) for i in (index, index + 1)
+            float(torch.tensor((i + _LOWEST) << _SHIFT, dtype=torch.int32).view(torch.float32))
+            for i in (index, index + 1)
         )
         before = int(upto[index]) - int(self._counts[index])
         return low + (high - low) * (rank - before - 0.5) / int(self._counts[index])

@@ -126,7 +126,7 @@ def _empty(file: Path, config: dict[str, Any], tensors: dict[str, Tensor], k: in
             f"{file}: normalize_activations is {normalization!r}; fold it into the weights where the SAE was made"
         )
     known = {key: value for key, value in config.get("metadata", {}).items() if key != OURS}
-    common = {"metadata": known, "apply_b_dec_to_input": bool(config.get("apply_b_dec_to_input", True))}
+    common: dict[str, Any] = {"metadata": known, "apply_b_dec_to_input": bool(config.get("apply_b_dec_to_input", True))}
     ours = config.get("metadata", {}).get(OURS, {})
     if ours:
         return KINDS[ours["kind"]](d, m, **{**ours["settings"], **common})

@@ -117,7 +117,7 @@ class Real:
         from tilewright.inspect.sae_dark_matter._claim_model import SKIP
         from tilewright.inspect.sae_dark_matter.downstream import downstream_loss
 
-        found = []
+        found: list[dict[str, Any]] = []
         count = 4 if self.experiment.quick else None
         for seed in self.seeds:
             self.experiment.say(f"downstream loss, seed {seed}")
@@ -245,11 +245,11 @@ class Real:
         self.experiment.values["components"] = grid
         for target_name in ("nonlinear", "linear"):
             best = max(((g[p][target_name], n, p) for n, g in grid.items() for p in g), key=lambda item: item[0])
-            sae = max(g["sae"][target_name] for g in grid.values())
+            outputs = max(g["sae"][target_name] for g in grid.values())
             name = f"{target_name} error, R^2 from earlier components"
             yield Row(f"{name}: best ({best[2]} of the {best[1]})", "", best[0], "reported", True)
             paper = "up to 0.5" if target_name == "nonlinear" else ""
-            yield Row(f"{name}: best of their SAEs' outputs", paper, sae, "reported", True)
+            yield Row(f"{name}: best of their SAEs' outputs", paper, outputs, "reported", True)
 
 
 def first_rows(rows: Rows, count: int) -> Tensor:

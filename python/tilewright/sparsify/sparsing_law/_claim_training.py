@@ -115,8 +115,8 @@ def measured(activation: str, setting: Setting, checkpoints: list[Checkpoint]) -
         models.append(Measurement(model, batches, progress=False))
     joint = joint_cett_ppl(models[-JOINT:])
     found = []
-    for checkpoint, model in zip(checkpoints, models, strict=True):
-        report = sparsity(model, metric="cett", arg=joint.cett)
+    for checkpoint, measurement in zip(checkpoints, models, strict=True):
+        report = sparsity(measurement, metric="cett", arg=joint.cett)
         found.append(
             {
                 "tokens": checkpoint.tokens,
@@ -125,7 +125,7 @@ def measured(activation: str, setting: Setting, checkpoints: list[Checkpoint]) -
                 "ppl_ratio": report.ppl_ratio,
                 "stderr": report.stderr,
                 "cett": joint.cett,
-                "nonzero": sparsity(model, metric="zero").activation_ratio,
+                "nonzero": sparsity(measurement, metric="zero").activation_ratio,
             }
         )
     return found

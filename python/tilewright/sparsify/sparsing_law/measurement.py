@@ -127,7 +127,9 @@ class Measurement:
 
     def run_rules(self, rules: Mapping[str, Rule], description: str = "sparse pass") -> Pass:
         """The text under rules of one's own, by layer."""
-        shape, counts, shares = TokenShape(), {}, []
+        shape = TokenShape()
+        counts: dict[str, Tensor] = {}
+        shares: list[Tensor] = []
 
         def thinned(name: str, rule: Rule) -> Transform:
             def change(x: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ class Constraint:
 class Domain:
     """A part of the input set with what is known about it.
 
-    box: [n_in] ends. bounds: intervals [n] of the nodes that feed nonlinearities. alphas: slopes (of products: mixtures)
-    [2, R, n] by node. lower: bounds [R] of its clause's rows, constant included.
+    box: [n_in] ends. bounds: intervals [n] of the nodes that feed nonlinearities. alphas: slopes (of products:
+    mixtures) [2, R, n] by node. lower: bounds [R] of its clause's rows, constant included.
     """
 
     clause: int
