@@ -343,10 +343,7 @@ class Builder:
 
     def clamp(self, x: Any_, low: Any, high: Any) -> Value | Tensor:
         """x cut to [low, high]; None is no limit."""
-        limits = [
-            default if limit is None else float(limit)
-            for limit, default in ((low, -math.inf), (high, math.inf))
-        ]
+        limits = [default if limit is None else float(limit) for limit, default in ((low, -math.inf), (high, math.inf))]
         if math.isnan(limits[0]) or math.isnan(limits[1]) or limits[0] > limits[1]:
             raise ValueError(f"{self.label}: limits {limits} of clamp are NaN or crossed")
         if limits == [-math.inf, math.inf]:

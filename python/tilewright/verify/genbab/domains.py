@@ -30,8 +30,8 @@ class Constraint:
 class Domain:
     """A part of the input set with what is known about it.
 
-    box: [n_in] ends. bounds: intervals [n] of the nodes that feed nonlinearities. alphas: slopes (of products: mixtures) [2, R, n] by node.
-    lower: bounds [R] of its clause's rows, constant included.
+    box: [n_in] ends. bounds: intervals [n] of the nodes that feed nonlinearities. alphas: slopes (of products:
+    mixtures) [2, R, n] by node. lower: bounds [R] of its clause's rows, constant included.
     """
 
     clause: int
@@ -60,9 +60,7 @@ class Domain:
             bounds = {**self.bounds, node: (l, u)}
             # An earlier cut of the same unit on the same side is implied, and its multiplier only in the way.
             kept = tuple(c for c in self.constraints if (c.node, c.unit, c.sign) != (node, unit, sign))
-            halves.append(
-                Domain(self.clause, self.x_L, self.x_U, bounds, self.alphas, self.lower, (*kept, more))
-            )
+            halves.append(Domain(self.clause, self.x_L, self.x_U, bounds, self.alphas, self.lower, (*kept, more)))
         return halves
 
     def cut_input(self, axis: int, point: float) -> list[Domain]:

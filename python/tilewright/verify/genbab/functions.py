@@ -78,7 +78,11 @@ step = Unary("step", lambda x: (x > 0).to(x.dtype), torch.zeros_like, jumps=((0.
 sigmoid = Unary("sigmoid", torch.sigmoid, _sigmoid_slope, _sigmoid_critical, (0.0,), (1, -1))
 tanh = Unary("tanh", torch.tanh, lambda x: 1 - torch.tanh(x) ** 2, _tanh_critical, (0.0,), (1, -1))
 softplus = Unary(
-    "softplus", torch.nn.functional.softplus, torch.sigmoid, lambda k, l, u: [torch.log(k) - torch.log1p(-k)], curvature=(1,)
+    "softplus",
+    torch.nn.functional.softplus,
+    torch.sigmoid,
+    lambda k, l, u: [torch.log(k) - torch.log1p(-k)],
+    curvature=(1,),
 )
 arctan = Unary(
     "arctan", torch.atan, lambda x: 1 / (1 + x * x), lambda k, l, u: _pair(torch.sqrt(1 / k - 1)), (0.0,), (1, -1)
