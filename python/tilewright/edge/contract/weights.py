@@ -148,11 +148,11 @@ def pack_tlmm(weight: Int8, tiling: Tiling | None = None) -> TlmmWeights:
         )
     outputs, inputs = weight.shape
     blocks, padded = tiling.blocks(inputs), tiling.padded_outputs(outputs)
-    digits = np.ones((padded, blocks * tiling.block), np.int64)
-    digits[:outputs, :inputs] = weight.astype(np.int64) + 1
-    powers = 3 ** np.arange(tiling.g)
-    indices = (digits.reshape(padded, blocks, tiling.t, tiling.g) * powers).sum(-1)
-    return TlmmWeights(np.ascontiguousarray(indices.transpose(1, 0, 2)).astype(np.uint8), outputs, inputs, tiling)
+    digits = np.ones((padded, blocks * tiling.block), np.uint8)
+    digits[:outputs, :inputs] = weight + 1
+    powers = (3 ** np.arange(tiling.g)).astype(np.uint8)
+    indices = (digits.reshape(padded, blocks, tiling.t, tiling.g) * powers).sum(-1, dtype=np.uint8)
+    return TlmmWeights(np.ascontiguousarray(indices.transpose(1, 0, 2)), outputs, inputs, tiling)
 
 
 def tlmm(x: Int8, weights: TlmmWeights, status: StatusRegister | None = None) -> Int32:

@@ -135,11 +135,14 @@ def real_rows(experiment: Experiment) -> Iterator[Row]:
             return acc
 
     loaded = models.load(data.smollm2_gguf())
-    edge = EdgeModel.from_transformers(models.to_transformers(loaded, dequantize=True))
+    module: Any = models.to_transformers(loaded, dequantize=True)
+    count = 2 if experiment.quick else len(module.model.layers)
+    module.model.layers = module.model.layers[:count]
+    edge = EdgeModel.from_transformers(module)
     ids = evaluate.text_corpus(loaded.tokenizer, "speeches", "evaluation", max_tokens=64).numpy()[:64]
     x, units, angles = edge.embedding[ids], Checked(), rope_table(64, 64, edge.rope_base)
-    apart, count = [], 2 if experiment.quick else len(edge.layers)
-    for index, layer in enumerate(edge.layers[:count]):
+    apart = []
+    for index, layer in enumerate(edge.layers):
         experiment.say(f"SmolLM2, layer {index + 1} of {count}")
         after = decoder_layer(x, layer, KvCache.empty(64, 3, 64), angles, units)
         true = reference.decoder_layer(x.astype(np.float64), layer, edge.rope_base)
