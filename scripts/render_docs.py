@@ -101,7 +101,7 @@ def ternary_block() -> str:
     settings = shipped["settings"]
     keys = ("layers", "width", "inner", "heads", "kv_heads", "hidden_act", "tokenizer", "context", "batch", "length")
     lines.append("\nSettings: " + ", ".join(f"{key} {settings[key]}" for key in keys) + ".")
-    lines.append("\nWhat it writes (temperature 0.7, nucleus 0.95, the seed as given):")
+    lines.append("\nWhat it writes (temperature 0.5, nucleus 0.95, the seed as given):")
     for sample in shipped["samples"]:
         text = " ".join(f"{sample['prompt']}{sample['text']}".split())
         lines.append(f"\n> {text} *(seed {sample['seed']})*")

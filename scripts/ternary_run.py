@@ -26,7 +26,7 @@ from tilewright.train.texts import encode, token_lengths
 
 PARTS = ("moby-dick", "speeches")
 PROMPTS = ("The whale", "My fellow citizens,", "There was a time when")
-NEW_TOKENS, TEMPERATURE, TOP_P = 120, 0.7, 0.95
+NEW_TOKENS, TEMPERATURE, TOP_P = 120, 0.5, 0.95
 SMOOTH = 10
 
 

@@ -156,7 +156,7 @@ def test_cats_drops_its_share_in_every_layer_and_fat_over_all():
     assert criterion.sampled_ratio(criterion.level(0.4)) == pytest.approx(0.6, abs=0.05)
     bound = sparsity(measured, metric="fat", arg=0.3).thresholds
     assert bound.score == "gate"
-    assert [float(value) for value in bound.values.values()] == pytest.approx([0.3, 0.3])
+    assert [float(value) for value in bound.values()] == pytest.approx([0.3, 0.3])
 
 
 @pytest.mark.parametrize("metric", ARGS)
@@ -247,7 +247,7 @@ def test_exported_thresholds_give_the_measured_model(metric, ending, tmp_path):
         assert torch.equal(token_losses(model, x), measured.run(metric, ARGS[metric]).losses)
     if metric == "cett":
         assert stored.about["eps"] == report.eps
-        assert all(value.shape == (NEURONS,) for value in stored.values.values())
+        assert all(value.shape == (NEURONS,) for value in stored.values())
     with pytest.raises(ValueError, match="'topk' has no thresholds"):
         export_thresholds(sparsity(measured, metric="topk", arg=0.5), tmp_path / "none.json")
 

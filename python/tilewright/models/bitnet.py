@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from tilewright.formats.ternary import TernaryFormat
 from tilewright.models.config import LlamaConfig
 from tilewright.models.language_model import LanguageModel, Weight, check_weights, expected_shapes
@@ -20,7 +22,8 @@ def from_bitnet(model: PreTrainedModel, tokenizer: Any = None, *, format: Ternar
     """A transformers model (BitNet, or another of the Llama family) with :class:`BitLinear` layers, ternary.
 
     Args:
-        model: latent or packed BitLinear layers become PackedTernary weights; everything else stays float.
+        model: latent or packed BitLinear layers become PackedTernary weights, other matrices bfloat16, which is how the
+            engine holds them; vectors keep their dtype.
         tokenizer: of transformers, or None.
         format: packing of the ternary weights; "t5", 1.6 bits a weight, is the smallest.
 
@@ -37,8 +40,9 @@ def from_bitnet(model: PreTrainedModel, tokenizer: Any = None, *, format: Ternar
             weights[f"{name}.weight"] = module.ternary(format)
     tied = config.tie_word_embeddings
     for name, parameter in model.named_parameters():
-        if f"{name}" not in weights and not (tied and name == "lm_head.weight"):
-            weights[name] = parameter.detach().clone()
+        if name not in weights and not (tied and name == "lm_head.weight"):
+            value = parameter.detach()
+            weights[name] = value.to(torch.bfloat16) if value.dim() == 2 else value.clone()
     source = type(model).__name__
     check_weights(config, weights, source)
     ordered = {name: weights[name] for name in expected_shapes(config)}

@@ -32,14 +32,14 @@ def encode(texts: Texts, tokenizer: Any, what: str) -> dict[str, Tensor]:
     for index, text in enumerate(texts):
         if isinstance(text, str) and tokenizer is None:
             raise ValueError(f"{what}: texts need a tokenizer; pass tokenizer=..., or token ids in place of texts")
-        ids = tokenizer(text)["input_ids"] if isinstance(text, str) else list(text)
+        ids: list[Any] = tokenizer(text)["input_ids"] if isinstance(text, str) else list(text)
         if not ids:
             raise ValueError(f"{what}: text {index} has no token; leave it out")
         rows.append([int(i) for i in ids])
     longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    padded = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
     mask = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-    return {"input_ids": ids, "attention_mask": mask}
+    return {"input_ids": padded, "attention_mask": mask}
 
 
 def take(batch: Mapping[str, Tensor], rows: Tensor) -> dict[str, Tensor]:

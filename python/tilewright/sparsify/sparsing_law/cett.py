@@ -54,8 +54,8 @@ class TailError:
         self.total = torch.cat([self._lengths(rows) for rows in h.split(_ROWS)])
         self.rows_skipped = int((self.total < SILENT).sum())
         smallest, largest = self._range()
-        # One step below the smallest positive norm, so that rounding cannot truncate it.
-        self.floor = max(smallest, 1e-12 * largest) * math.exp(-STEP)
+        # Half a step below the smallest positive norm: no candidate is near it, so rounding cannot truncate it.
+        self.floor = max(smallest, 1e-12 * largest) * math.exp(-STEP / 2)
         # The last candidate lies above every neuron of the sample.
         self.steps = math.ceil(math.log(max(largest, self.floor) / self.floor) / STEP) + 1
         self._ratio = math.exp(STEP)

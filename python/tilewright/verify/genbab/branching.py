@@ -243,10 +243,15 @@ def _through(short: Shortcuts, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def input_decision(region: Region, trace: Trace) -> tuple[Tensor, Tensor]:
-    """The input axis where |coefficient| times radius is largest, and its midpoint: [B] each."""
+    """The input axis where |coefficient| times radius is largest, and its midpoint: [B] each.
+
+    Near an interior minimum the coefficients vanish though the relaxation is loose: a tenth of the largest is added to
+    each, so that no axis stays wide for ever.
+    """
     assert trace.row is not None
     radius = (region.x_U - region.x_L) / 2
-    score = (trace.row.abs().sum(1) * radius).nan_to_num(0.0) + 1e-12 * radius
+    weight = trace.row.abs().sum(1).nan_to_num(0.0, 0.0, 0.0)
+    score = (weight + 0.1 * weight.amax(1, keepdim=True) + 1e-12) * radius
     axis = score.argmax(1)
     middle = ((region.x_L + region.x_U) / 2).gather(1, axis[:, None])[:, 0]
     return axis, middle
