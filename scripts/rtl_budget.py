@@ -24,7 +24,16 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "rtl" / "src").glob("*.sv"), key=lambda path: (not path.stem.endswith("_pkg"), path))
 FILE = ROOT / "rtl" / "budget.json"
 SLACK = 1.05
-LUTRAM = {"RAM32M16": 8, "RAM64M8": 8, "RAM32M": 4, "RAM64M": 4, "RAM32X1D": 2, "RAM64X1D": 2, "SRL16E": 1, "SRLC32E": 1}
+LUTRAM = {
+    "RAM32M16": 8,
+    "RAM64M8": 8,
+    "RAM32M": 4,
+    "RAM64M": 4,
+    "RAM32X1D": 2,
+    "RAM64X1D": 2,
+    "SRL16E": 1,
+    "SRLC32E": 1,
+}
 UNITS: dict[str, tuple[str, dict[str, int]]] = {
     "tlmm_core": ("tlmm_core", {"G": 3, "T": 28, "Q": 16}),
     "tlmm_core, two sets of tables": ("tlmm_core", {"G": 3, "T": 28, "Q": 16, "Banks": 2}),

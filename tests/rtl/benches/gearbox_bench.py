@@ -73,5 +73,5 @@ async def reset_in_the_middle_of_a_frame(dut):
         await RisingEdge(dut.clk_i)
     task.cancel()
     dut.in_valid_i.value = 0
-    await reset(dut)
+    await reset(dut, running=True)
     await run(dut, [[1] * (OUT + 1)], "half")

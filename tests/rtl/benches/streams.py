@@ -27,11 +27,15 @@ def pauses(pattern: str, seed: int) -> Iterator[bool]:
         yield draw.random() < chance
 
 
-async def reset(dut: Any, cycles: int = 2) -> None:
-    """Start the clock when it stands still, and hold reset for some cycles."""
-    if not hasattr(dut, "_tilewright_clock"):
-        dut._tilewright_clock = Clock(dut.clk_i, 4, unit="ns")
-        dut._tilewright_clock.start()
+def start_clock(dut: Any) -> None:
+    """Of each test anew: cocotb ends what a test started."""
+    Clock(dut.clk_i, 4, unit="ns").start()
+
+
+async def reset(dut: Any, cycles: int = 2, *, running: bool = False) -> None:
+    """Start the clock unless it runs, and hold reset for some cycles."""
+    if not running:
+        start_clock(dut)
     dut.rst_i.value = 1
     for _ in range(cycles):
         await RisingEdge(dut.clk_i)

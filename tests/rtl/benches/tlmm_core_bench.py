@@ -101,8 +101,8 @@ async def cycles_are_those_of_the_model(dut):
     """Without pauses a row takes what the module's header says, and a fixed number of cycles for the pipeline."""
     draw = np.random.default_rng(SEED)
     extra = set()
-    for blocks, outputs in ((1, 8 * Q), (4, 8 * Q), (3, 40 * Q), (2, 3 * Q)):
-        await reset(dut)
+    for number, (blocks, outputs) in enumerate(((1, 8 * Q), (4, 8 * Q), (3, 40 * Q), (2, 3 * Q))):
+        await reset(dut, running=number > 0)
         row = random_row(draw, blocks, outputs)
         taken = await run(dut, [row], "always")
         fill, sweep = 3**G, row.beats
@@ -130,7 +130,7 @@ async def reset_in_the_middle_of_a_row(dut):
         task.cancel()
     for prefix in ("cmd", "act", "w"):
         getattr(dut, f"{prefix}_valid_i").value = 0
-    await reset(dut)
+    await reset(dut, running=True)
     await run(dut, [random_row(draw, 1, 2 * Q + 1)], "half")
 
 

@@ -75,7 +75,7 @@ async def reset_in_the_middle_of_a_load(dut):
         await RisingEdge(dut.clk_i)
     task.cancel()
     start(dut)
-    await reset(dut)
+    await reset(dut, running=True)
     vectors = list(range(1, Q + 1))
     await load(dut, vectors, "half")
     assert await read(dut, 1, "half") == [packed(vectors)]
