@@ -5,7 +5,7 @@
     python scripts/rtl_budget.py --write    keep them in rtl/budget.json
     python scripts/rtl_budget.py --check    exit code 1 where a unit costs more than 5 % over what is kept
 
-Counts are of `synth_xilinx -family xcup`: a lookup table of any size is one LUT and a RAM32M16 eight, as eight LUTs hold
+Counts are of `synth_xilinx -family xcup`: a table of any size is one LUT, a RAM32M16 eight, as eight LUTs hold
 it. They compare variants and catch regressions; the vendor's tool places and packs and comes to other numbers.
 """
 

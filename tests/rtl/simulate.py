@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "rtl" / "src").glob("*.sv"), key=lambda path: (not path.stem.endswith("_pkg"), path))
 WAIVERS = ROOT / "rtl" / "lint.vlt"
-BENCHES = Path(__file__).resolve().parent / "benches"
+# The runner hands this process's module path on to the simulator.
+sys.path.insert(0, str(Path(__file__).resolve().parent / "benches"))
 
 
 @contextmanager
@@ -53,9 +55,7 @@ def simulate(module: str, parameters: dict[str, int], folder: Path, environment:
             test_module=f"{module}_bench",
             build_dir=folder,
             test_dir=folder,
-            extra_env={"PYTHONPATH": f"{BENCHES}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
-            | values
-            | (environment or {}),
+            extra_env=values | (environment or {}),
         )
     ran, failed = get_results(results)
     assert failed == 0, f"{failed} of {ran} tests of {module} {parameters} failed"
