@@ -2,7 +2,8 @@
 // Stream of In lanes a beat to Out lanes a beat, any two numbers. A frame's last beat may hold fewer lanes than it could:
 // the output's last beat is filled up with zero lanes. A frame ends before the next begins.
 //
-// Full throughput within a frame: the store holds In + Out lanes, so a beat enters while one leaves.
+// Full throughput within a frame: a beat enters while one leaves and what is left is less than another, so the store holds
+// Out + min(In, Out) - 1 lanes before a beat enters. Within a frame every count is a multiple of gcd(In, Out).
 `default_nettype none
 
 module gearbox #(
@@ -24,7 +25,21 @@ module gearbox #(
     output logic                      out_last_o
 );
 
-  localparam int unsigned Capacity = In + Out;
+  function automatic int unsigned gcd(input int unsigned a, input int unsigned b);
+    int unsigned x, y, rest;
+    x = a;
+    y = b;
+    while (y != 0) begin
+      rest = x % y;
+      x = y;
+      y = rest;
+    end
+    return x;
+  endfunction
+
+  localparam int unsigned Step = gcd(In, Out);
+  localparam int unsigned Before = Out + (In < Out ? In : Out) - 1;
+  localparam int unsigned Capacity = Before + In;
   localparam int unsigned CountBits = $clog2(Capacity + 1);
 
   if (In < 1 || Out < 1) begin : gen_illegal_lanes
@@ -35,7 +50,7 @@ module gearbox #(
   logic [CountBits-1:0] count_q, left;
   logic ending_q, push, pop;
 
-  assign in_ready_o  = !ending_q && count_q <= CountBits'(Out);
+  assign in_ready_o  = !ending_q && count_q <= CountBits'(Before);
   assign out_valid_o = count_q >= CountBits'(Out) || (ending_q && count_q != '0);
   assign out_last_o  = ending_q && count_q <= CountBits'(Out);
   assign out_data_o  = store_q[Out*Width-1:0];
@@ -56,7 +71,7 @@ module gearbox #(
       left = count_q > CountBits'(Out) ? count_q - CountBits'(Out) : '0;
     end
     placed = '0;
-    for (int unsigned place = 0; place <= Out; place++) begin
+    for (int unsigned place = 0; place <= Before; place += Step) begin
       if (left == CountBits'(place)) placed = (Capacity * Width)'(lanes) << (place * Width);
     end
   end

@@ -9,8 +9,8 @@
 // block's sweep: 3^G + blocks * max(beats, 3^G) at least.
 //
 // Widths: a tree's sum is within T * G * 128; a total is within inputs * 128, so 32 bits hold up to 2^24 - 1 inputs, and
-// BlocksMax is checked against that. An accumulator is read two cycles before it is written; two visits of the same one
-// are at least 3^G >= 3 cycles apart.
+// BlocksMax is checked against that. An accumulator is read two cycles before it is written, so two visits of the same
+// one must be three cycles apart: between them lie as many beats as the row has, and a gap where it has fewer than three.
 //
 // The pipeline never stalls: a result is let in only when the output buffer has a place for it.
 `default_nettype none
@@ -130,11 +130,12 @@ module tlmm_core #(
   // --- sweep
   logic [BeatBits-1:0] beat_q;
   logic [CreditBits-1:0] credits_q;
+  logic [1:0] gap_q;
   logic issue, last_beat, last_block, pop;
 
   assign last_beat  = beat_q == last_beat_q;
   assign last_block = sweeps_left_q == BlocksBits'(1);
-  assign w_ready_o  = active_q && filled_q[sweep_bank_q] && (!last_block || credits_q != '0);
+  assign w_ready_o  = active_q && filled_q[sweep_bank_q] && gap_q == '0 && (!last_block || credits_q != '0);
   assign issue      = w_ready_o && w_valid_i;
   assign block_done = issue && last_beat;
   assign row_done   = block_done && last_block;
@@ -151,7 +152,9 @@ module tlmm_core #(
       sweep_bank_q  <= '0;
       beat_q        <= '0;
       credits_q     <= CreditBits'(Places);
+      gap_q         <= '0;
     end else begin
+      if (gap_q != '0) gap_q <= gap_q - 1'b1;
       if (start) begin
         active_q      <= cmd_blocks_i != '0 && cmd_beats_i != '0;
         fills_left_q  <= cmd_blocks_i;
@@ -168,6 +171,7 @@ module tlmm_core #(
       if (block_done) begin
         sweeps_left_q          <= sweeps_left_q - 1'b1;
         first_block_q          <= 1'b0;
+        gap_q                  <= last_beat_q == '0 ? 2'd2 : 2'(32'(last_beat_q) == 32'd1);
         filled_q[sweep_bank_q] <= 1'b0;
         if (Banks > 1) sweep_bank_q <= ~sweep_bank_q;
       end
