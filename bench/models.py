@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import tempfile
@@ -14,8 +15,10 @@ from bench.peers import ik_llama_cpp, llama_cpp, torch_eager
 from bench.timing import summary
 from tilewright import demo
 from tilewright.data import smollm2_gguf
+from tilewright.formats import pack_ternary, quantize_ternary
 from tilewright.measure.launch import MeasureError, Method, run
 from tilewright.measure.protocol import Spec
+from tilewright.models import LanguageModel, linear_names, save
 
 PEERS = {"torch": torch_eager, "llama.cpp": llama_cpp, "ik_llama.cpp": ik_llama_cpp}
 
@@ -25,6 +28,23 @@ def ours(checkpoint: Path) -> dict[str, Method]:
     return {
         f"tilewright {act.upper()}": Method("tilewright", str(checkpoint), {"act": act, "kv_bits": 4})
         for act in ("fp8", "int8")
+    }
+
+
+def ternary_checkpoint(model: LanguageModel, folder: Path) -> Path:
+    """The model with every decoder linear rounded to ternary values: useless predictions, the same shapes and work."""
+    weights = dict(model.weights)
+    for name in linear_names(model.config):
+        values, scale = quantize_ternary(model.dense(name))
+        weights[name] = pack_ternary(values, "t5", scale=scale)
+    return save(dataclasses.replace(model, weights=weights), folder / "ternary")
+
+
+def ternary_methods(gguf: Path, checkpoint: Path) -> dict[str, Method]:
+    """Ternary weights on the engine, and the same matrix products in float32 torch."""
+    return {
+        "tilewright ternary": Method("tilewright", str(checkpoint), {"kv_bits": 16}),
+        "torch float32": torch_eager.methods(gguf)["torch float32"],
     }
 
 
@@ -95,7 +115,10 @@ def run_case(case: dict[str, Any], threads: int, quick: bool, say: Callable[[str
     }
     found: dict[str, list[dict[str, Any]]] = {}
     with tempfile.TemporaryDirectory(prefix="tilewright-bench-") as folder:
-        methods = chosen_methods(gguf, demo.quantized_checkpoints(model, effort, Path(folder))["fireq"], say)
+        if case.get("weights") == "ternary":
+            methods = ternary_methods(gguf, ternary_checkpoint(model, Path(folder)))
+        else:
+            methods = chosen_methods(gguf, demo.quantized_checkpoints(model, effort, Path(folder))["fireq"], say)
         for number in range(case["rounds"]):
             scored = {"speeches": windows[: case["windows"]]} if number == 0 else {}
             for name, method in methods.items():

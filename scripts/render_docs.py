@@ -72,6 +72,42 @@ def claims_block() -> str:
     return "\n".join(claim_section(json.loads(path.read_text(encoding="utf-8"))) for path in sources)
 
 
+def ternary_block() -> str:
+    """What the shipped ternary model was trained with, predicts and writes."""
+    source = RESULTS / "ternary-run.json"
+    if not source.is_file():
+        return NOT_YET.format("python scripts/ternary_run.py")
+    runs = json.loads(source.read_text(encoding="utf-8"))
+    names = {"ternary": "ternary", "float": "the same in float"}
+    lines = ["| | " + " | ".join(names[run] for run in runs) + " |", "|---|" + "---|" * len(runs)]
+
+    def row(what: str, *values: str) -> None:
+        lines.append(f"| {what} | " + " | ".join(values) + " |")
+
+    every = list(runs.values())
+    row("steps", *(f"{run['curve']['steps']:,}" for run in every))
+    row("tokens seen", *(f"{run['curve']['tokens'] / 1e6:.1f} million" for run in every))
+    row("minutes, one thread of a shared machine", *(f"{run['curve']['step_seconds'] / 60:.0f}" for run in every))
+    for name in every[0]["held_out_bits_per_byte"]:
+        row(f"bits a byte, {name}", *(f"{run['held_out_bits_per_byte'][name]:.3f}" for run in every))
+    row("bytes of all weights", *(f"{run['weight_bytes'] / 1e6:.2f} MB" for run in every))
+    shipped = runs["ternary"]
+    lines.append(
+        f"\n{shipped['ternary_weights'] / 1e6:.2f} million ternary weights take "
+        f"{shipped['ternary_bytes'] / 1e6:.2f} MB. "
+        "Held-out texts are scored on the decode engine, by windows as long as those of the training."
+    )
+    lines.append("\n![Training loss and held-out bits a byte](../results/ternary-run.png)")
+    settings = shipped["settings"]
+    keys = ("layers", "width", "inner", "heads", "kv_heads", "hidden_act", "tokenizer", "context", "batch", "length")
+    lines.append("\nSettings: " + ", ".join(f"{key} {settings[key]}" for key in keys) + ".")
+    lines.append("\nWhat it writes (temperature 0.5, nucleus 0.95, the seed as given):")
+    for sample in shipped["samples"]:
+        text = " ".join(f"{sample['prompt']}{sample['text']}".split())
+        lines.append(f"\n> {text} *(seed {sample['seed']})*")
+    return "\n".join(lines)
+
+
 def with_block(text: str, name: str, block: str) -> str:
     """`text` with the block between the markers of `name` replaced.
 
@@ -83,7 +119,11 @@ def with_block(text: str, name: str, block: str) -> str:
     return f"{text.partition(begin)[0]}{begin}\n\n{block.strip()}\n\n{end}{text.partition(end)[2]}"
 
 
-PAGES = {"README.md": ("demo", demo_block), "docs/claims.md": ("claims", claims_block)}
+PAGES = {
+    "README.md": ("demo", demo_block),
+    "docs/claims.md": ("claims", claims_block),
+    "docs/how-to/ternary.md": ("ternary", ternary_block),
+}
 
 
 def main() -> int:

@@ -4,10 +4,13 @@
 #include <dlfcn.h>
 
 #include <algorithm>
+#include <cstdio>
 #include <cstdlib>
 #include <mutex>
 #include <numeric>
+#include <set>
 #include <stdexcept>
+#include <tuple>
 
 #include "emulator/control.h"
 #include "emulator/state.h"
@@ -39,6 +42,22 @@ std::string kernel_name(const void* kernel, const char* signature) {
   if (name.starts_with("void ")) name.erase(0, 5);
   if (const size_t end = name.rfind('('); end != std::string::npos && end > 0) name.erase(end);
   return name.size() > 160 ? name.substr(0, 157) + "..." : name;
+}
+
+// Where TILEWRIGHT_EMULATOR_LAUNCHES names a file, it gets one line for each kernel and shape of its blocks: the kernel's
+// place in its library (names of the kernels are not exported), threads, bytes of dynamic shared memory, cluster.
+void note_launch(const void* kernel, const GridShape& shape) {
+  static const char* const path = std::getenv("TILEWRIGHT_EMULATOR_LAUNCHES");
+  if (path == nullptr) return;
+  static std::set<std::tuple<const void*, int, int, int>> seen;
+  if (!seen.emplace(kernel, shape.threads, shape.shared_bytes, shape.cluster).second) return;
+  Dl_info info{};
+  if (dladdr(kernel, &info) == 0) return;
+  if (std::FILE* file = std::fopen(path, "a")) {
+    const auto place = static_cast<const char*>(kernel) - static_cast<const char*>(info.dli_fbase);
+    std::fprintf(file, "%s %tx %d %d %d\n", info.dli_fname, place, shape.threads, shape.shared_bytes, shape.cluster);
+    std::fclose(file);
+  }
 }
 
 void check_shape(const GridShape& shape) {
@@ -102,6 +121,7 @@ void run_grid(const GridShape& shape, Body body, const void* call, const void* k
   std::iota(order.begin(), order.end(), int64_t{0});
   if (settings.seed != 0) std::shuffle(order.begin(), order.end(), grid.random);
   ++settings.launches;
+  note_launch(kernel, shape);
   run_clusters(std::move(order));
   if (!grid.error.empty()) {
     throw std::runtime_error("emulator: " + kernel_name(kernel, signature) + ": " + grid.error + " (seed " +

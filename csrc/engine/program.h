@@ -20,7 +20,7 @@
 namespace tilewright::engine {
 
 inline constexpr int64_t kMagic = 0x454e49474e455754;   // "TWENGINE"
-inline constexpr int64_t kVersion = 1;
+inline constexpr int64_t kVersion = 2;
 
 enum Header : int64_t {
   kMagicAt,

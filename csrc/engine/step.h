@@ -63,6 +63,8 @@ enum class Kind : int64_t {
   kFeatureMap = 9,
   kWindowAttention = 10,
   kLinearAttention = 11,
+  kSparseMlp = 12,
+  kActivationMap = 13,
 };
 
 struct RecordKind {

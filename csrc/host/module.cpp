@@ -6,11 +6,13 @@
 #include "core/require.h"
 #include "format/fp8.h"
 #include "format/ternary.h"
+#include "host/hls.h"
 #include "isa/isa.h"
 #include "microbench/microbench.h"
 #include "ops/int4_fp8_attention/plan.h"
 #include "ops/int4_linear/plan.h"
 #include "ops/local_linear_attention/plan.h"
+#include "ops/sparse_gated_mlp/plan.h"
 #include "ops/ternary_linear/cuda/plan.h"
 #include "ops/ternary_linear/plan.h"
 
@@ -110,6 +112,19 @@ py::dict int4_fp8_attention_plan(const std::vector<int64_t>& queries, const std:
   return out;
 }
 
+py::dict sparse_gated_mlp_plan(int64_t tokens, int64_t hidden, int64_t inner, int64_t active, int64_t element_bytes,
+                               int64_t threads) {
+  require(0 <= active && active <= inner, "sparse_gated_mlp_plan: active = ", active, ", needed 0 .. inner = ", inner);
+  const auto plan = sparse_gated_mlp::choose_plan({tokens, hidden, inner, element_bytes}, active, threads);
+  py::dict out;
+  out["dense"] = plan.dense;
+  out["rows"] = plan.rows;
+  out["bytes"] = plan.bytes;
+  out["operations"] = plan.operations;
+  out["text"] = sparse_gated_mlp::describe(plan);
+  return out;
+}
+
 double read_bandwidth(const py::buffer& buffer, int threads, double seconds) {
   const py::buffer_info info = buffer.request();
   py::gil_scoped_release release;
@@ -169,6 +184,8 @@ PYBIND11_MODULE(_host, m) {
         py::arg("kv_heads"), py::arg("head_dim"), py::arg("causal") = true, py::arg("window") = py::none());
   m.def("local_linear_attention_plan", &local_linear_attention_plan, py::arg("queries"), py::arg("keys"),
         py::arg("heads"), py::arg("kv_heads"));
+  m.def("sparse_gated_mlp_plan", &sparse_gated_mlp_plan, py::arg("tokens"), py::arg("hidden"), py::arg("inner"),
+        py::arg("active"), py::arg("element_bytes") = 4, py::arg("threads") = 1);
   m.def("ternary_linear_plan", &ternary_linear_plan, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("packing"));
   m.def("ternary_linear_device_plan", &ternary_linear_device_plan, py::arg("m"), py::arg("n"), py::arg("k"),
         py::arg("multiprocessors"));
@@ -183,4 +200,5 @@ PYBIND11_MODULE(_host, m) {
   m.def("ternary5_unpack", &ternary_unpack<format::Ternary5>);
   bind_fp8<format::E4M3>(m, "e4m3");
   bind_fp8<format::E5M2>(m, "e5m2");
+  bind_hls(m);
 }

@@ -219,6 +219,7 @@ void run(const TernaryView& view, const Tokens& tokens, int64_t m, int32_t* acc)
       .sums = data<int32_t>(tokens.sums),
       .tables = nullptr,
       .acc = acc,
+      .acc_stride = view.n,
   };
   const auto& kernels = ternary_linear::kernels();
   const auto kernel = ternary_linear::kernel_for(kernels, view.packing);
@@ -277,7 +278,7 @@ Tensor ternary_linear_cpu(const Tensor& x, const Tensor& blob, const Tensor& sca
   run(view, tokens, m, acc);
   const Epilogue epilogue{
       .m = m,
-      .n = view.n,
+      .stride = view.n,
       .acc = acc,
       .token_scales = data<float>(*tokens.scales),
       .weight_scales = data<float>(weight_scales),

@@ -65,21 +65,28 @@ void rope_rotate(const Tensor& x, const Tensor& angles, const std::optional<Tens
   });
 }
 
-Tensor gated_activation(const Tensor& gate, const Tensor& up) {
-  constexpr const char* kOp = "gated_activation";
+Tensor gated(const Tensor& gate, const Tensor& up, gated_activation::Function function, const char* kOp) {
   require_cpu(gate, kOp, "gate");
   require_cpu(up, kOp, "up");
   check_gated_activation(gate, up);
   const Tensor g = as_float(gate, kOp, "gate"), u = as_float(up, kOp, "up");
   const Tensor y = empty_cpu(sizes_of(gate), ScalarType::Float);
   const int64_t width = std::max<int64_t>(gate.size(gate.dim() - 1), 1);
-  const auto multiply = gated_activation::kernel();
+  const auto multiply = gated_activation::kernel(function);
   torch::stable::parallel_for(0, gate.numel() / width, kTokensPerThread, [&](int64_t first, int64_t last) {
     for (int64_t at = first * width; at < last * width; at += width) {
       multiply(data<float>(g) + at, data<float>(u) + at, width, mutable_data<float>(y) + at);
     }
   });
   return torch::stable::to(y, gate.scalar_type());
+}
+
+Tensor gated_activation(const Tensor& gate, const Tensor& up) {
+  return gated(gate, up, gated_activation::Function::kSilu, "gated_activation");
+}
+
+Tensor gated_squared_relu(const Tensor& gate, const Tensor& up) {
+  return gated(gate, up, gated_activation::Function::kSquaredRelu, "gated_squared_relu");
 }
 
 }  // namespace
@@ -89,6 +96,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(tilewright, m) {
   m.def("rope_angles(Tensor positions, Tensor frequencies, float gain) -> Tensor");
   m.def("rope_rotate_(Tensor(a!) x, Tensor angles, Tensor? scales) -> ()");
   m.def("gated_activation(Tensor gate, Tensor up) -> Tensor");
+  m.def("gated_squared_relu(Tensor gate, Tensor up) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(tilewright, CPU, m) {
@@ -96,6 +104,7 @@ STABLE_TORCH_LIBRARY_IMPL(tilewright, CPU, m) {
   m.impl("rope_angles", TORCH_BOX(&rope_angles));
   m.impl("rope_rotate_", TORCH_BOX(&rope_rotate));
   m.impl("gated_activation", TORCH_BOX(&gated_activation));
+  m.impl("gated_squared_relu", TORCH_BOX(&gated_squared_relu));
 }
 
 }  // namespace tilewright::torch_adapter

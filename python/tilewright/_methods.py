@@ -23,6 +23,15 @@ def discover(package: str, path: Iterable[str]) -> dict[str, Any]:
     return found
 
 
+def packages_with(attribute: str, package: str, path: Iterable[str]) -> Iterator[Any]:
+    """``attribute`` of those folders of a package that have it."""
+    for module in pkgutil.iter_modules(path):
+        if module.ispkg:
+            imported = importlib.import_module(f"{package}.{module.name}")
+            if hasattr(imported, attribute):
+                yield getattr(imported, attribute)
+
+
 def modules(name: str) -> Iterator[str]:
     """``tilewright.<family>.<method>.<name>`` for every such file on disk; no package is imported to look."""
     import tilewright

@@ -40,6 +40,7 @@ class Oracle:
         self.int4_head = not self.int8_head and not isinstance(model.weights[model.output_name], Tensor)
         self.output = model.output_name
         self.weights = {name: dense(weight) for name, weight in model.weights.items()}
+        self.maps = {name: [part.double() for part in one.affine()] for name, one in model.maps.items()}
         self.noise = 0.0
         self.attention_noise = 0.0
         self.generator = torch.Generator().manual_seed(7)
@@ -47,13 +48,15 @@ class Oracle:
     def logits(self, ids: list[int]) -> Tensor:
         """float64 [T, V]."""
         c = self.config
-        x = self.weights["model.embed_tokens.weight"][torch.tensor(ids)]
+        x = self._mapped("model.embed_tokens", self.weights["model.embed_tokens.weight"][torch.tensor(ids)])
         for index in range(c.num_hidden_layers):
             p = f"model.layers.{index}."
-            x = x + self._attention(self._norm(x, p + "input_layernorm.weight"), p + "self_attn.")
+            attended = self._attention(self._norm(x, p + "input_layernorm.weight"), p + "self_attn.")
+            x = x + self._mapped(p + "self_attn", attended)
             h = self._norm(x, p + "post_attention_layernorm.weight")
             gate, up = self._linear(h, p + "mlp.gate_proj"), self._linear(h, p + "mlp.up_proj")
-            x = x + self._linear(gate * torch.sigmoid(gate) * up, p + "mlp.down_proj")
+            x = x + self._mapped(p + "mlp", self._linear(gate * torch.sigmoid(gate) * up, p + "mlp.down_proj"))
+            x = self._mapped(p.removesuffix("."), x)
         x = self._norm(x, "model.norm.weight")
         if self.int8_head:
             scale = x.abs().amax(-1, keepdim=True) / 32512
@@ -78,11 +81,19 @@ class Oracle:
         )
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        return x / torch.sqrt(x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps) * self.weights[name]
+        y = x / torch.sqrt(x.square().mean(-1, keepdim=True) + self.config.rms_norm_eps) * self.weights[name]
+        return self._mapped(name.removesuffix(".weight"), y)
+
+    def _mapped(self, place: str, x: Tensor) -> Tensor:
+        """Through the activation map there, if there is one."""
+        if place not in self.maps:
+            return x
+        factor, summand = self.maps[place]
+        return factor * x + summand
 
     def _linear(self, x: Tensor, name: str) -> Tensor:
         y = self._round_activation(x) @ self.weights[name + ".weight"].T
-        return y + self.weights[name + ".bias"] if name + ".bias" in self.weights else y
+        return self._mapped(name, y + self.weights[name + ".bias"] if name + ".bias" in self.weights else y)
 
     def _round_activation(self, x: Tensor) -> Tensor:
         x = self._disturb(x)

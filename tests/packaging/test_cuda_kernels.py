@@ -31,20 +31,38 @@ def test_the_build_keeps_every_rule(script: ModuleType) -> None:
     library = _native._folder() / "libtilewright_cuda.so"
     if not library.is_file():
         pytest.skip("built without nvcc, so without CUDA kernels")
-    assert script.broken(script.kernels(library), script.rules()) == []
+    assert script.broken(script.kernels(library), script.rules(), script.recorded_launches()) == []
 
 
 def test_a_broken_rule_is_found(script: ModuleType) -> None:
     kernel = script.Kernel("s", "room<1>", registers=200, local=16, instructions=Counter({"FFMA": 3, "LDL": 2}))
-    asked = [{"match": "room", "instruction": "HGMMA", "registers": 168}, {"match": "gone"}]
-    problems = script.broken([kernel], asked)
+    asked = [{"match": "room", "instruction": "HGMMA", "registers": 168, "blocks": 3}, {"match": "gone"}]
+    launched = {"room<1>": [{"threads": 128, "shared": 100 * 1024, "cluster": 1}]}
+    problems = script.broken([kernel], asked, launched)
     assert [text.split(" ", 1)[1] for text in problems] == [
         "has no HGMMA",
         "uses 200 registers, at most 168 are allowed",
+        "fits 2 times on a multiprocessor, 3 are wanted",
         "kernel matches 'gone'",
         "uses 16 bytes of local memory (2 accesses)",
     ]
-    assert script.broken([kernel], [{"match": "room", "local": True}]) == []
+    assert script.broken([kernel], [{"match": "room", "local": True}], launched) == []
+
+
+@pytest.mark.parametrize(
+    ("registers", "threads", "shared", "blocks"),
+    [
+        (32, 1024, 0, 2),  # threads of a multiprocessor
+        (168, 384, 0, 1),  # registers: 12 warps of 5376
+        (64, 128, 0, 8),  # registers
+        (16, 64, 0, 32),  # blocks
+        (16, 64, 113 * 1024, 2),  # shared memory beside a kilobyte a block
+        (16, 64, 114 * 1024, 1),
+    ],
+)
+def test_occupancy_is_what_runs_out_first(script: ModuleType, registers: int, threads: int, shared: int, blocks: int):
+    kernel = script.Kernel("s", "room<1>", registers=registers)
+    assert script.occupancy(kernel, {"threads": threads, "shared": shared, "cluster": 1}) == blocks
 
 
 @pytest.mark.parametrize(

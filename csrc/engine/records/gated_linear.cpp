@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// gated_linear: source slot, optionally normalized and then quantized once; target <- silu(gate x) * (up x).
+// gated_linear: source slot, optionally normalized and then quantized once; target <- act(gate x) * (up x).
 // Whoever computes some rows of the gate computes the same rows of up, so the product needs no meeting of the team.
 #include "engine/call.h"
 #include "ops/gated_activation/kernels.h"
@@ -13,6 +13,7 @@ class GatedLinear final : public Step {
     source_.read(reader, "source");
     const Activation activation = read_activation(reader);
     target_ = reader.slot("target");
+    function_ = static_cast<gated_activation::Function>(reader.integer("function", 0, 1));
     gate_ = read_matrix(reader, arena, "gate", activation, target_.width, source_.width());
     gate_bias_ = reader.optional_floats("gate bias", target_.width);
     up_ = read_matrix(reader, arena, "up", activation, target_.width, source_.width());
@@ -41,7 +42,7 @@ class GatedLinear final : public Step {
     auto* gate = reinterpret_cast<float*>(call.own_memory(lane) + gate_at_);
     auto* up = reinterpret_cast<float*>(call.own_memory(lane) + up_at_);
     const int64_t stride = gate_->rows_per_item;
-    const auto multiply = gated_activation::kernel();
+    const auto multiply = gated_activation::kernel(function_);
     for (int64_t item = next_.claim(lane); item != Dispenser::kNone; item = next_.claim(lane)) {
       const int64_t first = item * stride;
       const int64_t width = std::min(stride, gate_->rows - first);
@@ -67,6 +68,7 @@ class GatedLinear final : public Step {
   Dispenser next_;
   Preparation source_;
   Slot target_;
+  gated_activation::Function function_;
   Matrix* gate_;
   const float* gate_bias_;
   Matrix* up_;

@@ -37,7 +37,8 @@ struct Trial {
                round_up(k, kColsPerStep),
                sums.data(),
                tables.data(),
-               acc.data()};
+               acc.data(),
+               n};
     format::ternary_clear(problem.weight, payload.data());
     plan = choose_plan(m, problem.weight);
   }

@@ -22,18 +22,20 @@ struct Problem {
   int64_t x_stride;       // a multiple of kColsPerStep
   const int32_t* sums;    // [M]: sum of a token's codes
   const int16_t* tables;  // [M, words, 3, 32] for t3w, else null
-  int32_t* acc;           // [M, N]
+  int32_t* acc;           // [M, acc_stride], rows from 0
+  int64_t acc_stride;     // at least the columns that are written
 };
 
 // y = acc * (token_scale * weight_scale) (+ bias), one rounding for the product of the scales and one for the rest.
 struct Epilogue {
-  int64_t m, n;
-  const int32_t* acc;           // [M, N]
+  int64_t m;
+  int64_t stride;               // of acc and y
+  const int32_t* acc;           // [M, stride]
   const float* token_scales;    // [M]
   const float* weight_scales;   // [1] or [N]
   bool scale_per_row;
   const float* bias;            // [N] or null
-  float* y;                     // [M, N]; may be acc's own memory
+  float* y;                     // [M, stride]; may be acc's own memory
 };
 
 }  // namespace tilewright::ternary_linear

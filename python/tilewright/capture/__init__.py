@@ -19,7 +19,8 @@ tap
     :func:`tapped` attaches taps that look, :func:`intervened` those that replace.
 map
     What an intervention does to an activation: any function of a tensor that keeps shape and dtype;
-    :func:`replace`, :func:`add`, :func:`scale` and :func:`affine` make the usual ones.
+    :func:`replace`, :func:`add`, :func:`scale` and :func:`affine` make the usual ones; an
+    :class:`ActivationMap` is affine by coordinate with a strength, and runs in the decode engine too.
 reducer
     An object with ``update(x)`` for rows ``x`` [n, ...] and ``result()``; see
     :mod:`tilewright.reducers`. :func:`observe` feeds reducers from a stream of batches,
@@ -39,7 +40,8 @@ tensor([6., 6.])
 
 from __future__ import annotations
 
-from tilewright.capture.hooks import Tap, intervened, tapped
+from tilewright.capture.activation_map import ActivationMap
+from tilewright.capture.hooks import Tap, attach, intervened, tapped
 from tilewright.capture.maps import add, affine, replace, scale
 from tilewright.capture.sites import SIDES, Point, Site, Transform, resolve
 from tilewright.capture.store import ActivationStore, record
@@ -47,6 +49,7 @@ from tilewright.capture.stream import Batch, Reducer, observe, stream
 
 __all__ = [
     "SIDES",
+    "ActivationMap",
     "ActivationStore",
     "Batch",
     "Point",
@@ -56,6 +59,7 @@ __all__ = [
     "Transform",
     "add",
     "affine",
+    "attach",
     "intervened",
     "observe",
     "record",

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from tilewright.capture.sites import Point, Site, Transform, resolve
 
@@ -32,12 +33,26 @@ def intervened(model: nn.Module, maps: Mapping[str | Site, Transform]) -> Iterat
     The map must keep shape and dtype; a site's own transform is not allowed here. Maps on the same
     point apply in the order given. Yields the points.
     """
+    with _hooked(model, _replacements(maps), replace=True) as points:
+        yield points
+
+
+def attach(model: nn.Module, maps: Mapping[str, Transform]) -> Callable[[], None]:
+    """As :func:`intervened`, but until the function that it returns is called."""
+    _, handles = _place(model, _replacements(maps), replace=True)
+
+    def remove() -> None:
+        for handle in handles:
+            handle.remove()
+
+    return remove
+
+
+def _replacements(maps: Mapping[Any, Transform]) -> dict[str | Site, Tap]:
     for site in maps:
         if isinstance(site, Site) and site.transform is not None:
             raise ValueError(f"site {site.pattern!r} has a transform; an intervention takes the map itself instead")
-    taps: dict[str | Site, Tap] = {site: _replacement(change) for site, change in maps.items()}
-    with _hooked(model, taps, replace=True) as points:
-        yield points
+    return {site: _replacement(change) for site, change in maps.items()}
 
 
 def _replacement(change: Transform) -> Tap:
@@ -55,23 +70,27 @@ def _replacement(change: Transform) -> Tap:
 
 @contextlib.contextmanager
 def _hooked(model: nn.Module, taps: Mapping[Any, Tap], *, replace: bool) -> Iterator[list[Point]]:
-    modules = dict(model.named_modules())
-    handles = []
-    points: list[Point] = []
+    points, handles = _place(model, taps, replace=replace)
     try:
-        for site, tap in taps.items():
-            for point in resolve(model, site):
-                points.append(point)
-                module = modules[point.module_name]
-                if point.side == "input":
-                    hook = _input_hook(point, tap, replace)
-                    handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-                else:
-                    handles.append(module.register_forward_hook(_output_hook(point, tap, replace)))
         yield points
     finally:
         for handle in handles:
             handle.remove()
+
+
+def _place(model: nn.Module, taps: Mapping[Any, Tap], *, replace: bool) -> tuple[list[Point], list[RemovableHandle]]:
+    """All names are resolved before the first hook is placed."""
+    modules = dict(model.named_modules())
+    placed = [(point, tap) for site, tap in taps.items() for point in resolve(model, site)]
+    handles = []
+    for point, tap in placed:
+        module = modules[point.module_name]
+        if point.side == "input":
+            hook = _input_hook(point, tap, replace)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        else:
+            handles.append(module.register_forward_hook(_output_hook(point, tap, replace)))
+    return [point for point, _ in placed], handles
 
 
 def _call(point: Point, tap: Tap, value: Any) -> Tensor | None:

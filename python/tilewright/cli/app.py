@@ -22,6 +22,7 @@ from tilewright.cli import (
     linearize,
     quantize,
     reproduce,
+    sparsify,
     study,
     train,
 )
@@ -37,6 +38,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "demo": demo.demo,
     "fetch": fetch.fetch,
     "quantize": quantize.quantize,
+    "sparsify": sparsify.sparsify,
     "linearize": linearize.linearize,
     "train": train.train,
     "generate": generate.generate,

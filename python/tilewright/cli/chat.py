@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from tilewright.cli.generate import Context, NewTokens, Seed, Temperature, TopK, TopP, sampling
-from tilewright.cli.shared import Activations, Cache, Device, Json, Model, Threads, valid_text
+from tilewright.cli.shared import Activations, Cache, Device, Json, Model, Steer, Strength, Threads, valid_text
 
 if TYPE_CHECKING:
     from tilewright.cli.session import Session
@@ -70,6 +70,8 @@ def chat(
     device: Device = "cpu",
     context: Context = None,
     threads: Threads = None,
+    steer: Steer = None,
+    strength: Strength = 1.0,
     as_json: Json = False,
 ) -> None:
     """Talk with a model. With --json, or without a terminal, each line of standard input is one message."""
@@ -77,6 +79,8 @@ def chat(
 
     settings = sampling(temperature, top_k, top_p, seed)
     session = open_session(model, act, kv, threads, device)
+    if steer is not None:
+        session.steer(steer, strength)
     session.start(context or min(session.limit, DEFAULT_CONTEXT))
     talk = Conversation(session, valid_text(system, "--system") if system else None, max_new_tokens)
     interactive = sys.stdin.isatty() and not as_json

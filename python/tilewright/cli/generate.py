@@ -9,7 +9,19 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tilewright.cli.shared import Activations, Cache, Device, Json, Model, Threads, print_json, read_text, valid_text
+from tilewright.cli.shared import (
+    Activations,
+    Cache,
+    Device,
+    Json,
+    Model,
+    Steer,
+    Strength,
+    Threads,
+    print_json,
+    read_text,
+    valid_text,
+)
 
 if TYPE_CHECKING:
     from tilewright.models.engine import SamplingConfig
@@ -60,6 +72,8 @@ def generate(
     device: Device = "cpu",
     context: Context = None,
     threads: Threads = None,
+    steer: Steer = None,
+    strength: Strength = 1.0,
     as_json: Json = False,
 ) -> None:
     """Continue a prompt and print the text as it is generated."""
@@ -69,6 +83,8 @@ def generate(
     stops = [valid_text(one, "--stop") for one in stop or []]
     settings = sampling(temperature, top_k, top_p, seed)
     session = open_session(model, act, kv, threads, device)
+    if steer is not None:
+        session.steer(steer, strength)
     ids = session.encode_chat([{"role": "user", "content": text}]) if chat else session.encode(text)
     session.start(context or min(len(ids) + max_new_tokens, session.limit))
     for piece in session.generate(ids, settings, max_new_tokens, stops):

@@ -71,6 +71,12 @@ class Session:
         """Longest sequence that the engine was started for."""
         return int(self.engine.max_length)
 
+    def steer(self, file: str, strength: float) -> None:
+        """Add the activation maps of a file; before `start`."""
+        from tilewright.steer import Steering
+
+        Steering.load(file).attach(self.model, strength)
+
     def start(self, context: int) -> None:
         """Build the engine for sequences of up to `context` tokens; the model's weights move into it."""
         from tilewright.models.engine import Engine
@@ -139,7 +145,19 @@ class Session:
         return [int(i) for i in self.tokenizer(text, add_special_tokens=False)["input_ids"]]
 
 
-class LinearizedSession(Session):
+class TorchSession(Session):
+    """A model that torch runs, module by module: maps become hooks."""
+
+    def steer(self, file: str, strength: float) -> None:
+        """Add the activation maps of a file; before `start`."""
+        from tilewright.capture import attach
+        from tilewright.steer import Steering
+
+        loaded: Any = self.model
+        attach(loaded.model, Steering.load(file).at(strength).maps)
+
+
+class LinearizedSession(TorchSession):
     """A model written by `tw linearize` that only torch runs, layer by layer, in constant memory."""
 
     def start(self, context: int) -> None:
@@ -150,7 +168,7 @@ class LinearizedSession(Session):
         self.engine = Runner(loaded.model, context)
 
 
-class HybridSession(Session):
+class HybridSession(TorchSession):
     """A model written by `tw train`: torch runs it, layer by layer; linear layers have states of constant size."""
 
     def start(self, context: int) -> None:

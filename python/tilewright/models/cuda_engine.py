@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from tilewright.formats.int4 import Int4Weight
-from tilewright.models.language_model import LanguageModel, Weight
+from tilewright.formats.ternary import PackedTernary
+from tilewright.models.language_model import LanguageModel, Weight, check_maps
 from tilewright.models.sequences import SequenceEngine
 from tilewright.ops.int4_fp8_attention import int4_fp8_attention
 from tilewright.ops.int4_linear import int4_fp8_linear
@@ -73,7 +74,8 @@ class CudaEngine(SequenceEngine):
         mode: of the INT4 linears, "exact" or "fold"; None: what the model's quantizer decided, else "exact".
 
     Raises:
-        ValueError: an option is out of range, a layer has linear attention, or there is no CUDA device.
+        ValueError: an option is out of range, a layer has linear attention, the weights are ternary, an activation map
+            sits where it cannot be applied, or there is no CUDA device.
     """
 
     def __init__(
@@ -87,7 +89,15 @@ class CudaEngine(SequenceEngine):
         mode: Literal["exact", "fold"] | None = None,
     ) -> None:
         model.require_softmax("CudaEngine")
+        if model.has_thresholds:
+            raise ValueError(
+                "CudaEngine: the model drops neurons below thresholds (tw sparsify), which runs on the CPU; use "
+                "Engine, or the checkpoint it was made from"
+            )
+        check_maps(model.config, model.maps, "CudaEngine")
         c = model.config
+        if c.has_sub_norms or any(isinstance(weight, PackedTernary) for weight in model.weights.values()):
+            raise ValueError("CudaEngine: the model is a BitNet or has ternary weights; run it with Engine on the CPU")
         length = c.max_position_embeddings if max_length is None else max_length
         if not 1 <= length <= c.max_position_embeddings:
             raise ValueError(f"CudaEngine: max_length = {length}, needed 1 .. {c.max_position_embeddings}")
@@ -106,6 +116,11 @@ class CudaEngine(SequenceEngine):
         self._norm = self._vector(model, "model.norm.weight")
         self._head = _dense(self._embedding, None) if c.tie_word_embeddings else self._linear(model, "lm_head")
         self._frequencies = c.rope_frequencies().to(self.device)
+        self._maps = {
+            name: tuple(part.float().to(self.device) for part in one.affine())
+            for name, one in model.maps.items()
+            if one.strength != 0.0
+        }
         self._lengths = [0] * batch
         self._graph: torch.cuda.CUDAGraph | None = None
         self._next = torch.zeros(batch, dtype=torch.int64, device=self.device)
@@ -220,24 +235,35 @@ class CudaEngine(SequenceEngine):
     def _run(self, tokens: Tensor, positions: Tensor, cu_seqlens: Tensor, rows: Tensor | None) -> Tensor:
         """Logits behind the tokens in ``rows`` (all when None); every sequence's cache is advanced."""
         c = self.config
-        hidden = self._embedding[tokens].float()
+        hidden = self._mapped("model.embed_tokens", self._embedding[tokens].float())
         angles = rope_angles(positions, self._frequencies, c.rotation_gain)
         for index, layer in enumerate(self._layers):
-            x = rms_norm(hidden, layer.attention_norm, c.rms_norm_eps)
-            q = layer.q(x).unflatten(-1, (c.num_attention_heads, c.head_dim))
-            k = layer.k(x).unflatten(-1, (c.num_key_value_heads, c.head_dim))
-            v = layer.v(x).unflatten(-1, (c.num_key_value_heads, c.head_dim))
+            at = f"model.layers.{index}"
+            x = self._mapped(f"{at}.input_layernorm", rms_norm(hidden, layer.attention_norm, c.rms_norm_eps))
+            q, k, v = (
+                self._mapped(f"{at}.self_attn.{name}_proj", linear(x)).unflatten(-1, (-1, c.head_dim))
+                for name, linear in (("q", layer.q), ("k", layer.k), ("v", layer.v))
+            )
             rope_rotate_(q, angles, layer.query_scale)
             rope_rotate_(k, angles, layer.key_scale)
             kv_append_(layer.cache, k, v, cu_seqlens)
             attended = int4_fp8_attention(q, layer.cache, cu_seqlens, window=c.sliding_window)
             if rows is not None and index == len(self._layers) - 1:
                 attended, hidden = attended[rows], hidden[rows]
-            hidden = hidden + layer.o(attended.flatten(-2))
-            x = rms_norm(hidden, layer.mlp_norm, c.rms_norm_eps)
-            hidden = hidden + layer.down(gated_activation(layer.gate(x), layer.up(x)))
-        x = rms_norm(hidden, self._norm, c.rms_norm_eps)
+            out = self._mapped(f"{at}.self_attn.o_proj", layer.o(attended.flatten(-2)))
+            hidden = hidden + self._mapped(f"{at}.self_attn", out)
+            x = self._mapped(f"{at}.post_attention_layernorm", rms_norm(hidden, layer.mlp_norm, c.rms_norm_eps))
+            out = self._mapped(f"{at}.mlp.down_proj", layer.down(gated_activation(layer.gate(x), layer.up(x))))
+            hidden = self._mapped(at, hidden + self._mapped(f"{at}.mlp", out))
+        x = self._mapped("model.norm", rms_norm(hidden, self._norm, c.rms_norm_eps))
         return self._head(x)
+
+    def _mapped(self, name: str, x: Tensor) -> Tensor:
+        """Through the model's activation map at this place, if it has one."""
+        if name not in self._maps:
+            return x
+        factor, summand = self._maps[name]
+        return x * factor + summand
 
     def _layer(self, model: LanguageModel, index: int, kv: Literal["int4", "bf16"]) -> _Layer:
         c, prefix = self.config, f"model.layers.{index}."

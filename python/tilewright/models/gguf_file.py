@@ -25,6 +25,9 @@ _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: 
 _STRING, _ARRAY, _BOOL = 8, 9, 7
 _U64 = struct.Struct("<Q")
 _MAX_DIMS = 4
+# bitnet.cpp's own type, whose number no longer means anything else: 2 bits a value, and 32 bytes at the end of the
+# tensor that begin with its float32 scale.
+I2_S, I2_S_TYPE, I2_S_COLUMNS, I2_S_TAIL = "I2_S", 36, 128, 32
 _MAX_ELEMENTS = 1 << 48
 
 
@@ -50,12 +53,16 @@ class GGUFHeader:
 
     def read(self, record: TensorRecord) -> np.ndarray[Any, np.dtype[np.uint8]]:
         """The tensor's bytes: uint8 [product of all dims but the last, bytes of a row]."""
+        return self.read_flat(record).reshape(math.prod(record.shape[:-1]), -1)
+
+    def read_flat(self, record: TensorRecord) -> np.ndarray[Any, np.dtype[np.uint8]]:
+        """The tensor's bytes: uint8 [bytes]."""
         data = np.fromfile(self.path, dtype=np.uint8, count=record.nbytes, offset=record.offset)
         if data.size != record.nbytes:
             raise CheckpointError(
                 f"{self.path.name}: tensor {record.name!r} ends after {data.size} of {record.nbytes} bytes"
             )
-        return data.reshape(math.prod(record.shape[:-1]), -1)
+        return data
 
 
 @dataclass(frozen=True)
@@ -248,6 +255,12 @@ def _parse_record(cursor: _Cursor, index: int) -> TensorRecord:
             f"{where} has shape {list(shape)}; every dimension must be 1 or more and the product below 2^48"
         )
     type_id, offset = cursor.scalar(4, f"type of tensor {index}"), cursor.scalar(10, f"offset of tensor {index}")
+    if type_id == I2_S_TYPE:
+        if len(shape) != 2 or shape[1] % I2_S_COLUMNS:
+            raise CheckpointError(
+                f"{where} has shape {list(shape)}, I2_S needs a matrix with rows of a multiple of {I2_S_COLUMNS}"
+            )
+        return TensorRecord(name, shape, type_id, I2_S, offset, math.prod(shape) // 4 + I2_S_TAIL)
     try:
         kind = GGMLQuantizationType(type_id)
     except ValueError:

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """GGUF models of the Llama family, imported exactly: codes, scales and minima stay what the file holds.
 
-Q4_0 becomes a symmetric Int4Weight, Q4_1 one with minima, Q8_0 an Int8Weight; F32, F16 and BF16 keep
-their dtype; other ggml types are dequantized to float32 with a note. Llama files store the rows of
+Q4_0 becomes a symmetric Int4Weight, Q4_1 one with minima, Q8_0 an Int8Weight; TQ1_0, TQ2_0 and bitnet.cpp's I2_S become
+ternary weights where one scale a row can express them; F32, F16 and BF16 keep their dtype; other ggml types are
+dequantized to float32 with a note. Llama files store the rows of
 Q and K for interleaved rotary pairs; they are put back in half-split order as rows of codes.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import math
 from collections.abc import Callable, Container
 from pathlib import Path
 from typing import Any
@@ -17,21 +20,31 @@ import torch
 
 from tilewright.formats.int4 import Int4Weight
 from tilewright.formats.int8 import Int8Weight
+from tilewright.formats.ternary import PackedTernary, TernaryFormat, wrap_ternary
 from tilewright.models.config import LlamaConfig
 from tilewright.models.errors import CheckpointError
-from tilewright.models.gguf_file import GGUFHeader, TensorRecord, read_header
+from tilewright.models.gguf_file import I2_S, I2_S_TAIL, GGUFHeader, TensorRecord, read_header
 from tilewright.models.language_model import (
     LanguageModel,
     Weight,
     check_finite,
     check_shape,
     expected_shapes,
+    linear_names,
 )
 from tilewright.models.rope import RopeScaling, rope_from_factors
 
 Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
-_ARCHITECTURES = {"llama": "llama", "qwen2": "qwen2"}
+_ARCHITECTURES = {
+    "llama": "llama",
+    "qwen2": "qwen2",
+    "bitnet": "bitnet",
+    "bitnet-25": "bitnet",
+    "bitnet-b1.58": "bitnet",
+}
+# bitnet.cpp names the models with a squared ReLU apart; no key says it.
+_SQUARED_RELU = ("bitnet-25", "bitnet-b1.58")
 _LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "ffn_norm": "post_attention_layernorm",
@@ -42,6 +55,8 @@ _LAYER_NAMES = {
     "ffn_gate": "mlp.gate_proj",
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
+    "attn_sub_norm": "self_attn.attn_sub_norm",
+    "ffn_sub_norm": "mlp.ffn_sub_norm",
 }
 _OUTER_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 _ROPE_FACTORS = "rope_freqs.weight"
@@ -91,10 +106,12 @@ def load_gguf(path: Path) -> LanguageModel:
             raise CheckpointError(f"{path.name}: tensor {name!r} is missing (under its GGUF name)")
     notes: list[str] = []
     weights: dict[str, Weight] = {}
+    linears = frozenset(linear_names(config))
     for name, need in expected.items():
         record = renamed[name]
         check_shape(record.name, record.shape, need, path.name)
-        weights[name] = _read_weight(header, record, _row_order(name, config, header), notes)
+        weights[name] = _read_weight(header, record, _row_order(name, config, header), name in linears, notes)
+        weights[name] = _rescaled(header, renamed.get(name + "_scale"), record, weights[name])
         check_finite(record.name, weights[name], path.name)
     _check_vocabulary(header, config)
     from tilewright.models.tokenizer import gguf_tokenizer
@@ -111,7 +128,8 @@ def _config(header: GGUFHeader) -> LlamaConfig:
     if architecture not in _ARCHITECTURES:
         raise CheckpointError(
             f"{file}: general.architecture={str(architecture)[:60]!r} is not supported; supported are "
-            f"{', '.join(_ARCHITECTURES)} (Llama, SmolLM2, TinyLlama, Mistral 7B and Qwen2/2.5 files are of these)"
+            f"{', '.join(_ARCHITECTURES)} (Llama, SmolLM2, TinyLlama, Mistral 7B, Qwen2/2.5 and BitNet b1.58 files "
+            "are of these)"
         )
     if metadata.get("split.count", 1) not in (0, 1):
         raise CheckpointError(
@@ -168,6 +186,7 @@ def _config(header: GGUFHeader) -> LlamaConfig:
             bos_token_id=metadata.get("tokenizer.ggml.bos_token_id"),
             eos_token_ids=_end_tokens(metadata),
             pad_token_id=metadata.get("tokenizer.ggml.padding_token_id"),
+            hidden_act="relu2" if architecture in _SQUARED_RELU else "silu",
         )
     except CheckpointError as wrong:
         raise CheckpointError(f"{file}: {wrong}") from None
@@ -278,7 +297,9 @@ def _renamed_tensors(header: GGUFHeader, config: LlamaConfig, expected: Containe
             layer, _, part = stem[4:].partition(".")
             if part in _LAYER_NAMES and layer.isdecimal() and layer == str(int(layer)):
                 target = f"model.layers.{layer}.{_LAYER_NAMES[part]}"
-        if f"{target}.{leaf}" not in expected:
+        if leaf == "scale" and f"{target}.weight" in expected:
+            leaf = "weight_scale"
+        elif f"{target}.{leaf}" not in expected:
             raise CheckpointError(
                 f"{header.path.name}: tensor {name[:120]!r} does not belong to the {config.model_type} architecture"
             )
@@ -301,8 +322,10 @@ def _row_order(name: str, config: LlamaConfig, header: GGUFHeader) -> np.ndarray
 
 
 def _read_weight(
-    header: GGUFHeader, record: TensorRecord, order: np.ndarray[Any, Any] | None, notes: list[str]
+    header: GGUFHeader, record: TensorRecord, order: np.ndarray[Any, Any] | None, linear: bool, notes: list[str]
 ) -> Weight:
+    if record.type_name == I2_S:
+        return _i2_s(header, record, order, linear)
     exact = record.type_name in _PLAIN or (record.type_name in _LOW_BIT and len(record.shape) == 2)
     if len(record.shape) == 1 and not exact:
         raise CheckpointError(
@@ -312,9 +335,49 @@ def _read_weight(
     data = header.read(record)
     if order is not None:
         data = data.reshape(len(order), -1)[order]
+    if linear and record.type_name in _TERNARY:
+        try:
+            return wrap_ternary(
+                torch.from_numpy(np.ascontiguousarray(data)), _matrix_shape(record), _TERNARY[record.type_name]
+            )
+        except RuntimeError as wrong:
+            raise CheckpointError(f"{header.path.name}: tensor {record.name!r}: {wrong}") from None
+        except ValueError:
+            pass  # blocks of several scales, as of a model that was not trained ternary
     if not exact:
         return _dequantize(header, record, data, notes)
     return (_PLAIN | _LOW_BIT)[record.type_name](data, record.shape)
+
+
+def _matrix_shape(record: TensorRecord) -> tuple[int, int]:
+    return record.shape[0], record.shape[1]
+
+
+def _i2_s(header: GGUFHeader, record: TensorRecord, order: np.ndarray[Any, Any] | None, linear: bool) -> Weight:
+    """2-bit values, row after row, then the matrix's scale."""
+    data = header.read_flat(record)
+    scale = float(data[-I2_S_TAIL:][:4].view("<f4")[0])
+    values = data[:-I2_S_TAIL].reshape(record.shape[0], -1)
+    payload = torch.from_numpy(np.ascontiguousarray(values if order is None else values[order]))
+    try:
+        weight = wrap_ternary(payload, _matrix_shape(record), "i2_s", scale)
+    except RuntimeError as wrong:
+        raise CheckpointError(f"{header.path.name}: tensor {record.name!r}: {wrong}") from None
+    return weight if linear else weight.dequantize()
+
+
+def _rescaled(header: GGUFHeader, record: TensorRecord | None, of: TensorRecord, weight: Weight) -> Weight:
+    """A weight times the scale that some converters keep in a tensor beside it."""
+    if record is None:
+        return weight
+    if record.type_name != "F32" or math.prod(record.shape) != 1:
+        raise CheckpointError(
+            f"{header.path.name}: tensor {record.name!r} is {record.type_name} {list(record.shape)}; one F32 is needed"
+        )
+    if not isinstance(weight, PackedTernary):
+        raise CheckpointError(f"{header.path.name}: tensor {record.name!r} scales {of.name!r}, which is not ternary")
+    scale = float(header.read_flat(record).view("<f4")[0])
+    return dataclasses.replace(weight, scale=weight.scale * scale)
 
 
 def _dequantize(header: GGUFHeader, record: TensorRecord, data: Bytes, notes: list[str]) -> torch.Tensor:
@@ -376,6 +439,7 @@ def _plain(numpy_type: str, torch_type: torch.dtype) -> _Reader:
     return read
 
 
+_TERNARY: dict[str, TernaryFormat] = {"TQ1_0": "tq1_0", "TQ2_0": "tq2_0"}
 _Reader = Callable[[Bytes, tuple[int, ...]], Weight]
 _LOW_BIT: dict[str, _Reader] = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0}
 _PLAIN: dict[str, _Reader] = {

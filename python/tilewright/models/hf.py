@@ -8,20 +8,25 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from tilewright.capture import attach
 from tilewright.formats.int4 import Int4Weight
 from tilewright.formats.int8 import Int8Weight
+from tilewright.formats.ternary import PackedTernary
 from tilewright.models.config import LlamaConfig
 from tilewright.models.engine import decided_formats
 from tilewright.models.image import Activation, CacheFormat, QueryFormat, activation_scale_group, input_kind
-from tilewright.models.language_model import LanguageModel, Weight, linear_names
+from tilewright.models.language_model import LanguageModel, Weight, check_maps, linear_names, threshold_name
 from tilewright.nn import (
+    CATSMLP,
     BFloat16Linear,
+    BitLinear,
     GatedMLP,
     Int4Embedding,
     Int8Linear,
     PackedEmbedding,
     RMSNorm,
     RotaryAngles,
+    TernaryEmbedding,
     W4A8Linear,
 )
 
@@ -41,16 +46,17 @@ def to_transformers(
     dtype: torch.dtype = torch.float32,
     dequantize: bool = False,
 ) -> PreTrainedModel:
-    """Build the transformers model (Llama, Mistral or Qwen2 ForCausalLM) that holds these weights.
+    """Build the transformers model (Llama, Mistral, Qwen2 or BitNet ForCausalLM) that holds these weights.
 
     A model with low-bit weights runs operator by operator through the decode engine's kernels, with the engine's
-    formats: INT4 linears are :class:`tilewright.nn.W4A8Linear`, INT8 matrices :class:`tilewright.nn.Int8Linear`, float
-    matrices are rounded to bfloat16, embedding and output head share one copy, attention reads keys and values rounded
-    to ``kv_bits``. In float32 its logits are the bits of :meth:`tilewright.models.engine.Engine.logits`, hence greedy
-    generation gives the engine's tokens. Any cache of ``generate()`` works; ``Int4KVCache(model)`` also stores four
-    bits a number.
+    formats: INT4 linears are :class:`tilewright.nn.W4A8Linear`, INT8 matrices :class:`tilewright.nn.Int8Linear`,
+    ternary ones :class:`tilewright.nn.BitLinear`, float matrices are rounded to bfloat16, embedding and output head
+    share one copy, attention reads keys and values rounded to ``kv_bits``. In float32 its logits are the bits of
+    :meth:`tilewright.models.engine.Engine.logits`, hence greedy generation gives the engine's tokens. Any cache of
+    ``generate()`` works; ``Int4KVCache(model)`` also stores four bits a number.
 
-    A model of float weights alone, or one with ``dequantize``, keeps transformers' own arithmetic.
+    A model of float weights alone, or one with ``dequantize``, keeps transformers' own arithmetic. ``model.maps``
+    become forward hooks.
 
     Args:
         act, kv_bits, scale_group: as for :class:`tilewright.models.engine.Engine` and
@@ -66,6 +72,7 @@ def to_transformers(
         ValueError: an option is none of its words, or does not fit the weights, or the model is linearized.
     """
     model.require_softmax("to_transformers")
+    check_maps(model.config, model.maps, "to_transformers")
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(**model.config.to_transformers())
@@ -80,9 +87,11 @@ def to_transformers(
     else:
         _place_floats(theirs, model, dtype)
         theirs.model.rotary_emb = type(theirs.model.rotary_emb)(config)
+    _drop_neurons(theirs, model)
     generation_defaults(theirs, model.config)
     left = [n for n, t in [*theirs.named_parameters(), *theirs.named_buffers()] if t.is_meta]
     assert not left, f"parameters without a value: {left[:3]}"
+    attach(theirs, model.maps)
     return theirs.eval().requires_grad_(False)
 
 
@@ -97,7 +106,7 @@ def generation_defaults(theirs: PreTrainedModel, config: LlamaConfig) -> None:
 
 def _place_floats(theirs: PreTrainedModel, model: LanguageModel, dtype: torch.dtype) -> None:
     for name in model.weights:
-        if not name.endswith(".key_scale"):
+        if not name.endswith((".key_scale", ".mlp.threshold")):
             owner, _, leaf = name.rpartition(".")
             value = model.dense(name, dtype).clone()
             setattr(theirs.get_submodule(owner), leaf, nn.Parameter(value, requires_grad=False))
@@ -109,6 +118,16 @@ def _place_floats(theirs: PreTrainedModel, model: LanguageModel, dtype: torch.dt
             owner, _, leaf = name.rpartition(".")
             zeros = torch.zeros(parameter.shape, dtype=dtype)
             setattr(theirs.get_submodule(owner), leaf, nn.Parameter(zeros, requires_grad=False))
+
+
+def _drop_neurons(theirs: PreTrainedModel, model: LanguageModel) -> None:
+    """Put the model's thresholds of the gate activation, if it has any, into its MLPs."""
+    for index in range(model.config.num_hidden_layers):
+        if (threshold := model.weights.get(threshold_name(index))) is not None:
+            assert isinstance(threshold, Tensor)
+            layer = theirs.model.layers[index]
+            mlp = layer.mlp
+            layer.mlp = CATSMLP(mlp.gate_proj, mlp.up_proj, mlp.down_proj, threshold.squeeze())
 
 
 class _Builder:
@@ -129,8 +148,12 @@ class _Builder:
             for norm in ("input_layernorm", "post_attention_layernorm"):
                 self._norm(prefix + norm)
             mlp = self.theirs.get_submodule(prefix + "mlp")
-            projections = [mlp.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj")]
-            self._put(prefix + "mlp", GatedMLP(*projections))
+            gate, up, down = (mlp.get_submodule(name) for name in ("gate_proj", "up_proj", "down_proj"))
+            gated = GatedMLP(gate, up, down, config.hidden_act)
+            if config.has_sub_norms:
+                gated.ffn_sub_norm = self._rms_norm(prefix + "mlp.ffn_sub_norm")
+                self._norm(prefix + "self_attn.attn_sub_norm")
+            self._put(prefix + "mlp", gated)
         self._norm("model.norm")
         self._put("model.rotary_emb", RotaryAngles(config.rope_frequencies(), config.rotation_gain))
         head = self._linear(self.model.output_name)
@@ -142,7 +165,10 @@ class _Builder:
         self.theirs.get_submodule(parent).register_module(child, module)
 
     def _norm(self, name: str) -> None:
-        self._put(name, RMSNorm(self.model.dense(name + ".weight", self.dtype), self.model.config.rms_norm_eps))
+        self._put(name, self._rms_norm(name))
+
+    def _rms_norm(self, name: str) -> RMSNorm:
+        return RMSNorm(self.model.dense(name + ".weight", self.dtype), self.model.config.rms_norm_eps)
 
     def _linear(self, name: str) -> nn.Module:
         bias = self.model.weights.get(name.removesuffix("weight") + "bias")
@@ -154,6 +180,8 @@ class _Builder:
             if self.act == "int8":
                 return W4A8Linear(weight, bias, "int8", scale_group=self.scale_group or None)
             return W4A8Linear(weight, bias, "fp8", "fold" if self.act == "fp8-fold" else "exact")
+        if isinstance(weight, PackedTernary):
+            return BitLinear.from_packed(weight.convert("q2"), bias)
         return Int8Linear(weight, bias) if isinstance(weight, Int8Weight) else BFloat16Linear(weight, bias)
 
     def _weight(self, name: str) -> Weight:
@@ -170,6 +198,8 @@ class _Builder:
         weight = self.model.weights[_EMBEDDING + ".weight"]
         if isinstance(weight, Int4Weight):
             return Int4Embedding(weight, self.dtype)
+        if isinstance(weight, PackedTernary):
+            return TernaryEmbedding(weight, self.dtype)
         matrix = tied if tied is not None else self._linear(_EMBEDDING + ".weight")
         assert isinstance(matrix, (Int8Linear, BFloat16Linear))
         return PackedEmbedding(matrix, self.dtype)

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tilewright.capture.activation_map import ActivationMap
 from tilewright.formats.int4 import Int4Weight
 from tilewright.formats.int8 import Int8Weight
+from tilewright.formats.ternary import PackedTernary
 from tilewright.models.config import LlamaConfig
 from tilewright.models.errors import CheckpointError
 from tilewright.models.mixers import LinearMixer
@@ -20,7 +22,7 @@ from tilewright.models.mixers import LinearMixer
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Weight = Tensor | Int4Weight | Int8Weight
+Weight = Tensor | Int4Weight | Int8Weight | PackedTernary
 LINEARS = (
     "self_attn.q_proj",
     "self_attn.k_proj",
@@ -30,18 +32,28 @@ LINEARS = (
     "mlp.up_proj",
     "mlp.down_proj",
 )
+# Parts of a layer whose output has the width of the residual stream.
+HIDDEN_MAPS = (
+    "input_layernorm",
+    "self_attn",
+    "self_attn.o_proj",
+    "post_attention_layernorm",
+    "mlp",
+    "mlp.down_proj",
+)
 
 
 @dataclass(eq=False)
 class LanguageModel:
     """A Llama-family model, framework-free.
 
-    ``weights`` maps transformers' parameter names to a float tensor, an Int4Weight or an Int8Weight.
+    ``weights`` maps transformers' parameter names to a float tensor, an Int4Weight, an Int8Weight or a PackedTernary.
     A tied output head has no ``lm_head.weight``. ``settings`` holds what a quantizer decided beside
     the weights (method, activation and cache formats), ``notes`` what a reader should know about the
     import (a tensor kept in float because its format has no exact low-bit form here, for example).
     ``mixers`` says, by layer index, which layers have linear attention in place of softmax attention; their
-    parameters are among the weights.
+    parameters are among the weights. ``maps`` steers the model: an affine map for each of some activations, by the
+    module's name (:func:`map_widths`); every runtime of the model applies them.
     """
 
     config: LlamaConfig
@@ -50,6 +62,7 @@ class LanguageModel:
     settings: dict[str, Any] = field(default_factory=dict)
     source: str = ""
     mixers: dict[int, LinearMixer] = field(default_factory=dict)
+    maps: dict[str, ActivationMap] = field(default_factory=dict)
     tokenizer_factory: Callable[[], PreTrainedTokenizerBase] | None = field(default=None, repr=False)
 
     @cached_property
@@ -82,6 +95,11 @@ class LanguageModel:
                 f"{what}: layer {min(self.mixers)} has linear attention; a model with softmax attention in every layer "
                 "is needed (tilewright.linearize saves and loads linearized models, models.engine runs them)"
             )
+
+    @property
+    def has_thresholds(self) -> bool:
+        """Whether a layer drops neurons below a threshold of the gate activation (CATS)."""
+        return any(threshold_name(layer) in self.weights for layer in range(self.config.num_hidden_layers))
 
     @property
     def output_name(self) -> str:
@@ -124,6 +142,9 @@ def expected_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
             shapes[f"{prefix}{name}.weight"] = shape
             if biased[name]:
                 shapes[f"{prefix}{name}.bias"] = shape[:1]
+        if config.has_sub_norms:
+            shapes[prefix + "self_attn.attn_sub_norm.weight"] = (q,)
+            shapes[prefix + "mlp.ffn_sub_norm.weight"] = (inner,)
     shapes["model.norm.weight"] = (hidden,)
     if not config.tie_word_embeddings:
         shapes["lm_head.weight"] = (config.vocab_size, hidden)
@@ -139,6 +160,53 @@ def optional_shapes(config: LlamaConfig) -> dict[str, tuple[int, ...]]:
     return {f"model.layers.{i}.self_attn.key_scale": shape for i in range(config.num_hidden_layers)}
 
 
+def threshold_name(layer: int) -> str:
+    """Name of a layer's thresholds of the gate activation (CATS), float [1] or one a neuron [M]; optional."""
+    return f"model.layers.{layer}.mlp.threshold"
+
+
+def _check_threshold(name: str, weight: Weight, inner: int, where: str) -> None:
+    shape = tuple(weight.shape)
+    if shape not in ((1,), (inner,)) or not isinstance(weight, Tensor):
+        raise CheckpointError(f"{where}: tensor {name!r} has shape {list(shape)}, [1] or [{inner}] is needed")
+    check_finite(name, weight, where)
+    if bool((weight < 0).any()):
+        raise CheckpointError(f"{where}: tensor {name!r} is negative; thresholds are compared with magnitudes")
+
+
+def map_widths(config: LlamaConfig) -> dict[str, int]:
+    """Where an activation map may sit, and its width there: outputs of modules by transformers' names."""
+    hidden, q = config.hidden_size, config.num_attention_heads * config.head_dim
+    kv = config.num_key_value_heads * config.head_dim
+    places = {"model.embed_tokens": hidden}
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}"
+        places |= dict.fromkeys((f"{prefix}.{part}" for part in HIDDEN_MAPS), hidden)
+        places |= {f"{prefix}.self_attn.q_proj": q, f"{prefix}.self_attn.k_proj": kv, f"{prefix}.self_attn.v_proj": kv}
+        places[prefix] = hidden
+    return places | {"model.norm": hidden}
+
+
+def check_maps(config: LlamaConfig, maps: dict[str, ActivationMap], where: str) -> None:
+    """Raise unless every map sits where a runtime can apply it, is affine, and has the activation's width.
+
+    Raises:
+        ValueError: naming the place, with what is there and what is needed.
+    """
+    places = map_widths(config)
+    for name, one in maps.items():
+        if name not in places:
+            raise ValueError(
+                f"{where}: no activation map can sit at {name[:120]!r}; possible are outputs of the embedding, norms, "
+                "self_attn, its q_proj, k_proj, v_proj and o_proj, mlp and its down_proj, and whole layers "
+                "(keep the model in transformers for other places)"
+            )
+        if one.low is not None:
+            raise ValueError(f"{where}: the map at {name} has a range and is not affine; fit it with support='all'")
+        if one.width != places[name]:
+            raise ValueError(f"{where}: the map at {name} has {one.width} coordinates, needed {places[name]}")
+
+
 def check_weights(config: LlamaConfig, weights: dict[str, Weight], where: str) -> None:
     """Raise unless the weights are exactly those of the architecture, with finite values.
 
@@ -151,7 +219,11 @@ def check_weights(config: LlamaConfig, weights: dict[str, Weight], where: str) -
     for name in expected:
         if name not in weights:
             raise CheckpointError(f"{where}: tensor {name!r} is missing")
+    thresholds = {threshold_name(layer) for layer in range(config.num_hidden_layers)}
     for name, weight in weights.items():
+        if name in thresholds:
+            _check_threshold(name, weight, config.intermediate_size, where)
+            continue
         if name not in allowed:
             raise CheckpointError(
                 f"{where}: tensor {name[:120]!r} does not belong to this {config.model_type} architecture"
@@ -173,7 +245,7 @@ def check_finite(name: str, weight: Weight, where: str) -> None:
         if not weight.is_floating_point():
             raise CheckpointError(f"{where}: tensor {name!r} has dtype {weight.dtype}, a floating dtype is needed")
     else:
-        parts = {" (scales)": weight.scales}
+        parts = {" (scales)": weight.scale if isinstance(weight, PackedTernary) else weight.scales}
         if isinstance(weight, Int4Weight) and weight.offsets is not None and weight.offsets.is_floating_point():
             parts[" (offsets)"] = weight.offsets
     for part, tensor in parts.items():

@@ -22,7 +22,7 @@ from tilewright.models.language_model import Weight, expected_shapes
 
 _AWQ_COLUMNS = (0, 2, 4, 6, 1, 3, 5, 7)
 _SCALE_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-_METHODS = "gptq, awq, compressed-tensors (pack-quantized, float-quantized) and fbgemm_fp8"
+_METHODS = "gptq, awq, bitnet, compressed-tensors (pack-quantized, float-quantized) and fbgemm_fp8"
 
 
 def import_low_bit(
@@ -36,6 +36,10 @@ def import_low_bit(
     if not isinstance(quantization, dict):
         raise CheckpointError(f"quantization_config must be an object, got {type(quantization).__name__}")
     method = quantization.get("quant_method")
+    if method == "bitnet":
+        from tilewright.models.bitnet_import import import_bitnet
+
+        return import_bitnet(quantization, tensors, config, notes)
     expected = expected_shapes(config)
     parts = _Parts(dict(tensors), expected)
     if method == "gptq":

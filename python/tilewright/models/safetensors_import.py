@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tilewright.models.config import LlamaConfig
+from tilewright.models.config import LlamaConfig, is_first_bitnet
 from tilewright.models.errors import CheckpointError
 from tilewright.models.language_model import LanguageModel, Weight, check_weights, expected_shapes
 
@@ -25,7 +25,7 @@ FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 def load_transformers(directory: Path, file: str | None = None) -> LanguageModel:
-    """Load a transformers directory of the Llama family (float, GPTQ, AWQ, compressed-tensors, FBGEMM FP8).
+    """Load a transformers directory of the Llama family (float, GPTQ, AWQ, compressed-tensors, FBGEMM FP8, BitNet).
 
     Args:
         file: name of the one safetensors file to take; None finds model.safetensors or the index.
@@ -42,7 +42,13 @@ def load_transformers(directory: Path, file: str | None = None) -> LanguageModel
     from tilewright.models.low_bit_import import import_low_bit
 
     quantization = raw.get("quantization_config") or raw.get("compression_config")
-    weights: dict[str, Weight] = import_low_bit(quantization, tensors, config, notes) if quantization else dict(tensors)
+    weights: dict[str, Weight] = dict(tensors)
+    if quantization:
+        weights = import_low_bit(quantization, tensors, config, notes)
+    elif is_first_bitnet(raw):
+        from tilewright.models.bitnet_import import import_first_bitnet
+
+        weights = import_first_bitnet(tensors, config, notes)
     weights = _settle(config, weights, directory.name, notes)
     if quantization is None:
         _note_dtype(raw, weights, notes)

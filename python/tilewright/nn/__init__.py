@@ -7,11 +7,14 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from tilewright.nn.accelerate import Acceleration, accelerate
+from tilewright.nn.bitnet.linear import BitLinear
+from tilewright.nn.cats_mlp import CATSMLP
 from tilewright.nn.linear import W4A8Linear
-from tilewright.nn.matrix import BFloat16Linear, Int4Embedding, Int8Linear, PackedEmbedding
+from tilewright.nn.matrix import BFloat16Linear, Int4Embedding, Int8Linear, PackedEmbedding, TernaryEmbedding
 from tilewright.nn.token import GatedMLP, RMSNorm, RotaryAngles
 
 if TYPE_CHECKING:
+    from tilewright.nn.bitnet import build_bitnet, pack_bitlinears, replace_with_bitlinear
     from tilewright.nn.cache import MixerCache
     from tilewright.nn.delta_rule import DeltaNet, GatedDeltaNet, KimiDeltaAttention
     from tilewright.nn.gated_linear_attention import HGRN2, GatedLinearAttention
@@ -26,10 +29,12 @@ if TYPE_CHECKING:
     from tilewright.nn.softmax_attention import SlidingWindowAttention, SoftmaxAttention
 
 __all__ = [
+    "CATSMLP",
     "HGRN",
     "HGRN2",
     "Acceleration",
     "BFloat16Linear",
+    "BitLinear",
     "DeltaNet",
     "GatedDeltaNet",
     "GatedLinearAttention",
@@ -55,13 +60,17 @@ __all__ = [
     "ShortConvolution",
     "SlidingWindowAttention",
     "SoftmaxAttention",
+    "TernaryEmbedding",
     "W4A8Linear",
     "accelerate",
+    "build_bitnet",
     "build_hybrid",
     "hedgehog_attention",
     "load_balancing_loss",
     "mom_attention",
     "mom_route",
+    "pack_bitlinears",
+    "replace_with_bitlinear",
 ]
 
 # Token mixers and what is built of them, imported on use.
@@ -87,11 +96,14 @@ _LAZY = {
     "ShortConvolution": "short_convolution",
     "SlidingWindowAttention": "softmax_attention",
     "SoftmaxAttention": "softmax_attention",
+    "build_bitnet": "bitnet",
     "build_hybrid": "hybrid_linear_attention",
     "hedgehog_attention": "hedgehog",
     "load_balancing_loss": "mom",
     "mom_attention": "mom",
     "mom_route": "mom",
+    "pack_bitlinears": "bitnet",
+    "replace_with_bitlinear": "bitnet",
 }
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from tilewright.formats.int4 import Int4Weight
 from tilewright.formats.int8 import Int8Weight
+from tilewright.formats.ternary import PackedTernary
 from tilewright.ops import dense_linear
 
 
@@ -141,3 +142,26 @@ class Int4Embedding(nn.Module):
             self.per_tensor_scale,
         )
         return rows.dequantize(self.dtype).view(*tokens.shape, self.shape[1])
+
+
+class TernaryEmbedding(nn.Module):
+    """Token ids to rows of a ternary matrix, held as int8 values and their scale.
+
+    Args:
+        weight: PackedTernary [vocabulary, K].
+        dtype: of the rows given out.
+    """
+
+    values: Tensor
+    scale: Tensor
+
+    def __init__(self, weight: PackedTernary, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.dtype = dtype
+        self.register_buffer("values", weight.unpack())
+        self.register_buffer("scale", weight.scale.float())
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """int64 [...] to [..., K]."""
+        scale = self.scale if self.scale.numel() == 1 else self.scale[tokens][..., None]
+        return (self.values[tokens].to(torch.float32) * scale).to(self.dtype)

@@ -24,15 +24,20 @@ class RMSNorm(nn.Module):
 
 
 class GatedMLP(nn.Module):
-    """``down(silu(gate(x)) * up(x))`` over three linears."""
+    """``down(norm(act(gate(x)) * up(x)))`` over three linears; ``ffn_sub_norm`` is None, or a norm (BitNet's).
 
-    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module) -> None:
+    act: "silu", or "relu2", the squared ReLU.
+    """
+
+    def __init__(self, gate_proj: nn.Module, up_proj: nn.Module, down_proj: nn.Module, act: str = "silu") -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj = gate_proj, up_proj, down_proj
+        self.gate_proj, self.up_proj, self.down_proj, self.act = gate_proj, up_proj, down_proj, act
+        self.ffn_sub_norm: nn.Module | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., K] to [..., K]."""
-        y: Tensor = self.down_proj(token_ops.gated_activation(self.gate_proj(x), self.up_proj(x)))
+        inner = token_ops.gated_activation(self.gate_proj(x), self.up_proj(x), self.act)
+        y: Tensor = self.down_proj(inner if self.ffn_sub_norm is None else self.ffn_sub_norm(inner))
         return y
 
 

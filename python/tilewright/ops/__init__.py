@@ -46,6 +46,7 @@ from tilewright.ops.lightning_attention import (  # noqa: E402
 )
 from tilewright.ops.linear_attention import linear_attention, linear_attention_step_, state_transition  # noqa: E402
 from tilewright.ops.local_linear_attention import lla_attention, lla_decode, parallax, relmm  # noqa: E402
+from tilewright.ops.sparse_gated_mlp import cats_activation, sparse_gated_mlp  # noqa: E402
 from tilewright.ops.ternary_linear import (  # noqa: E402
     pack_ternary,
     quantize_ternary_activation,
@@ -57,6 +58,7 @@ __all__ = [
     "Fp8Tokens",
     "KVCache",
     "build_slope_tensor",
+    "cats_activation",
     "chunk_delta_rule",
     "chunk_gated_delta_rule",
     "chunk_gla",
@@ -93,6 +95,7 @@ __all__ = [
     "quantize_int8_per_token",
     "quantize_ternary_activation",
     "relmm",
+    "sparse_gated_mlp",
     "state_transition",
     "ternary_linear",
     "ternary_matmul",

@@ -63,19 +63,23 @@ def rope_rotate_(x: Tensor, angles: Tensor, scales: Tensor | None = None) -> Non
     _ops.rope_rotate_(x, angles, scales)
 
 
-def gated_activation(gate: Tensor, up: Tensor) -> Tensor:
-    """`silu(gate) * up`, the middle of a gated MLP (Shazeer 2020, SwiGLU), in float32.
+def gated_activation(gate: Tensor, up: Tensor, act: str = "silu") -> Tensor:
+    """`act(gate) * up`, the middle of a gated MLP (Shazeer 2020), in float32.
 
     Args:
         gate, up: `[..., K]`, any floating type.
+        act: "silu" (SwiGLU), or on the CPU "relu2", the square of max(gate, 0) (BitNet b1.58 2B4T, arXiv 2504.12285).
 
     Returns:
         `[..., K]` of gate's dtype; the bits that the decode engine computes.
 
     Raises:
         RuntimeError: a shape, dtype or device does not fit.
+        ValueError: act is another word.
     """
-    y: Tensor = _ops.gated_activation(gate, up)
+    if act not in ("silu", "relu2"):
+        raise ValueError(f"gated_activation: act = {act!r}, needed 'silu' or 'relu2'")
+    y: Tensor = (_ops.gated_activation if act == "silu" else _ops.gated_squared_relu)(gate, up)
     return y
 
 
@@ -97,6 +101,7 @@ def _(x: Tensor, angles: Tensor, scales: Tensor | None) -> None:
     torch._check(x.dim() == 3 and angles.dim() == 3, lambda: "x must be [T, H, D] and angles [T, 2, D/2]")
 
 
+@torch.library.register_fake("tilewright::gated_squared_relu")
 @torch.library.register_fake("tilewright::gated_activation")
 def _(gate: Tensor, up: Tensor) -> Tensor:
     torch._check(gate.shape == up.shape, lambda: "gate and up must have one shape")

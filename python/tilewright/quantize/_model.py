@@ -12,7 +12,12 @@ from tilewright.models.language_model import LanguageModel, Weight, linear_names
 
 
 def require_unquantized(model: LanguageModel) -> None:
-    """Raise ValueError for a model that a quantizer here has already changed."""
+    """Raise ValueError for a model that a quantizer here has already changed, or that is steered."""
+    if model.maps:
+        raise ValueError(
+            f"{model.source or 'model'} is steered: its activation maps belong to activations before quantization; "
+            "quantize the model without them and learn maps for the result"
+        )
     if "method" in model.settings or any(name in model.weights for name in optional_shapes(model.config)):
         raise ValueError(
             f"{model.source or 'model'} was already quantized with {model.settings.get('method', 'FireQ')}; "

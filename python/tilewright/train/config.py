@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass, fields
 from typing import Any, Literal, get_args
 
-Schedule = Literal["cosine", "linear", "constant", "plateau"]
+Schedule = Literal["cosine", "linear", "constant", "plateau", "wsd"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,10 @@ class TrainConfig:
         steps: optimizer steps.
         lr: peak learning rate.
         schedule: after the warm-up, "cosine" or "linear" fall to ``final_lr * lr`` at the last step, "constant" stays,
-            "plateau" multiplies by ``plateau_factor`` after ``plateau_patience`` evaluations without a new best one.
+            "plateau" multiplies by ``plateau_factor`` after ``plateau_patience`` evaluations without a new best one,
+            "wsd" stays and falls linearly to ``final_lr * lr`` over the last ``decay`` of all steps, so that a run
+            whose ``steps`` are changed on the way has trained no step in vain (arXiv 2404.06395, section 4).
+        decay: see "wsd".
         warmup: steps over which the rate rises linearly from ``lr / warmup``.
         betas, eps, weight_decay: of AdamW. Parameters of fewer than two dimensions, and those that carry a true
             attribute ``_no_weight_decay``, are not decayed.
@@ -37,6 +40,7 @@ class TrainConfig:
     schedule: Schedule = "cosine"
     warmup: int = 0
     final_lr: float = 0.1
+    decay: float = 0.2
     plateau_factor: float = 0.1
     plateau_patience: int = 10
     betas: tuple[float, float] = (0.9, 0.95)
@@ -57,6 +61,7 @@ class TrainConfig:
         _require(self.lr > 0, "lr", self.lr, "above 0")
         _require(0 <= self.warmup <= self.steps, "warmup", self.warmup, f"0 to steps={self.steps}")
         _require(0 <= self.final_lr <= 1, "final_lr", self.final_lr, "a share of lr, 0 to 1")
+        _require(0 < self.decay <= 1, "decay", self.decay, "a share of the steps, above 0, at most 1")
         _require(0 < self.plateau_factor < 1, "plateau_factor", self.plateau_factor, "between 0 and 1")
         _require(len(self.betas) == 2 and all(0 <= b < 1 for b in self.betas), "betas", self.betas, "two in [0, 1)")
         _require(self.weight_decay >= 0, "weight_decay", self.weight_decay, "0 or more")
@@ -75,6 +80,10 @@ class TrainConfig:
             return self.lr * (step + 1) / self.warmup
         if self.schedule in ("constant", "plateau"):
             return self.lr
+        if self.schedule == "wsd":
+            falling = max(round(self.decay * self.steps), 1)
+            left = min((self.steps - step) / (falling + 1), 1.0)
+            return self.lr * (self.final_lr + (1 - self.final_lr) * left)
         share = (step - self.warmup) / max(self.steps - self.warmup - 1, 1)
         fallen = 0.5 * (1 + math.cos(math.pi * share)) if self.schedule == "cosine" else 1 - share
         return self.lr * (self.final_lr + (1 - self.final_lr) * fallen)

@@ -14,17 +14,17 @@ import torch
 from torch import Tensor
 
 from tilewright._files import atomic_write
-from tilewright.data import CORPORA, corpus
-from tilewright.data.bytes import DOCUMENTATION, ByteWindows, documentation, held_out_windows, to_bytes
+from tilewright.data.bytes import ByteWindows, held_out_windows
 from tilewright.train.config import TrainConfig
 from tilewright.train.distributed import Parallel, whole
 from tilewright.train.losses import mean_loss
+from tilewright.train.texts import BYTES, encode, read_texts, require_longer, tokenizer_of
 from tilewright.train.trainer import CHECKPOINT, Result, Trainer
 
 if TYPE_CHECKING:
     from tilewright.nn import HybridForCausalLM
 
-RUN, BYTES = "run.json", "bytes"
+RUN = "run.json"
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def train_language(
     parallel = parallel or Parallel()
     if (directory / CHECKPOINT).exists() and not resume:
         raise ValueError(f"{directory} holds a run already; resume it, or train into another directory")
-    tokenizer = _tokenizer(run.tokenizer)
+    tokenizer = tokenizer_of(run.tokenizer, read_texts(run.text)[0])
     texts, held_out = _texts(run, tokenizer)
     windows = held_out_windows(held_out, length=run.length, batch=run.batch)
     windows = windows[: max(1, run.evaluation_windows // run.batch)]
@@ -167,41 +167,8 @@ def _model(run: LanguageRun, vocabulary: int) -> HybridForCausalLM:
         )
 
 
-def _tokenizer(name: str) -> Any:
-    from tilewright.models import load
-    from tilewright.models.hybrid import byte_tokenizer
-
-    return byte_tokenizer() if name == BYTES else load(name).tokenizer
-
-
 def _texts(run: LanguageRun, tokenizer: Any) -> tuple[Tensor, Tensor]:
     """Training and held-out tokens of all texts, one after another."""
-    from tilewright.evaluate import tokenize
-
-    parts: tuple[list[str], list[str]] = ([], [])
-    for name in run.text:
-        for part, text in zip(parts, _read(name), strict=True):
-            part.append(text)
-    joined = ("\n".join(part) for part in parts)
-    tokens = [to_bytes(text) if run.tokenizer == BYTES else tokenize(tokenizer, text) for text in joined]
-    for what, one in zip(("training", "held-out"), tokens, strict=True):
-        if len(one) <= run.length:
-            raise ValueError(
-                f"the {what} text has {len(one)} tokens, more than length={run.length} are needed; give more text or a "
-                "smaller length"
-            )
-    return tokens[0], tokens[1]
-
-
-def _read(name: str) -> tuple[str, str]:
-    """Training and held-out text of a name or a file."""
-    if name in CORPORA:
-        return corpus(name, "calibration"), corpus(name, "evaluation")
-    if name == DOCUMENTATION:
-        return documentation("calibration"), documentation("evaluation")
-    try:
-        text = Path(name).read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{name} is not valid UTF-8 (byte {error.start}); convert it to UTF-8") from error
-    cut = len(text) - len(text) // 20
-    return text[:cut], text[cut:]
+    training, held_out = (encode(tokenizer, run.tokenizer, text) for text in read_texts(run.text))
+    require_longer((training, held_out), run.length)
+    return training, held_out

@@ -260,9 +260,11 @@ class Trainer:
 
     def _require_settings(self, path: Path, stored: dict[str, Any]) -> None:
         mine = self.config.to_dict()
-        if other := [k for k in mine if k not in _FREE and stored.get(k) != mine[k]]:
+        # A setting that the run's tilewright did not know had its default.
+        stored = TrainConfig(steps=0).to_dict() | stored
+        if other := [k for k in mine if k not in _FREE and stored[k] != mine[k]]:
             raise TrainingCheckpointError(
-                f"{path}: the run was made with {other[0]}={stored.get(other[0])}, not {mine[other[0]]} "
+                f"{path}: the run was made with {other[0]}={stored[other[0]]}, not {mine[other[0]]} "
                 f"({len(other)} settings differ); use its settings, or train into another directory"
             )
 

@@ -70,7 +70,7 @@ void tile(const Problem& p, int64_t m, int64_t block, int64_t tile_index) {
     for (int h = 0; h < kHalves; ++h) {
       const int64_t row = first_row + h * kRows;
       if (row >= p.weight.n) break;
-      auto* at = reinterpret_cast<float*>(p.acc) + (m + t) * p.weight.n + row;
+      auto* at = reinterpret_cast<float*>(p.acc) + (m + t) * p.acc_stride + row;
       Vec8::store_first(at, Vec8::from_bits(wide[t][h]), p.weight.n - row);
     }
   }

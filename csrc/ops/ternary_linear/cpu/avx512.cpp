@@ -72,7 +72,7 @@ void q2_tile(const Problem& p, int64_t m, int64_t block) {
       const int64_t row = block * TernaryQ2::kRowsPerBlock + i * TernaryQ2::kRowsPerTile;
       if (row >= p.weight.n) break;
       const __m512i sum = kSets == 2 ? _mm512_add_epi32(acc[0][t][i], acc[kSets - 1][t][i]) : acc[0][t][i];
-      store_rows(p.acc + (m + t) * p.weight.n + row, sum, p.weight.n - row);
+      store_rows(p.acc + (m + t) * p.acc_stride + row, sum, p.weight.n - row);
     }
   }
 }
@@ -97,7 +97,7 @@ inline void widen(Wide& wide, __m512i narrow) {
 void store_wide(const Problem& p, int64_t m, int64_t row, const Wide& wide) {
   const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
   const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
-  int32_t* at = p.acc + m * p.weight.n + row;
+  int32_t* at = p.acc + m * p.acc_stride + row;
   const int64_t rows = p.weight.n - row;
   if (rows > 0) store_rows(at, _mm512_permutex2var_epi32(wide.even, low, wide.odd), rows);
   if (rows > 16) store_rows(at + 16, _mm512_permutex2var_epi32(wide.even, high, wide.odd), rows - 16);

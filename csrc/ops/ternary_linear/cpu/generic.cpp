@@ -26,7 +26,7 @@ void row_items(const Problem& p, const Plan& plan, int64_t first, int64_t last) 
   const int64_t end = std::min(p.weight.n, last * plan.rows_per_item);
   for (int64_t n = first * plan.rows_per_item; n < end; ++n) {
     format::ternary_read_row(p.weight, n, row.data());
-    for (int64_t m = 0; m < p.m; ++m) p.acc[m * p.weight.n + n] = dot(row.data(), p.x + m * p.x_stride, p.weight.k);
+    for (int64_t m = 0; m < p.m; ++m) p.acc[m * p.acc_stride + n] = dot(row.data(), p.x + m * p.x_stride, p.weight.k);
   }
 }
 
@@ -57,8 +57,8 @@ void finish(const Epilogue& e, int64_t first, int64_t last) {
   for (int64_t m = 0; m < e.m; ++m) {
     for (int64_t n = first; n < last; ++n) {
       const float scale = e.token_scales[m] * e.weight_scales[e.scale_per_row ? n : 0];
-      const auto acc = static_cast<float>(e.acc[m * e.n + n]);
-      e.y[m * e.n + n] = e.bias != nullptr ? std::fma(acc, scale, e.bias[n]) : acc * scale;
+      const auto acc = static_cast<float>(e.acc[m * e.stride + n]);
+      e.y[m * e.stride + n] = e.bias != nullptr ? std::fma(acc, scale, e.bias[n]) : acc * scale;
     }
   }
 }

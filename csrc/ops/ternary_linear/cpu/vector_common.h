@@ -80,12 +80,12 @@ void vector_finish(const Epilogue& e, int64_t first, int64_t last) {
     for (int64_t n = first; n < last; n += V::kLanes) {
       const int64_t rows = last - n;
       const auto weight = e.scale_per_row ? V::load_first(e.weight_scales + n, rows) : V::set1(e.weight_scales[0]);
-      const auto bits = V::load_first(reinterpret_cast<const float*>(e.acc) + m * e.n + n, rows);
+      const auto bits = V::load_first(reinterpret_cast<const float*>(e.acc) + m * e.stride + n, rows);
       const auto acc = V::to_float(V::bits(bits));
       const auto scale = V::mul(token, weight);
       const bool bias = e.bias != nullptr;
-      V::store_first(e.y + m * e.n + n, bias ? V::fma(acc, scale, V::load_first(e.bias + n, rows)) : V::mul(acc, scale),
-                     rows);
+      V::store_first(e.y + m * e.stride + n,
+                     bias ? V::fma(acc, scale, V::load_first(e.bias + n, rows)) : V::mul(acc, scale), rows);
     }
   }
 }

@@ -1,0 +1,3 @@
+// SPDX-License-Identifier: Apache-2.0
+#define TILEWRIGHT_LEVEL avx512
+#include "ops/sparse_gated_mlp/cpu/body.h"

@@ -1,0 +1,136 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Subdomains of branch and bound: one object each, and their batch as tensors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from tilewright.verify.genbab.bounds import Bounds, Splits
+from tilewright.verify.genbab.graph import Graph
+from tilewright.verify.genbab.properties import Property
+from tilewright.verify.genbab.region import Region
+
+
+@dataclass(frozen=True, eq=False)
+class Constraint:
+    """sign (z_unit - point) >= 0 at a node, and its multipliers [R]."""
+
+    node: int
+    unit: int
+    sign: float
+    point: float
+    beta: Tensor
+
+
+@dataclass(eq=False)
+class Domain:
+    """A part of the input set with what is known about it.
+
+    box: [n_in] ends. bounds: intervals [n] of the nodes that feed nonlinearities. alphas: slopes (of products:
+    mixtures) [2, R, n] by node. lower: bounds [R] of its clause's rows, constant included.
+    """
+
+    clause: int
+    x_L: Tensor
+    x_U: Tensor
+    bounds: Bounds
+    alphas: dict[int, Tensor]
+    lower: Tensor
+    constraints: tuple[Constraint, ...] = ()
+    fresh: bool = False
+    """Whether the box was cut, so that intermediate bounds are worth computing anew."""
+
+    @property
+    def margin(self) -> float:
+        """The clause holds when one of its rows is positive."""
+        return float(self.lower.max())
+
+    def cut_unit(self, node: int, unit: int, point: float) -> list[Domain]:
+        """The halves z <= point and z >= point of a unit."""
+        halves = []
+        for sign in (-1.0, 1.0):
+            l, u = self.bounds[node]
+            l, u = (l, u.clone()) if sign < 0 else (l.clone(), u)
+            (u if sign < 0 else l)[unit] = point
+            more = Constraint(node, unit, sign, point, torch.zeros_like(self.lower))
+            bounds = {**self.bounds, node: (l, u)}
+            # An earlier cut of the same unit on the same side is implied, and its multiplier only in the way.
+            kept = tuple(c for c in self.constraints if (c.node, c.unit, c.sign) != (node, unit, sign))
+            halves.append(Domain(self.clause, self.x_L, self.x_U, bounds, self.alphas, self.lower, (*kept, more)))
+        return halves
+
+    def cut_input(self, axis: int, point: float) -> list[Domain]:
+        """The halves x <= point and x >= point of an input axis."""
+        left, right = self.x_U.clone(), self.x_L.clone()
+        left[axis], right[axis] = point, point
+        return [
+            Domain(self.clause, x_L, x_U, self.bounds, self.alphas, self.lower, self.constraints, fresh=True)
+            for x_L, x_U in ((self.x_L, left), (right, self.x_U))
+        ]
+
+
+@dataclass(eq=False)
+class Batch:
+    """Domains stacked: c [B, R, n_out] and d [B, R] of their clauses."""
+
+    region: Region
+    bounds: Bounds
+    c: Tensor
+    d: Tensor
+    alphas: dict[int, Tensor]
+    splits: dict[int, Splits] = field(default_factory=dict)
+
+
+def stack(graph: Graph, domains: Sequence[Domain], root: Region, prop: Property) -> Batch:
+    """The batch of some domains."""
+    region = root.with_box(torch.stack([d.x_L for d in domains]), torch.stack([d.x_U for d in domains]))
+    first = domains[0]
+    bounds = {
+        i: (torch.stack([d.bounds[i][0] for d in domains]), torch.stack([d.bounds[i][1] for d in domains]))
+        for i in first.bounds
+    }
+    alphas = {i: torch.stack([d.alphas[i] for d in domains], dim=1) for i in first.alphas}
+    clause = torch.tensor([d.clause for d in domains])
+    return Batch(region, bounds, prop.c[clause], prop.d[clause], alphas, _splits(graph, domains))
+
+
+def _splits(graph: Graph, domains: Sequence[Domain]) -> dict[int, Splits]:
+    grouped: dict[int, list[list[Constraint]]] = {}
+    for row, domain in enumerate(domains):
+        for one in domain.constraints:
+            grouped.setdefault(one.node, [[] for _ in domains])[row].append(one)
+    rows = len(domains[0].lower)
+    found = {}
+    for node, lists in grouped.items():
+        width = max(map(len, lists))
+        shape = (len(domains), width)
+        unit = torch.zeros(shape, dtype=torch.long)
+        sign, point = torch.zeros(shape, dtype=graph.dtype), torch.zeros(shape, dtype=graph.dtype)
+        beta = torch.zeros((len(domains), rows, width), dtype=graph.dtype)
+        for row, constraints in enumerate(lists):
+            for column, one in enumerate(constraints):
+                unit[row, column], sign[row, column], point[row, column] = one.unit, one.sign, one.point
+                beta[row, :, column] = one.beta
+        found[node] = Splits(unit, sign, point, beta)
+    return found
+
+
+def unstack(
+    domains: Sequence[Domain], bounds: Bounds, alphas: dict[int, Tensor], betas: dict[int, Tensor], lower: Tensor
+) -> None:
+    """Write a batch's results back into its domains."""
+    for row, domain in enumerate(domains):
+        domain.bounds = {i: (bounds[i][0][row], bounds[i][1][row]) for i in domain.bounds}
+        domain.alphas = {i: t[:, row] for i, t in alphas.items()}
+        domain.lower = lower[row]
+        column: dict[int, int] = {}
+        renewed = []
+        for one in domain.constraints:
+            at = column.get(one.node, 0)
+            column[one.node] = at + 1
+            renewed.append(Constraint(one.node, one.unit, one.sign, one.point, betas[one.node][row, :, at]))
+        domain.constraints = tuple(renewed)

@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Input sets: boxes, and boxes cut with a ball."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Region:
+    """B input sets: the box [x_L, x_U] ([B, n] each), cut with {||x - centre||_norm <= eps} when a norm is given.
+
+    norm: 1 or 2 (infinity is a box). centre [B, n], eps [B].
+    """
+
+    x_L: Tensor
+    x_U: Tensor
+    norm: float | None = None
+    centre: Tensor | None = None
+    eps: Tensor | None = None
+
+    @property
+    def batch(self) -> int:
+        return self.x_L.shape[0]
+
+    def minimum(self, a: Tensor) -> Tensor:
+        """min over the set of a . x for rows a [B, S, n]: a lower bound of it for a box cut with a ball. [B, S]"""
+        middle, radius = (self.x_L + self.x_U) / 2, (self.x_U - self.x_L) / 2
+        low = (a @ middle.unsqueeze(-1) - a.abs() @ radius.unsqueeze(-1)).squeeze(-1)
+        if self.norm is None:
+            return low
+        assert self.centre is not None
+        assert self.eps is not None
+        dual = torch.linalg.vector_norm(a, ord=2 if self.norm == 2 else math.inf, dim=-1)
+        ball = (a @ self.centre.unsqueeze(-1)).squeeze(-1) - self.eps.unsqueeze(-1) * dual
+        return torch.maximum(low, ball)
+
+    def minimiser(self, a: Tensor) -> Tensor:
+        """A corner of the box where a . x is least, moved into the ball. a [B, n] -> [B, n]"""
+        return self.project(torch.where(a >= 0, self.x_L, self.x_U))
+
+    def project(self, x: Tensor) -> Tensor:
+        """Points [..., B, n] moved into the set (towards the centre for a ball, which need not be nearest)."""
+        x = torch.minimum(torch.maximum(x, self.x_L), self.x_U)
+        if self.norm is None:
+            return x
+        assert self.centre is not None
+        assert self.eps is not None
+        away = x - self.centre
+        length = torch.linalg.vector_norm(away, ord=self.norm, dim=-1, keepdim=True)
+        factor = torch.where(length > self.eps.unsqueeze(-1), self.eps.unsqueeze(-1) / length, torch.ones_like(length))
+        # The ball's centre lies in the box, so a point pulled towards it stays inside.
+        return self.centre + away * factor * (1 - 1e-12)
+
+    def sample(self, count: int, generator: torch.Generator) -> Tensor:
+        """Uniform points of the box moved into the set: [count, B, n]."""
+        t = torch.rand((count, *self.x_L.shape), generator=generator, dtype=self.x_L.dtype)
+        return self.project(self.x_L + t * (self.x_U - self.x_L))
+
+    def take(self, rows: Tensor) -> Region:
+        """The sets of some batch rows."""
+
+        def pick(t: Tensor | None) -> Tensor | None:
+            return None if t is None else t[rows]
+
+        return replace(self, x_L=self.x_L[rows], x_U=self.x_U[rows], centre=pick(self.centre), eps=pick(self.eps))
+
+    def with_box(self, x_L: Tensor, x_U: Tensor) -> Region:
+        """Other boxes, the ball of row 0 for all of them."""
+        if self.norm is None:
+            return Region(x_L, x_U)
+        assert self.centre is not None
+        assert self.eps is not None
+        return Region(x_L, x_U, self.norm, self.centre[:1].expand_as(x_L), self.eps[:1].expand(x_L.shape[0]))
+
+
+def box_region(x_L: Tensor, x_U: Tensor, dtype: torch.dtype, name: str = "x_L, x_U") -> Region:
+    """A region of boxes [B, ...] flattened.
+
+    Raises:
+        ValueError: shapes differ, a bound is NaN or infinite, or a box is empty (x_L > x_U somewhere).
+    """
+    x_L, x_U = x_L.detach().to(dtype), x_U.detach().to(dtype)
+    if x_L.shape != x_U.shape:
+        raise ValueError(f"{name}: shapes {tuple(x_L.shape)} and {tuple(x_U.shape)} differ; they must be equal")
+    if not (x_L.isfinite().all() and x_U.isfinite().all()):
+        raise ValueError(f"{name}: a bound is NaN or infinite; the input set must be a finite box")
+    if not (x_L <= x_U).all():
+        where = torch.nonzero(~(x_L <= x_U))[0].tolist()
+        raise ValueError(f"{name}: the box is empty at index {where} (x_L > x_U); swap the bounds or drop the case")
+    return Region(x_L.reshape(x_L.shape[0], -1), x_U.reshape(x_U.shape[0], -1))
