@@ -74,7 +74,7 @@ module half_pack #(
   always_comb begin
     bits = 16'(kept_q) + 16'(guard_q && (sticky_q || kept_q[0]));
     if (kept_q[10]) bits = bits + (16'(unsigned'(place_q + PlaceBits'(25))) << 10) - 16'd1024;
-    over = place_q > PlaceBits'(5) || bits > 16'(half_pkg::MaxBits);
+    over = kept_q[10] && (place_q > PlaceBits'(5) || bits > 16'(half_pkg::MaxBits));
     if (over) bits = 16'(half_pkg::MaxBits);
   end
 

@@ -14,7 +14,7 @@ from cocotb.clock import Clock
 from cocotb.triggers import ReadOnly, RisingEdge
 
 SEED = int(os.environ.get("TILEWRIGHT_RTL_SEED", "1"))
-PATTERNS = ("always", "often", "half", "seldom", "bursts")
+PATTERNS = os.environ.get("TILEWRIGHT_RTL_PATTERNS", "always often half seldom bursts").split()
 
 
 def pauses(pattern: str, seed: int) -> Iterator[bool]:
