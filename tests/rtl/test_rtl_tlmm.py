@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from simulate import simulate
 
 PARAMETERS = [
-    {"G": 3, "T": 28, "Q": 16, "Banks": 1},
+    {"G": 3, "T": 28, "Q": 4, "Banks": 1},
     {"G": 2, "T": 5, "Q": 3, "Banks": 2},
     {"G": 1, "T": 1, "Q": 1, "Banks": 2},
 ]
@@ -20,7 +20,7 @@ PARAMETERS = [
 
 @pytest.mark.parametrize("parameters", PARAMETERS, ids=lambda p: "-".join(f"{k}{v}" for k, v in p.items()))
 def test_tlmm_core(parameters, tmp_path):
-    # At the paper's size most of the time goes into building, so one kind of back-pressure stands for all.
+    # Of the paper's tables most of the time goes into building, so one kind of back-pressure stands for all.
     patterns = ["bursts"] if parameters["T"] == 28 else ["always", "often", "half", "seldom", "bursts"]
     environment = {"TILEWRIGHT_RTL_PATTERNS": " ".join(patterns)}
     assert simulate("tlmm_core", parameters, tmp_path, environment) == 3 + len(patterns)

@@ -9,6 +9,7 @@ import cocotb
 import numpy as np
 from cocotb.triggers import RisingEdge
 from streams import SEED, start_clock
+
 from tilewright.edge import contract
 from tilewright.edge.contract import half
 

@@ -9,6 +9,7 @@ import cocotb
 import numpy as np
 from cocotb.triggers import RisingEdge
 from streams import PATTERNS, SEED, CycleCounter, Sink, Source, reset
+
 from tilewright.edge import contract
 
 LANES = int(os.environ["RTL_LANES"])
