@@ -3,13 +3,17 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import os
+import sys
 from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
 from typing import Annotated
 
 import typer
 
+import tilewright
 from tilewright._methods import modules
 from tilewright.cli import (
     bench,
@@ -74,7 +78,19 @@ def options(
 
 def method_verbs() -> dict[str, Callable[..., None] | typer.Typer]:
     """``VERBS`` of every ``<family>/<method>/cli.py``: a function, or an application with verbs of its own."""
-    return {name: verb for module in modules("cli") for name, verb in importlib.import_module(module).VERBS.items()}
+    return {name: verb for module in modules("cli") for name, verb in _alone(module).VERBS.items()}
+
+
+def _alone(name: str) -> ModuleType:
+    """A module without the packages around it, which would bring torch for every `tw --help`."""
+    if name not in sys.modules:
+        inside = Path(*name.split(".")[1:]).with_suffix(".py")
+        path = next(found for root in tilewright.__path__ if (found := Path(root) / inside).is_file())
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None and spec.loader is not None
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
 
 for name, verb in {**VERBS, **method_verbs()}.items():
