@@ -87,7 +87,8 @@ def _alone(name: str) -> ModuleType:
         inside = Path(*name.split(".")[1:]).with_suffix(".py")
         path = next(found for root in tilewright.__path__ if (found := Path(root) / inside).is_file())
         spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         sys.modules[name] = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(sys.modules[name])
     return sys.modules[name]
