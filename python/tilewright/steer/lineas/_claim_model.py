@@ -125,7 +125,7 @@ class Bench:
         training = Training(problem, LinEASConfig(checkpoint=False))
         names = list(training.target)
         batch = encode(source, self.tokenizer, "source")
-        embedding = self.module.get_input_embeddings()
+        embedding: Any = self.module.get_input_embeddings()
 
         def bare() -> None:
             # The embedding's output asks for a gradient, so that the backward pass goes through all blocks.
