@@ -30,6 +30,10 @@ class CATSMLP(nn.Module):
         act: "silu", "gelu", "gelu_tanh" or "relu".
     """
 
+    # Any: the linears may be adapters or low-bit layers, whose attributes _plain asks for first.
+    gate_proj: Any
+    up_proj: Any
+    down_proj: Any
     threshold: Tensor
 
     def __init__(
@@ -55,8 +59,8 @@ class CATSMLP(nn.Module):
         if missing:
             raise ValueError(f"{type(mlp).__name__} has no {missing[0]}; CATS needs a gated MLP")
         function: Any = getattr(mlp, "act_fn", None) or getattr(mlp, "act", None)
-        layers: list[Any] = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-        return cls(*layers, torch.as_tensor(threshold), act_name(function))
+        parts: Any = mlp
+        return cls(parts.gate_proj, parts.up_proj, parts.down_proj, torch.as_tensor(threshold), act_name(function))
 
     def extra_repr(self) -> str:
         """Act and threshold."""

@@ -20,7 +20,7 @@ from tilewright.sparsify.thresholds import Score, Thresholds
 Ranking = Literal["activation", "norm", "output"]
 """What a layer's neurons are compared by: |a_j|; |a_j| ||W_down[:, j]||; |a_j u_j| ||W_down[:, j]|| (needs u)."""
 RANKINGS: tuple[Ranking, ...] = ("activation", "norm", "output")
-METHODS = {"exact": Magnitudes, "hist": LogHistogram}
+METHODS: dict[str, Callable[[], Reducer]] = {"exact": Magnitudes, "hist": LogHistogram}
 FEWEST = 1000
 
 
@@ -120,8 +120,7 @@ def calibrate_thresholds(
         batches: as :func:`tilewright.capture.observe` takes them; padding does not count.
         sparsity: share in [0, 1) of activations to drop, the same in every layer; 0 gives thresholds of 0.
         method: "exact": the value of rank ceil(k n), so that the share on this data is between k - 1/n and k (fewer
-        with
-            ties); "hist": from a histogram of constant memory, within 0.012 % of that value.
+            with ties); "hist": from a histogram of constant memory, within 0.012 % of that value.
         ranking: "activation" as in the paper; "norm" weights neurons by the norm of their column of W_down, at the same
             cost when running; "output" also by the up projection, which a sparse product would have to read first.
         names: what the parts of the MLPs are called, where not as in transformers' Llama.

@@ -45,9 +45,10 @@ def exact_rows(bench: Bench) -> Iterator[Row]:
         mlp: Any = bench.mlps[name]
         for dtype in worst:
             weights = [w.detach().to(dtype) for w in (mlp.gate.weight, mlp.up.weight, mlp.down.weight.T.contiguous())]
+            gate, up, down_t = weights
             x_in = x.to(dtype)
             exact, size, off = oracle(x_in, thresholds[name], weights)
-            y, kept = sparse_gated_mlp(x_in, *weights, thresholds[name], return_kept=True)
+            y, kept = sparse_gated_mlp(x_in, gate, up, down_t, thresholds[name], return_kept=True)
             wanted = ~(size < thresholds[name].double())
             # Where |a| is farther from the threshold than float32 can be off, both must agree.
             wrong += int((kept != wanted)[(size - thresholds[name].double()).abs() > off].sum())

@@ -42,11 +42,11 @@ def distance_rows() -> Iterator[Row]:
         worst = max(worst, float(np.max(np.abs(got - wanted) / wanted)))
     yield at_most("sorted_w2 against the quantile integral, equal and unequal sizes, relative error", worst, 1e-6)
     # Grid values, permuted: no two of a column are closer than a step of finite differences can cross.
-    z, v = (
+    leaves = tuple(
         torch.from_numpy(np.stack([random.permutation(n) for _ in range(6)], 1) * 0.37 + offset).requires_grad_()
         for n, offset in ((9, 0.0), (6, 0.11))
     )
-    right = torch.autograd.gradcheck(sorted_w2, (z, v), raise_exception=False)
+    right = torch.autograd.gradcheck(sorted_w2, leaves, raise_exception=False)
     yield Row(
         "gradient of sorted_w2 by finite differences, float64", "", "passes" if right else "fails", "passes", right
     )

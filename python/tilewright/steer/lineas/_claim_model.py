@@ -106,7 +106,7 @@ class Bench:
         from tilewright.models.engine import Engine
 
         model = models.load(data.smollm2_gguf())
-        theirs = models.to_transformers(model, kv_bits=16)
+        theirs: Any = models.to_transformers(model, kv_bits=16)
         steering.attach(model, strength)
         engine = Engine(model, 64, kv_bits=16)
         ids = self.tokenizer("The best thing about the weekend was", return_tensors="pt").input_ids
@@ -125,7 +125,7 @@ class Bench:
         training = Training(problem, LinEASConfig(checkpoint=False))
         names = list(training.target)
         batch = encode(source, self.tokenizer, "source")
-        embedding = self.module.get_input_embeddings()
+        embedding: Any = self.module.get_input_embeddings()
 
         def bare() -> None:
             # The embedding's output asks for a gradient, so that the backward pass goes through all blocks.
