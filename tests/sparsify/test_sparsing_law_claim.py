@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 pytest.importorskip("scipy")
@@ -41,3 +42,15 @@ def test_a_wrong_fit_is_seen(monkeypatch):
     monkeypatch.setattr(_claim_exact, "fit_activation_law", wrong)
     rows = list(_claim_exact.fit_rows(Experiment(quick=True)))
     assert not rows[0].holds
+
+
+@pytest.mark.parametrize(("kind", "name"), [("silu", "0.2B"), ("relu", "2.4B")])
+def test_the_standard_error_of_an_exponent_is_that_of_fits(kind, name):
+    law, tokens = _claim_exact.published(kind, name)
+    random = np.random.default_rng(0)
+    found = []
+    for _ in range(40):
+        noisy = law.predict(tokens) * (1 + _claim_exact.NOISE * random.standard_normal(len(tokens)))
+        found.append(_claim_exact.fit_activation_law(tokens, noisy, kind=kind, bootstrap=0).params["alpha"])
+    # The standard deviation of 40 normal values is known to one part in sqrt(78); four of these, and curvature.
+    assert np.std(found) == pytest.approx(_claim_exact.exponent_error(law, tokens), rel=0.5)

@@ -351,7 +351,7 @@ def _id_r2(ids: Tensor, y: Tensor, test_ids: Tensor, test_y: Tensor) -> float:
     known, place = torch.unique(ids, return_inverse=True)
     sums = torch.zeros(len(known), dtype=torch.float64).index_add_(0, place, y)
     means = sums / torch.bincount(place, minlength=len(known))
-    found = torch.searchsorted(known, test_ids).clamp_max(len(known) - 1)
+    found = torch.searchsorted(known, test_ids.contiguous()).clamp_max(len(known) - 1)
     predicted = torch.where(known[found] == test_ids, means[found], y.mean())
     return float(1 - (test_y - predicted).square().sum() / (test_y - test_y.mean()).square().sum())
 

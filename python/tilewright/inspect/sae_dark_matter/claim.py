@@ -77,7 +77,7 @@ def _norms(values: dict[str, Any], axes: Axes) -> None:
     )
     axes.tick_params(labelsize=7)
     axes.invert_yaxis()
-    axes.set_title("squared norm from x: R²", fontsize=9)
+    axes.set_title("squared norm from x: R² (no bar: below 0)", fontsize=9)
     axes.legend(fontsize=6)
 
 

@@ -60,11 +60,16 @@ def frequencies(axes: Axes, bins: Mapping[str, Any]) -> None:
 
 def curves(axes: Axes, by_metric: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:
     """Rise of perplexity against activation ratio."""
+    from matplotlib.ticker import FormatStrFormatter, MaxNLocator, NullLocator
+
     for metric, reports in by_metric.items():
         points = sorted((100 * one["activation_ratio"], one["ppl_ratio"]) for one in reports)
         x, y = zip(*points, strict=True)
         axes.plot(x, y, "o-", label=LABELS.get(metric, metric), linewidth=1, markersize=4)
     axes.set_yscale("log")
+    axes.yaxis.set_major_locator(MaxNLocator(7))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(FormatStrFormatter("%.2f"))
     axes.axhline(1, color="black", linewidth=0.7)
     axes.set_xlabel("active neurons, %")
     axes.set_ylabel("perplexity over dense")
