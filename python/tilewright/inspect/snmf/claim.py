@@ -54,11 +54,8 @@ def plot(values: dict[str, Any], figure: Figure) -> None:
 
     steering = values["steering"]
     for method, gains in steering["gains"].items():
-        flat = [[concept for seed in layer for concept in seed] for layer in gains]
-        means = [
-            sum(one[t] for layer in flat for one in layer) / sum(len(layer) for layer in flat)
-            for t in range(len(steering["targets"]))
-        ]
+        flat = [concept for layer in gains for concept in layer]
+        means = [sum(one[t] for one in flat) / len(flat) for t in range(len(steering["targets"]))]
         right.plot(steering["targets"], means, "o-", label=method)
     right.axhline(0, color="black", linewidth=0.6)
     right.set_xlabel("KL from the unsteered model, nat")

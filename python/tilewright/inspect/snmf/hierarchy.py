@@ -45,7 +45,7 @@ class Edge:
     weight: float
 
 
-class HierarchicalSemiNMF(TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class HierarchicalSemiNMF(TransformerMixin, BaseEstimator):
     """Level 1 factorises X as :class:`SemiNMF` does, with ranks[0] features; each further level the features below.
 
     ranks : features of every level, falling. The other parameters are those of :class:`SemiNMF` and hold for each
@@ -177,7 +177,7 @@ class HierarchicalSemiNMF(TransformerMixin, BaseEstimator):  # type: ignore[misc
         for _ in track(range(steps), "fine-tuning", show=self.progress):
             optimiser.zero_grad()
             now = error()
-            now.backward()  # type: ignore[no-untyped-call]
+            now.backward()
             optimiser.step()
             curve.append(float(now.detach()))
         with torch.no_grad():

@@ -30,7 +30,7 @@ Rows = Any
 """What fit and transform take: an array [n, d], a tensor [n, d], or a list of such blocks of rows."""
 
 
-class SemiNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):  # type: ignore[misc]
+class SemiNMF(ClassNamePrefixFeaturesOutMixin, TransformerMixin, BaseEstimator):
     """X ~ Y^T Z^T with non-negative coefficients Y and signed features Z of few neurons each (arXiv 2506.10920).
 
     X [n, d] holds one token's MLP activation a row; the paper's A is X^T. Every sweep solves for Z, keeps the

@@ -47,7 +47,7 @@ def feature_set(
 ) -> FeatureSet:
     """What :func:`save_features` writes, from a fitted estimator and what it was fitted on."""
     levels = getattr(estimator, "levels_", None)
-    components = levels[0].components if levels else estimator.components_  # type: ignore[union-attr]
+    components = levels[0].components if levels else estimator.components_
     upper = [(torch.as_tensor(one.components), torch.as_tensor(one.weights)) for one in (levels or [])[1:]]
     held = None if coefficients is None else torch.as_tensor(coefficients)
     settings = {key: value for key, value in estimator.get_params(deep=False).items() if _is_json(value)}
@@ -122,7 +122,8 @@ def _built(held: dict[str, Tensor], settings: dict[str, Any], info: dict[str, An
         raise ValueError(f"coefficients {list(coefficients.shape)} do not fit components {list(components.shape)}")
     if coefficients is not None and index is not None and len(index) != len(coefficients):
         raise ValueError(f"{len(index)} tokens for {len(coefficients)} rows of coefficients")
-    upper, below = [], len(components)
+    upper: list[tuple[Tensor, Tensor]] = []
+    below = len(components)
     while f"level{len(upper) + 2}.components" in held:
         level = f"level{len(upper) + 2}"
         part = held[f"{level}.components"], held[f"{level}.weights"]
