@@ -138,8 +138,10 @@ def test_sqrt_takes_a_bound_that_is_negative_by_rounding_only():
 def test_gradient_of_the_intercept_is_the_envelope_theorem_s(name):
     fn, low, high = UNARIES[name]
     l, u = intervals(low / 3, high / 3, 40, 5)
-    wide = u - l > 0.2
+    # On a straight piece every point attains the intercept of its own slope: b has a kink there and no derivative.
+    wide = (u - l > 0.2) & ~fn.is_line(l, u)
     l, u = l[wide], u[wide]
+    assert len(l) > 3
     least, most = fn.slope_range(l, u)
     k = (least + (most - least) * 0.37).expand(2, -1)
     k, l, u = (t.clone().requires_grad_() for t in (k, l, u))

@@ -8,7 +8,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -25,7 +25,7 @@ from tilewright.verify.genbab.optimise import Schedule, alpha_crown
 from tilewright.verify.genbab.properties import Property
 from tilewright.verify.genbab.region import Region, box_region
 
-ACTIVATIONS = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "sin": torch.sin, "gelu": nn.functional.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "sin": torch.sin, "gelu": nn.functional.gelu}
 WAYS = {"BBPS, best points": Branching("bbps", "opt"), "BaBSR-like, midpoints": Branching("babsr", "uniform")}
 EPSILONS = [0.005 * 1.15**i for i in range(24)]
 
@@ -53,7 +53,7 @@ class Classifier(nn.Module):
         super().__init__()
         sizes = (64, 50, 50, 50, 10)
         self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
-        self.f = ACTIVATIONS[activation]
+        self.f: Callable[[Tensor], Tensor] = ACTIVATIONS[activation]
 
     def forward(self, x: Tensor) -> Tensor:
         for layer in self.layers[:-1]:

@@ -166,7 +166,7 @@ def bound_rows(experiment: Experiment) -> Iterator[Row]:
             true = (high - low).clamp(min=1e-9)
             widths.setdefault(name, []).append([float((w / true).mean()) for w in (ibp, crown, alpha)])  # type: ignore[arg-type]
     experiment.values["widths"] = {
-        name: [sum(column) / len(rows) for column in zip(*rows, strict=True)]  # type: ignore[arg-type]
+        name: [sum(column) / len(rows) for column in zip(*rows, strict=True)]
         for name, rows in widths.items()
     }
     yield at_most(f"outputs outside their bounds, {len(widths)} kinds of graph, largest", worst, 1e-8)
@@ -241,7 +241,7 @@ def closed_rows(experiment: Experiment) -> Iterator[Row]:
     low, high = -torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     broken = Net((1, 4, 1), torch.relu, 0)
     with torch.no_grad():
-        broken.layers[0].weight.fill_(math.nan)  # type: ignore[operator,union-attr]
+        broken.layers[0].weight.fill_(math.nan)  # type: ignore[operator]
     cases = {
         "NaN weight": (broken, low, high),
         "infinite bound": (Function(lambda x: torch.exp(1000 * x + 1000)), low, high),

@@ -201,7 +201,7 @@ def relu_milp(net: Net, x_L: Tensor, x_U: Tensor, c: Tensor, bounds: list[tuple[
     from scipy.optimize import Bounds, LinearConstraint, milp
     from scipy.sparse import lil_matrix
 
-    layers = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in net.layers]  # type: ignore[union-attr,operator]
+    layers = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in net.layers]  # type: ignore[operator]
     hidden = layers[:-1]
     n_in = len(x_L)
     count = n_in + sum(2 * len(b) for _, b in hidden)

@@ -24,8 +24,11 @@ DENSE_ENTRIES = 1 << 20
 class Affine(Protocol):
     """An affine map of several flattened inputs [..., n_i] to [..., m]."""
 
-    sizes: tuple[int, ...]
     bias: Tensor
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """n_i of each input."""
 
     def apply(self, xs: Sequence[Tensor]) -> Tensor:
         """y for inputs [B, n_i]."""
@@ -96,7 +99,7 @@ class Operator:
 
     def transpose(self, a: Tensor) -> list[Tensor]:
         zeros = [torch.zeros(shape, dtype=self.dtype) for shape in self.shapes]
-        y, pull = torch.func.vjp(self.fn, *zeros)
+        y, pull, *_ = torch.func.vjp(self.fn, *zeros)
         rows = torch.func.vmap(pull)(a.reshape(-1, *y.shape))
         return [row.reshape(*a.shape[:-1], -1) for row in rows]
 

@@ -224,7 +224,7 @@ def unbounded_reason(graph: Graph, bounds: Bounds) -> str:
 def _coefficients(trace: Trace, n: int, lower: bool, upper: bool) -> dict[str, Tensor]:
     assert trace.row is not None
     assert trace.bias is not None
-    found = {}
+    found: dict[str, Tensor] = {}
     if lower:
         found |= {"lA": trace.row[:, :n], "lbias": trace.bias[:, :n]}
     if upper:

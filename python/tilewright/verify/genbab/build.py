@@ -323,7 +323,7 @@ class Builder:
         while (n := x.shape[dim]) > 1:
             half = n // 2
             best = self.maximum(self.narrow(x, dim, 0, half), self.narrow(x, dim, half, half))
-            x = best if n % 2 == 0 else self.concat([best, self.narrow(x, dim, 2 * half, 1)], dim)  # type: ignore[assignment]
+            x = best if n % 2 == 0 else self.concat([best, self.narrow(x, dim, 2 * half, 1)], dim)
             assert isinstance(x, Value)
         shape = x.shape if keepdim else (*x.shape[:dim], *x.shape[dim + 1 :])
         return self.reshape(x, shape)

@@ -103,8 +103,8 @@ def evaluate(model: Any, x: Tensor) -> Tensor:
     value = _input(model)
     kind = helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
     fed = x.detach().reshape(input_shape(model)).numpy().astype(kind)
-    out = ReferenceEvaluator(model).run(None, {value.name: fed})[0]
-    return torch.from_numpy(np.asarray(out, dtype=np.float64)).reshape(-1)
+    out: Any = ReferenceEvaluator(model).run(None, {value.name: fed})
+    return torch.from_numpy(np.asarray(out[0], dtype=np.float64)).reshape(-1)
 
 
 def _call(b: Builder, op: str, xs: list[Any], a: dict[str, Any]) -> Any:

@@ -96,11 +96,10 @@ class Unary:
     def slope_range(self, l: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
         """Smallest and largest f' on [l, u]."""
         points = [l, u, *(_inside(torch.full_like(l, x), l, u) for x in self.inflections)]
-        low, high = None, None
-        for x in points:
-            d = self.df(x)
-            low = d if low is None else torch.minimum(low, d)
-            high = d if high is None else torch.maximum(high, d)
+        low = high = self.df(l)
+        for point in points[1:]:
+            d = self.df(point)
+            low, high = torch.minimum(low, d), torch.maximum(high, d)
         for x in self.kinks:
             inside = (l < x) & (u > x)
             # A kink's two derivatives, taken a little to the left and to the right of it.
@@ -109,8 +108,6 @@ class Unary:
                 d = self.df(torch.full_like(l, y))
                 low = torch.where(inside, torch.minimum(low, d), low)
                 high = torch.where(inside, torch.maximum(high, d), high)
-        assert low is not None
-        assert high is not None
         for x, before, after in self.jumps:
             inside = (l < x) & (u > x)
             steep = abs(after - before) / torch.maximum(torch.minimum(u - x, x - l), (u - l) * 1e-3).clamp(min=1e-9)
@@ -158,8 +155,8 @@ class Unary:
             best, at = _take(best, at, sign * (self.f(x) - k * x), x)
         for jump, before, after in self.jumps:
             x = torch.full_like(k, jump)
-            for value, seen in ((before, (l < jump) & (u >= jump)), (after, (u > jump) & (l <= jump))):
-                candidate = torch.where(seen, sign * (value - k * x), torch.full_like(k, math.inf))
+            for limit, seen in ((before, (l < jump) & (u >= jump)), (after, (u > jump) & (l <= jump))):
+                candidate = torch.where(seen, sign * (limit - k * x), torch.full_like(k, math.inf))
                 best, at = _take(best, at, candidate, x)
         return sign * best, at
 
@@ -233,7 +230,7 @@ class _Intercept(torch.autograd.Function):
     """Intercepts with the envelope theorem's gradient: d/dk = -x*, and f'(x*) - k where x* is an end of [l, u]."""
 
     @staticmethod
-    def forward(ctx: Any, k: Tensor, l: Tensor, u: Tensor, fn: Unary) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, k: Tensor, l: Tensor, u: Tensor, fn: Unary) -> Tensor:
         l, u = torch.broadcast_to(l, k.shape[1:]), torch.broadcast_to(u, k.shape[1:])
         outside = fn.outside(l, u)
         lo, hi = fn.domain
@@ -248,7 +245,7 @@ class _Intercept(torch.autograd.Function):
         return torch.where(bad, -side * math.inf, value)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         k, l, u, at = ctx.saved_tensors
         to_k = -at * grad if ctx.needs_input_grad[0] else None
         to_l = to_u = None
