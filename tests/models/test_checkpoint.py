@@ -135,7 +135,7 @@ UP = "model.layers.1.mlp.up_proj.weight"
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda h, _: h.update(version=2), "'version' is 2, this tilewright reads 1"),
+        (lambda h, _: h.update(version=3), "'version' is 3, this tilewright reads 1 and 2"),
         (lambda h, _: h.update(version=True), "'version' is True"),
         (lambda h, _: h.update(format="other"), "'format'"),
         (lambda h, _: h.update(surprise=1), "'surprise' is unknown"),

@@ -90,7 +90,7 @@ def random_graph(seed: int) -> Graph:
 
     b = Builder((1, 3))
     values: list[Value] = [b.input]
-    for _ in range(2 + pick(4)):
+    for _ in range(1 + pick(3)):
         x = values[-1] if pick(3) else values[pick(len(values))]
         kind = pick(10)
         n = x.shape[-1]

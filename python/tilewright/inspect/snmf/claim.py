@@ -28,7 +28,7 @@ def run(experiment: Experiment) -> Iterator[Row]:
 
 
 def plot(values: dict[str, Any], figure: Figure) -> None:
-    """Left: planted features found again. Middle: detection by concept. Right: steering by KL."""
+    """Left: planted features found again. Middle: detection by concept. Right: steering at equal KL."""
     left, middle, right = figure.subplots(1, 3, width_ratios=(1, 1.5, 1.2))
     cosines = values["planted"]["cosines"]
     for place, (name, text) in enumerate((("sparse", "5 % of\nneurons"), ("dense", "all\nneurons"))):
@@ -46,21 +46,22 @@ def plot(values: dict[str, Any], figure: Figure) -> None:
         areas = found["auroc"][method]
         middle.plot([sum(a[i] for a in areas) / len(areas) for i in rows], rows, mark, label=method)
     middle.set_yticks(list(rows), names)
-    middle.invert_yaxis()
+    middle.set_ylim(len(names) + 1.2, -0.7)
     middle.axvline(0.5, color="black", linewidth=0.6)
     middle.set_xlabel("AUROC, held-out sentences")
-    middle.legend(fontsize=7, loc="lower left")
+    middle.legend(fontsize=7, loc="lower center", ncols=4, columnspacing=0.8, handletextpad=0.1)
     middle.set_title("detection", fontsize=10)
 
     steering = values["steering"]
-    for method, gains in steering["gains"].items():
-        flat = [concept for layer in gains for concept in layer]
-        means = [sum(one[t] for one in flat) / len(flat) for t in range(len(steering["targets"]))]
-        right.plot(steering["targets"], means, "o-", label=method)
+    for place, gains in enumerate(steering["gains"].values()):
+        points = [max(concept) for layer in gains for concept in layer]
+        spread = [place + 0.3 * ((7 * i) % 11 / 11 - 0.5) for i in range(len(points))]
+        right.plot(spread, points, "o", markersize=4, alpha=0.6)
+        right.hlines(sum(points) / len(points), place - 0.35, place + 0.35, color="black", linewidth=2)
     right.axhline(0, color="black", linewidth=0.6)
-    right.set_xlabel("KL from the unsteered model, nat")
+    right.set_xticks(range(len(steering["gains"])), list(steering["gains"]), fontsize=8)
     right.set_ylabel("gain of the concept's words, nat")
-    right.legend(fontsize=7)
+    right.set_xlabel(f"KL {' / '.join(map(str, steering['targets']))}, a point a concept, bars: means", fontsize=8)
     right.set_title("steering", fontsize=10)
 
 

@@ -25,7 +25,12 @@ from tilewright.verify.genbab.optimise import Schedule, alpha_crown
 from tilewright.verify.genbab.properties import Property
 from tilewright.verify.genbab.region import Region, box_region
 
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "sin": torch.sin, "gelu": nn.functional.gelu}
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "sin": torch.sin,
+    "gelu": nn.functional.gelu,
+}
 WAYS = {"BBPS, best points": Branching("bbps", "opt"), "BaBSR-like, midpoints": Branching("babsr", "uniform")}
 EPSILONS = [0.005 * 1.15**i for i in range(24)]
 

@@ -166,8 +166,7 @@ def bound_rows(experiment: Experiment) -> Iterator[Row]:
             true = (high - low).clamp(min=1e-9)
             widths.setdefault(name, []).append([float((w / true).mean()) for w in (ibp, crown, alpha)])  # type: ignore[arg-type]
     experiment.values["widths"] = {
-        name: [sum(column) / len(rows) for column in zip(*rows, strict=True)]
-        for name, rows in widths.items()
+        name: [sum(column) / len(rows) for column in zip(*rows, strict=True)] for name, rows in widths.items()
     }
     yield at_most(f"outputs outside their bounds, {len(widths)} kinds of graph, largest", worst, 1e-8)
     yield at_least("share of outputs whose CROWN width is at most the interval width", narrower / outputs, 0.95)
