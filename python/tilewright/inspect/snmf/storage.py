@@ -150,5 +150,6 @@ def load_estimator(path: str | os.PathLike[str]) -> SemiNMF:
     made.components_ = held.components.numpy()
     made.n_features_in_, made._n_features_out = held.components.shape[1], len(held.components)
     made.loss_curve_ = held.info.get("loss_curve", [])
-    made.reconstruction_err_, made.n_iter_ = held.info.get("reconstruction_err"), held.info.get("n_iter")
+    made.reconstruction_err_ = held.info["reconstruction_err"]
+    made.n_iter_ = held.info["n_iter"]
     return made
