@@ -84,6 +84,8 @@ def alpha_crown(
     """
     bounds, empty = bound_nodes(graph, region)
     slopes = slopes_of(graph, bounds)
+    # Narrower intervals choose other default lines, which need not give a better bound: the first one is kept.
+    first = backward(graph, graph.output, c, bounds, region, slopes=slopes)
     final = _start_parameters(graph, graph.output, c.shape[1], region.batch, slopes)
     steps = schedule.steps
     if joint:
@@ -92,7 +94,7 @@ def alpha_crown(
     plain = backward(graph, graph.output, c, bounds, region, slopes=slopes_of(graph, bounds))
     some = Schedule(steps, schedule.lr_alpha, schedule.lr_beta, schedule.decay)
     lower, alphas, _ = ascend(graph, region, bounds, c, final, {}, some, deadline=deadline)
-    return Solution(_best(lower, plain), alphas, bounds, empty)
+    return Solution(_best(_best(lower, plain), first), alphas, bounds, empty)
 
 
 def _best(a: Tensor, b: Tensor) -> Tensor:
