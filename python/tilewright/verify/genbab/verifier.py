@@ -6,7 +6,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -111,6 +111,12 @@ def verify(
         outcome = bab.search(graph, region, prop, settings, check)
     else:
         outcome = _bound_once(graph, region, prop, settings, check, method)
+    if outcome.status == "verified":
+        # A node without a finite interval may give a NaN that a later zero hides from the lines but not from the model.
+        with torch.no_grad():
+            bounds = bound_nodes(graph, region)[0]
+        if not all(bool(end.isfinite().all()) for interval in bounds.values() for end in interval):
+            outcome = replace(outcome, status="unknown", lower_bound=-math.inf)
     reason = outcome.reason
     if outcome.status == "unknown" and not math.isfinite(outcome.lower_bound):
         with torch.no_grad():
