@@ -54,7 +54,7 @@ def test_it_writes_english_words(model: LanguageModel) -> None:
         words = re.findall(r"[a-z]+", model.tokenizer.decode(tokens).lower())
         return sum(word in known for word in words) / len(words)
 
-    sampling = SamplingConfig(temperature=0.5, top_p=0.95, seed=1)
+    sampling = SamplingConfig(temperature=0.7, top_p=0.95, seed=1)
     written = list(engine.generate(ids, sampling, max_new_tokens=120, stop_tokens=()))
     random = torch.randint(0, model.config.vocab_size, (120,)).tolist()
-    assert share(written) > 0.6 > share(random)
+    assert share(written) > 0.85 > 0.6 > share(random)
