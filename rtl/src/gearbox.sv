@@ -25,19 +25,18 @@ module gearbox #(
     output logic                      out_last_o
 );
 
-  function automatic int unsigned gcd(input int unsigned a, input int unsigned b);
-    int unsigned x, y, rest;
-    x = a;
-    y = b;
-    while (y != 0) begin
-      rest = x % y;
-      x = y;
-      y = rest;
+  // Euclid's algorithm, with what every tool's parser takes.
+  function automatic integer gcd(input integer a, input integer b);
+    integer rest;
+    while (b != 0) begin
+      rest = a % b;
+      a    = b;
+      b    = rest;
     end
-    return x;
+    gcd = a;
   endfunction
 
-  localparam int unsigned Step = gcd(In, Out);
+  localparam int unsigned Step = gcd(int'(In), int'(Out));
   localparam int unsigned Before = Out + (In < Out ? In : Out) - 1;
   localparam int unsigned Capacity = Before + In;
   localparam int unsigned CountBits = $clog2(Capacity + 1);

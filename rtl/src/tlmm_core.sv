@@ -195,19 +195,16 @@ module tlmm_core #(
     logic [Q-1:0]        keep;
   } tag_t;
 
-  tag_t tag[TreeLatency+3];
-  assign tag[0] = '{
-          valid: issue,
-          emit: last_block,
-          last: last_beat && last_block,
-          beat: beat_q,
-          keep: last_beat ? last_keep_q : '1
-      };
+  // As vectors, since not every tool takes an array of structures.
+  localparam int unsigned TagBits = 3 + BeatBits + Q;
+  logic [TagBits-1:0] tag[TreeLatency+3];
+  // valid, emit, last, beat, keep
+  assign tag[0] = {issue, last_block, last_beat && last_block, beat_q, last_beat ? last_keep_q : {Q{1'b1}}};
   for (genvar stage = 1; stage < TreeLatency + 3; stage++) begin : gen_tag
-    tag_t tag_q;
+    logic [TagBits-1:0] tag_q;
     always_ff @(posedge clk_i) begin
       tag_q <= tag[stage-1];
-      if (rst_i) tag_q.valid <= 1'b0;
+      if (rst_i) tag_q[TagBits-1] <= 1'b0;
     end
     assign tag[stage] = tag_q;
   end
@@ -260,7 +257,7 @@ module tlmm_core #(
     );
 
     always_ff @(posedge clk_i) begin
-      accumulator_q <= accumulators[tag[TreeLatency].beat];
+      accumulator_q <= accumulators[tag[TreeLatency][Q+:BeatBits]];
       total_q       <= (first_q[TreeLatency] ? 32'd0 : accumulator_q) + 32'(sum);
       if (totalled.valid && !totalled.emit) accumulators[totalled.beat] <= total_q;
     end
