@@ -105,6 +105,20 @@ def family_table(records: list[dict[str, Any]]) -> str:
     return table(rows)
 
 
+def capture_table(records: list[dict[str, Any]]) -> str:
+    """What observing costs beside the bare forward pass."""
+    rows = [
+        {
+            "method": r["op"],
+            "median": duration(r["median_ns"]),
+            "spread": f"{duration(r['p20_ns'])} to {duration(r['p80_ns'])}",
+            "bare pass's share": share(r["ratios"].get("bare forward pass")),
+        }
+        for r in records
+    ]
+    return table(rows)
+
+
 def model_table(records: list[dict[str, Any]]) -> str:
     """One whole model at one thread count."""
     rows = []
@@ -130,6 +144,7 @@ SHARES = {
     "peak": "of the peak",
     "matrix product": "of the matrix product",
     "its forward pass": "of the time is the forward pass",
+    "bare forward pass": "of the time is the bare forward pass",
     "the median rate": "of the median rate",
     "copy of the states": "of the speed of a copy",
 }
@@ -161,12 +176,17 @@ def instruction_lines(records: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n" if lines else ""
 
 
+TABLES = {"model": model_table, "linear_attention": family_table, "capture": capture_table}
+
+
 def tables(records: list[dict[str, Any]]) -> str:
     """All records of one machine, case by case."""
     parts = []
     for (case, threads), group in groupby(records, lambda record: (record["case"], record["threads"])):
         rows = list(group)
-        draw = {"model": model_table, "linear_attention": family_table}.get(rows[0]["kind"], operator_table)
+        draw = {"model": model_table, "linear_attention": family_table, "capture": capture_table}.get(
+            rows[0]["kind"], operator_table
+        )
         parts += [f"### {case}, {threads} thread{'s' if threads > 1 else ''}\n", draw(rows)]
         parts += [lines for lines in (goal_lines(rows), instruction_lines(rows)) if lines]
     return "\n".join(parts)

@@ -33,13 +33,14 @@ def cases():
 def test_cases_have_unique_names_and_goals_on_methods_that_exist():
     from bench.peers import ik_llama_cpp, llama_cpp, torch_eager
 
-    from bench import linear, linear_attention
+    from bench import capture, linear, linear_attention
 
     names = [case["name"] for case in cases()]
     assert len(names) == len(set(names))
     ours = {*linear.OURS, *linear_attention.METHODS, "tilewright FP8", "tilewright INT8", "tilewright ternary"}
     ours |= {f"sparse_gated_mlp {100 * share:.0f} %" for case in cases() for share in case.get("sparsities", [])}
-    others = {*torch_eager.FORMS, llama_cpp.RUNNER, ik_llama_cpp.RUNNER, "bandwidth", "peak"}
+    ours |= set(capture.methods())
+    others = {*torch_eager.FORMS, llama_cpp.RUNNER, ik_llama_cpp.RUNNER, "bandwidth", "peak", capture.BARE}
     others |= linear_attention.STANDARDS | linear_attention.METHODS
     for case in cases():
         for goal in case.get("goals", []):
