@@ -77,7 +77,9 @@ def test_the_native_parts_the_text_and_the_licence_are_in_it(files):
 def test_nothing_else_is_in_it(files):
     top = {name.partition("/")[0] for name in files}
     assert {name for name in top if not re.fullmatch(r"tilewright(-[\w.]+\.(dist-info|libs))?", name)} == set()
-    kinds = {Path(name).suffix for name in files if name.startswith("tilewright/")}
+    model = {name for name in files if name.startswith("tilewright/data/ternary/")}
+    assert {Path(name).name for name in model} == {"model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    kinds = {Path(name).suffix for name in files if name.startswith("tilewright/") and name not in model}
     assert kinds <= {".py", ".pyi", ".so", ".txt", ".md", ".typed", ""}
 
 
