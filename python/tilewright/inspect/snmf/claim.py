@@ -49,7 +49,7 @@ def plot(values: dict[str, Any], figure: Figure) -> None:
     middle.set_ylim(len(names) + 1.2, -0.7)
     middle.axvline(0.5, color="black", linewidth=0.6)
     middle.set_xlabel("AUROC, held-out sentences")
-    middle.legend(fontsize=7, loc="lower center", ncols=4, columnspacing=0.8, handletextpad=0.1)
+    middle.legend(fontsize=7, loc="lower center", ncols=2, columnspacing=0.8, handletextpad=0.1)
     middle.set_title("detection", fontsize=10)
 
     steering = values["steering"]
@@ -61,7 +61,7 @@ def plot(values: dict[str, Any], figure: Figure) -> None:
     right.axhline(0, color="black", linewidth=0.6)
     right.set_xticks(range(len(steering["gains"])), list(steering["gains"]), fontsize=8)
     right.set_ylabel("gain of the concept's words, nat")
-    right.set_xlabel(f"KL {' / '.join(map(str, steering['targets']))}, a point a concept, bars: means", fontsize=8)
+    right.set_xlabel(f"KL {' / '.join(map(str, steering['targets']))}; a point a concept,\nbars: means", fontsize=8)
     right.set_title("steering", fontsize=10)
 
 
