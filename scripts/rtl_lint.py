@@ -13,11 +13,15 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "rtl" / "src").glob("*.sv"), key=lambda path: (not path.stem.endswith("_pkg"), path))
 POINTS: dict[str, list[dict[str, int]]] = {
     "adder_tree": [],  # it holds itself, which Verilator does not follow at the top; tlmm_core holds it
+    "dequant_fuse": [{}, {"Lanes": 2, "HeadBeatsMax": 1}],
     "divider": [{}, {"DividendBits": 2, "DivisorBits": 1}],
+    "fuse_pair": [{}],
     "fifo": [{}, {"Width": 1, "Depth": 2}],
     "gearbox": [{}, {"In": 84, "Out": 16}, {"In": 1, "Out": 1, "Width": 1}, {"In": 5, "Out": 3}],
     "half_pack": [{}, {"Width": 12, "ExponentBits": 6}, {"Width": 62, "ExponentBits": 7}],
     "quantize": [{}, {"Lanes": 1}],
+    "row_factor": [{}],
+    "sigmoid_rom": [{}],
     "skid": [{}, {"Width": 1}],
     "tl_precompute": [{}, {"G": 1, "T": 1}, {"G": 5, "T": 2}],
     "tl_table_bank": [{}, {"T": 1, "IndexBits": 2, "EntryBits": 9, "Banks": 2}],
@@ -25,6 +29,7 @@ POINTS: dict[str, list[dict[str, int]]] = {
     "weight_buffer": [{}, {"Q": 2, "Vectors": 1, "Words": 2, "VectorBits": 1}, {"Q": 6, "Vectors": 2, "Words": 10}],
 }
 ILLEGAL: dict[str, list[dict[str, int]]] = {
+    "dequant_fuse": [{"Lanes": 3}],
     "fifo": [{"Depth": 3}, {"Depth": 1}],
     "gearbox": [{"In": 0}],
     "half_pack": [{"Width": 8}],
