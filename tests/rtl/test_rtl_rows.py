@@ -27,6 +27,11 @@ def test_dequant_fuse(lanes, tmp_path):
     assert simulate("dequant_fuse", {"Lanes": lanes, "HeadBeatsMax": 2}, tmp_path) == 10
 
 
+@pytest.mark.parametrize(("lanes", "beats"), [(16, 6), (4, 5), (1, 9)])
+def test_rms_max(lanes, beats, tmp_path):
+    assert simulate("rms_max", {"Lanes": lanes, "RowBeatsMax": beats}, tmp_path) == 9
+
+
 def test_the_tables_are_the_contracts():
     from tilewright.edge.contract.export import sv
 
