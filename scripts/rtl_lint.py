@@ -13,9 +13,22 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "rtl" / "src").glob("*.sv"), key=lambda path: (not path.stem.endswith("_pkg"), path))
 POINTS: dict[str, list[dict[str, int]]] = {
     "adder_tree": [],  # it holds itself, which Verilator does not follow at the top; tlmm_core holds it
+    "align_lanes": [{}, {"Lanes": 1, "Width": 12}],
+    "attention": [
+        {},
+        {"P": 1, "Lanes": 1, "HeadsMax": 1, "KvHeadsMax": 1, "BeatsMax": 1},
+        {"P": 3, "Lanes": 4, "HeadsMax": 6, "KvHeadsMax": 3, "BeatsMax": 12},
+    ],
+    "attention_finish": [{}],
+    "attention_score": [{}],
+    "attention_sums": [{}],
     "dequant_fuse": [{}, {"Lanes": 2, "HeadBeatsMax": 1}],
     "divider": [{}, {"DividendBits": 2, "DivisorBits": 1}],
     "fuse_pair": [{}],
+    "exp2_rom": [{}],
+    "head_rows": [{}],
+    "head_walk": [{}],
+    "row_loader": [{}],
     "fifo": [{}, {"Width": 1, "Depth": 2}],
     "gearbox": [{}, {"In": 84, "Out": 16}, {"In": 1, "Out": 1, "Width": 1}, {"In": 5, "Out": 3}],
     "half_pack": [{}, {"Width": 12, "ExponentBits": 6}, {"Width": 62, "ExponentBits": 7}],
@@ -31,6 +44,7 @@ POINTS: dict[str, list[dict[str, int]]] = {
     "weight_buffer": [{}, {"Q": 2, "Vectors": 1, "Words": 2, "VectorBits": 1}, {"Q": 6, "Vectors": 2, "Words": 10}],
 }
 ILLEGAL: dict[str, list[dict[str, int]]] = {
+    "attention": [{"Lanes": 3}, {"P": 0}],
     "dequant_fuse": [{"Lanes": 3}],
     "fifo": [{"Depth": 3}, {"Depth": 1}],
     "gearbox": [{"In": 0}],
