@@ -13,6 +13,9 @@ ROOT = Path(__file__).resolve().parent.parent
 SOURCES = sorted((ROOT / "rtl" / "src").glob("*.sv"), key=lambda path: (not path.stem.endswith("_pkg"), path))
 POINTS: dict[str, list[dict[str, int]]] = {
     "adder_tree": [],  # it holds itself, which Verilator does not follow at the top; tlmm_core holds it
+    "axi_lite_registers": [{}, {"G": 1, "T": 1, "Q": 2, "P": 1, "Lanes": 4, "AddrBits": 33}, {"AddrBits": 64}],
+    "axi_reader": [{}, {"DataBits": 64, "LenBits": 5, "Depth": 16, "Bursts": 2}, {"DataBits": 16, "BurstBeats": 2}],
+    "axi_writer": [{}, {"DataBits": 64, "LenBits": 5, "Depth": 16, "Bursts": 2}, {"DataBits": 16, "BurstBeats": 2}],
     "divider": [{}, {"DividendBits": 2, "DivisorBits": 1}],
     "fifo": [{}, {"Width": 1, "Depth": 2}],
     "gearbox": [{}, {"In": 84, "Out": 16}, {"In": 1, "Out": 1, "Width": 1}, {"In": 5, "Out": 3}],
@@ -22,14 +25,21 @@ POINTS: dict[str, list[dict[str, int]]] = {
     "tl_precompute": [{}, {"G": 1, "T": 1}, {"G": 5, "T": 2}],
     "tl_table_bank": [{}, {"T": 1, "IndexBits": 2, "EntryBits": 9, "Banks": 2}],
     "tlmm_core": [{}, {"G": 1, "T": 1, "Q": 1, "BeatsMax": 1, "BlocksMax": 1}, {"G": 2, "T": 5, "Q": 3, "Banks": 2}],
+    "weight_reader": [{}, {"DataBits": 64, "LenBits": 5, "Depth": 16}, {"DataBits": 128}],
+    "weight_unpack": [{}, {"G": 1, "T": 1, "Q": 2}, {"G": 2, "T": 5, "Q": 6}, {"T": 4, "Q": 4}, {"G": 5, "T": 94}],
     "weight_buffer": [{}, {"Q": 2, "Vectors": 1, "Words": 2, "VectorBits": 1}, {"Q": 6, "Vectors": 2, "Words": 10}],
 }
 ILLEGAL: dict[str, list[dict[str, int]]] = {
+    "axi_lite_registers": [{"AddrBits": 32}, {"P": 16}],
+    "axi_reader": [{"DataBits": 48}, {"BurstBeats": 256}, {"Depth": 8}, {"LenBits": 4}],
+    "axi_writer": [{"DataBits": 48}, {"BurstBeats": 256}, {"Depth": 8}],
     "fifo": [{"Depth": 3}, {"Depth": 1}],
     "gearbox": [{"In": 0}],
     "half_pack": [{"Width": 8}],
     "tl_precompute": [{"G": 6}, {"T": 0}],
     "tlmm_core": [{"Banks": 3}, {"BlocksMax": 1 << 20}],
+    "weight_reader": [{"DataBits": 512}],
+    "weight_unpack": [{"G": 6}, {"T": 151}, {"Q": 3}],
     "weight_buffer": [{"Q": 3}, {"Vectors": 9}, {"Words": 3}],
 }
 

@@ -108,6 +108,9 @@ module axi_reader #(
     end
   end
 
+  logic [ByteBits-1:0] unused_bytes;
+  assign unused_bytes = cmd_addr_i[ByteBits-1:0];
+
   // --- what the answers belong to
   logic tag_valid, tag_final, take, ending, store_ready;
   logic [BurstBits-1:0] tag_length, place_q;

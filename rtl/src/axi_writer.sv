@@ -119,6 +119,9 @@ module axi_writer #(
     end
   end
 
+  logic [ByteBits-1:0] unused_bytes;
+  assign unused_bytes = cmd_addr_i[ByteBits-1:0];
+
   // --- addresses and data of whole bursts
   logic [BeatBits-1:0] address;
   logic [BurstBits-1:0] length;
