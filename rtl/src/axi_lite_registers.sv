@@ -71,6 +71,7 @@ module axi_lite_registers #(
   localparam int unsigned Program = 6, Tokens = 8, First = 9, Capacity = 10, Bases = 16, Weights = 32, Angles = 34;
   localparam int unsigned Settings = 36;  // words up to the last setting
   localparam int unsigned CounterWord = 64, Counters = 9;
+  localparam logic [31:0] BuildValue = Lanes << 24 | P << 20 | Q << 12 | T << 4 | G;
   localparam logic [31:0] HighMask = 32'((64'd1 << (AddrBits - 32)) - 64'd1);
 
   if (AddrBits < 33 || AddrBits > 64) begin : gen_illegal_address
@@ -223,7 +224,7 @@ module axi_lite_registers #(
       10'(Control): value = {30'd0, done_o, busy_o};
       10'(StatusWord): value = 32'(status_q);
       10'(Ident): value = 32'h5457_4131;
-      10'(Build): value = {8'(Lanes), 4'(P), 8'(Q), 8'(T), 4'(G)};
+      10'(Build): value = BuildValue;
       10'(Rows): value = 32'(RowsMax);
       default: ;
     endcase

@@ -71,12 +71,13 @@ module axi_reader #(
   logic [BurstBits:0] to_edge, beats;
   logic issue, pop, final_burst, tag_ready, address_valid_q;
   logic [BeatBits-1:0] address_q;
-  logic [BurstBits-1:0] length_q;
+  logic [BurstBits-1:0] length, length_q;
 
   assign cmd_ready_o = left_q == '0;
   assign to_edge     = (BurstBits + 1)'(BurstBeats) - {1'b0, beat_q[BurstBits-1:0]};
   assign final_burst = left_q <= LenBits'(to_edge);
   assign beats       = final_burst ? (BurstBits + 1)'(left_q) : to_edge;
+  assign length      = BurstBits'(beats - 1'b1);
   assign issue       = left_q != '0 && room_q >= RoomBits'(beats) && tag_ready && (!address_valid_q || m_axi_arready);
 
   assign m_axi_araddr  = {address_q, {ByteBits{1'b0}}};
@@ -104,7 +105,7 @@ module axi_reader #(
     else if (issue) beat_q <= beat_q + BeatBits'(beats);
     if (issue) begin
       address_q <= beat_q;
-      length_q  <= BurstBits'(beats - 1'b1);
+      length_q  <= length;
     end
   end
 
@@ -125,7 +126,7 @@ module axi_reader #(
       .rst_i,
       .valid_i(issue),
       .ready_o(tag_ready),
-      .data_i ({final_burst, BurstBits'(beats - 1'b1)}),
+      .data_i ({final_burst, length}),
       .valid_o(tag_valid),
       .ready_i(take && ending),
       .data_o ({tag_final, tag_length}),
