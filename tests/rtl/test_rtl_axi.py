@@ -22,3 +22,13 @@ def test_axi_reader(bits, tmp_path):
 @pytest.mark.parametrize("bits", [64, 128, 256])
 def test_axi_writer(bits, tmp_path):
     assert simulate("axi_writer", {"DataBits": bits}, tmp_path, wrapper="axi_writer_ids") == 13
+
+
+@pytest.mark.parametrize("bits", [64, 128, 256])
+def test_weight_reader(bits, tmp_path):
+    assert simulate("weight_reader", {"DataBits": bits}, tmp_path, wrapper="weight_reader_ids") == 10
+
+
+@pytest.mark.parametrize(("g", "t", "q"), [(3, 28, 16), (3, 4, 4), (2, 5, 6)])
+def test_weight_unpack(g, t, q, tmp_path):
+    assert simulate("weight_unpack", {"G": g, "T": t, "Q": q}, tmp_path) == 11
