@@ -32,3 +32,8 @@ def test_weight_reader(bits, tmp_path):
 @pytest.mark.parametrize(("g", "t", "q"), [(3, 28, 16), (3, 4, 4), (2, 5, 6)])
 def test_weight_unpack(g, t, q, tmp_path):
     assert simulate("weight_unpack", {"G": g, "T": t, "Q": q}, tmp_path) == 11
+
+
+def test_axi_lite_registers(tmp_path):
+    parameters = {"G": 3, "T": 28, "Q": 16, "P": 4, "Lanes": 16, "RowsMax": 64, "AddrBits": 40}
+    assert simulate("axi_lite_registers", parameters, tmp_path) == 20

@@ -14,6 +14,7 @@ from streams import PATTERNS, SEED, CycleCounter, Sink, Source, reset
 BYTES = int(os.environ["RTL_DATABITS"]) // 8
 DEPTH = 64
 Command = tuple[int, int]  # address, beats
+bench = cocotb.test(timeout_time=1, timeout_unit="ms")
 
 
 async def start(dut) -> None:
@@ -45,12 +46,14 @@ async def run(dut, commands: list[Command], memory: Memory, pattern: str = "alwa
 
 def some_commands(draw: random.Random) -> list[Command]:
     """4 KiB edges in the middle, one beat and none, far addresses."""
-    edge = [(4096 * draw.randrange(1, 1 << 20) - before * BYTES, beats) for before, beats in ((1, 2), (3, 40), (16, 16))]
+    edge = [
+        (4096 * draw.randrange(1, 1 << 20) - before * BYTES, beats) for before, beats in ((1, 2), (3, 40), (16, 16))
+    ]
     short = [(draw.randrange(1 << 30) * BYTES, beats) for beats in (1, 0, 1, 1, 0, 2, 17, 33)]
     return [(0, 0), *edge, *short, ((1 << 40) - 20 * BYTES, 20)]
 
 
-@cocotb.test(timeout_time=1, timeout_unit="ms")
+@bench
 @cocotb.parametrize(pattern=PATTERNS)
 async def commands_follow_each_other(dut, pattern):
     """Pauses on commands, AR, R and the stream."""
@@ -64,7 +67,7 @@ async def commands_follow_each_other(dut, pattern):
     assert not dut.bus_error_o.value
 
 
-@cocotb.test(timeout_time=1, timeout_unit="ms")
+@bench
 async def a_beat_a_cycle_in_spite_of_latency(dut):
     """One long command and many of one burst: bursts under way hide 40 cycles of latency."""
     await start(dut)
@@ -74,7 +77,7 @@ async def a_beat_a_cycle_in_spite_of_latency(dut):
     assert await run(dut, [(1024 * i, 4) for i in range(100)], memory) <= 400 + 40 + 12
 
 
-@cocotb.test(timeout_time=1, timeout_unit="ms")
+@bench
 async def no_more_is_asked_for_than_there_is_room(dut):
     """With nobody taking, memory is never made to wait, and what was asked for fills the store."""
     await start(dut)
@@ -89,7 +92,7 @@ async def no_more_is_asked_for_than_there_is_room(dut):
     assert await Sink(dut, "out", ("data", "last")).take(200, 400) == wanted
 
 
-@cocotb.test(timeout_time=1, timeout_unit="ms")
+@bench
 async def errors_are_remembered_and_nothing_hangs(dut):
     """Beats of an error response come too."""
     await start(dut)
@@ -103,7 +106,7 @@ async def errors_are_remembered_and_nothing_hangs(dut):
     assert dut.bus_error_o.value
 
 
-@cocotb.test(timeout_time=1, timeout_unit="ms")
+@bench
 async def a_burst_of_another_length_is_an_error(dut):
     """RLAST too early; the command still ends where it should."""
     await start(dut)
@@ -123,7 +126,7 @@ async def a_burst_of_another_length_is_an_error(dut):
     assert dut.bus_error_o.value
 
 
-@cocotb.test(timeout_time=1, timeout_unit="ms")
+@bench
 async def reset_in_the_middle_of_a_burst(dut):
     """Memory is reset too; nothing of the old command is left, and the error is forgotten."""
     await start(dut)

@@ -13,6 +13,7 @@ from streams import PATTERNS, SEED, CycleCounter, Source, reset
 
 BYTES = int(os.environ["RTL_DATABITS"]) // 8
 Row = tuple[int, list[int], int]  # address, the frame's beats, the command's beats
+bench = cocotb.test(timeout_time=1, timeout_unit="ms")
 
 
 async def start(dut) -> None:
@@ -37,7 +38,9 @@ def expected(rows: list[Row]) -> dict[int, int]:
 
 def frames(rows: list[Row]) -> list[dict[str, int]]:
     return [
-        {"data": value, "last": int(place == len(frame) - 1)} for _, frame, _ in rows for place, value in enumerate(frame)
+        {"data": value, "last": int(place == len(frame) - 1)}
+        for _, frame, _ in rows
+        for place, value in enumerate(frame)
     ]
 
 
@@ -75,12 +78,19 @@ async def run(dut, rows: list[Row], pattern: str = "always") -> int:
 
 def some_rows(draw: random.Random) -> list[Row]:
     """4 KiB edges in the middle, one beat and none, the end of memory; no place twice."""
-    places = [(4096 * 7 - BYTES, 2), (4096 * 9 - 3 * BYTES, 40), (4096 * 16 - 16 * BYTES, 16), ((1 << 40) - 20 * BYTES, 20)]
-    places += [(4096 * (20 + i) + draw.randrange(32) * BYTES, beats) for i, beats in enumerate((1, 0, 1, 1, 0, 2, 17, 33))]
+    places = [
+        (4096 * 7 - BYTES, 2),
+        (4096 * 9 - 3 * BYTES, 40),
+        (4096 * 16 - 16 * BYTES, 16),
+        ((1 << 40) - 20 * BYTES, 20),
+    ]
+    places += [
+        (4096 * (20 + i) + draw.randrange(32) * BYTES, beats) for i, beats in enumerate((1, 0, 1, 1, 0, 2, 17, 33))
+    ]
     return [row(draw, address, beats) for address, beats in places]
 
 
-@cocotb.test(timeout_time=1, timeout_unit="ms")
+@bench
 @cocotb.parametrize(pattern=PATTERNS)
 async def rows_arrive(dut, pattern):
     """Pauses on commands, the stream, AW, W and B."""
@@ -94,7 +104,7 @@ async def rows_arrive(dut, pattern):
     assert not (dut.bus_error_o.value or dut.short_frame_o.value or dut.long_frame_o.value)
 
 
-@cocotb.test(timeout_time=1, timeout_unit="ms")
+@bench
 async def a_beat_a_cycle(dut):
     """A long row; short ones cost a cycle more each."""
     await start(dut)
@@ -108,7 +118,7 @@ async def a_beat_a_cycle(dut):
     assert memory.written == expected(rows + short)
 
 
-@cocotb.test(timeout_time=1, timeout_unit="ms")
+@bench
 @cocotb.parametrize(pattern=["always", "half"])
 async def short_frames_leave_the_rest_alone(dut, pattern):
     """The rest is written with no byte enabled; the rows after it are right."""
@@ -124,7 +134,7 @@ async def short_frames_leave_the_rest_alone(dut, pattern):
     assert not dut.long_frame_o.value
 
 
-@cocotb.test(timeout_time=1, timeout_unit="ms")
+@bench
 @cocotb.parametrize(pattern=["always", "half"])
 async def long_frames_lose_what_is_too_much(dut, pattern):
     """Nothing is written past the row; the rows after it are right."""
@@ -139,7 +149,7 @@ async def long_frames_lose_what_is_too_much(dut, pattern):
     assert not dut.short_frame_o.value
 
 
-@cocotb.test(timeout_time=1, timeout_unit="ms")
+@bench
 async def errors_are_remembered_and_nothing_hangs(dut):
     """An error response of one burst; what comes after it is written."""
     await start(dut)
@@ -157,7 +167,7 @@ async def errors_are_remembered_and_nothing_hangs(dut):
     assert dut.bus_error_o.value
 
 
-@cocotb.test(timeout_time=1, timeout_unit="ms")
+@bench
 async def idle_waits_for_the_last_answer(dut):
     """Without answers it does not become idle, and it stops after as many bursts as it may have under way."""
     await start(dut)
@@ -178,7 +188,7 @@ async def idle_waits_for_the_last_answer(dut):
     assert memory.written == expected(rows)
 
 
-@cocotb.test(timeout_time=1, timeout_unit="ms")
+@bench
 async def reset_in_the_middle_of_a_burst(dut):
     """Memory is reset too; nothing of the old row comes after it."""
     await start(dut)

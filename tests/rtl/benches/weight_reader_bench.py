@@ -17,6 +17,7 @@ PIECE = 16 * PORT_BYTES
 QUAD = 4 * PORT_BYTES
 OUT_BYTES = 96
 Command = tuple[int, int]  # address, 768-bit beats
+bench = cocotb.test(timeout_time=1, timeout_unit="ms")
 
 
 async def start(dut) -> None:
@@ -34,7 +35,9 @@ def ports(dut, memory: Memory, pattern: str = "always", latency: int = 0) -> lis
 
 def expected(commands: list[Command], memory: Memory) -> list[dict[str, int]]:
     bytes_of = (
-        b"".join(memory.expected(start, PORT_BYTES) for start in range(address, address + beats * OUT_BYTES, PORT_BYTES))
+        b"".join(
+            memory.expected(start, PORT_BYTES) for start in range(address, address + beats * OUT_BYTES, PORT_BYTES)
+        )
         for address, beats in commands
     )
     return [
@@ -69,14 +72,18 @@ def pieces(commands: list[Command]) -> list[list[tuple[int, int]]]:
 
 def some_commands(draw: random.Random) -> list[Command]:
     """Every place within a quad and many within a piece, beats 0 and 1, matrices end to end, 4 KiB edges."""
-    apart = [(0x10000 * i + OUT_BYTES * draw.randrange(600), beats) for i, beats in enumerate((1, 0, 2, 1, 5, 3, 16, 1, 50))]
+    apart = [
+        (0x10000 * i + OUT_BYTES * draw.randrange(600), beats) for i, beats in enumerate((1, 0, 2, 1, 5, 3, 16, 1, 50))
+    ]
     base = 4096 * draw.randrange(1, 1 << 20)
-    touching = [(base + OUT_BYTES * place, beats) for place, beats in ((0, 1), (1, 1), (2, 1), (3, 7), (10, 33), (43, 9))]
+    touching = [
+        (base + OUT_BYTES * place, beats) for place, beats in ((0, 1), (1, 1), (2, 1), (3, 7), (10, 33), (43, 9))
+    ]
     edge = [(base + 4096 - PORT_BYTES * back, 4) for back in range(1, 9)]
     return [*apart, *touching, *edge]
 
 
-@cocotb.test(timeout_time=1, timeout_unit="ms")
+@bench
 @cocotb.parametrize(pattern=PATTERNS)
 async def commands_follow_each_other(dut, pattern):
     """Each port asks for its own pieces, once."""
@@ -91,7 +98,7 @@ async def commands_follow_each_other(dut, pattern):
     assert not dut.bus_error_o.value
 
 
-@cocotb.test(timeout_time=1, timeout_unit="ms")
+@bench
 async def all_ports_all_the_time(dut):
     """In spite of 40 cycles of latency a beat takes what three ports need for it; matrices end to end cost little more."""
     await start(dut)
@@ -103,7 +110,7 @@ async def all_ports_all_the_time(dut):
     assert await run(dut, three, memory) <= 300 * beat_cycles + 40 + 30 + 2 * 20
 
 
-@cocotb.test(timeout_time=1, timeout_unit="ms")
+@bench
 @cocotb.parametrize(port=[0, 1, 2])
 async def an_error_of_any_port_is_remembered(dut, port):
     """The beats come all the same."""
@@ -117,7 +124,7 @@ async def an_error_of_any_port_is_remembered(dut, port):
     assert dut.bus_error_o.value
 
 
-@cocotb.test(timeout_time=1, timeout_unit="ms")
+@bench
 async def reset_in_the_middle(dut):
     """Memory is reset too; nothing of the old command is left."""
     await start(dut)

@@ -20,6 +20,7 @@ TILING = Tiling(g=G, t=T, q=Q)
 PER_BEAT = vectors_per_beat(TILING)
 GROUP = min(PER_BEAT, Q // 2)
 NORM_PLACE = PER_BEAT * TILING.vector_bits
+bench = cocotb.test(timeout_time=1, timeout_unit="ms")
 
 
 @dataclass
@@ -95,7 +96,7 @@ def some_matrices(draw: np.random.Generator) -> list[Matrix]:
     ]
 
 
-@cocotb.test(timeout_time=1, timeout_unit="ms")
+@bench
 @cocotb.parametrize(pattern=PATTERNS)
 async def matrices_follow_each_other(dut, pattern):
     """Bits that nothing is to be read from are not, so they set no status either."""
@@ -104,7 +105,7 @@ async def matrices_follow_each_other(dut, pattern):
     assert not dut.bad_index_o.value
 
 
-@cocotb.test(timeout_time=1, timeout_unit="ms")
+@bench
 async def a_group_a_cycle(dut):
     """As long as a beat holds vectors of several groups; else a beat a cycle."""
     await start(dut)
@@ -112,7 +113,7 @@ async def a_group_a_cycle(dut):
     assert await run(dut, [one]) <= max(len(one.groups), len(one.beats)) + 6
 
 
-@cocotb.test(timeout_time=1, timeout_unit="ms")
+@bench
 async def empty_commands(dut):
     """Nothing at all takes no beat; norm weights alone give no vector."""
     await start(dut)
@@ -122,7 +123,7 @@ async def empty_commands(dut):
     assert not dut.bad_index_o.value
 
 
-@cocotb.test(timeout_time=1, timeout_unit="ms")
+@bench
 @cocotb.parametrize(where=["first", "middle", "last"])
 async def bad_indices_are_remembered(dut, where):
     """In the first vector, any, and the last one; the vectors come as they are."""
@@ -138,7 +139,7 @@ async def bad_indices_are_remembered(dut, where):
     assert dut.bad_index_o.value
 
 
-@cocotb.test(timeout_time=1, timeout_unit="ms")
+@bench
 async def reset_in_the_middle(dut):
     """Nothing of the old matrix is left, and the bad index is forgotten."""
     await start(dut)

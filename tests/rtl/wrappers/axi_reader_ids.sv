@@ -32,13 +32,13 @@ module axi_reader_ids #(
     input  wire logic                m_axi_rlast,
     input  wire logic                m_axi_rvalid,
     output logic                     m_axi_rready,
-    output logic [0:0] m_axi_arid,
-    input wire logic [0:0] m_axi_rid
+    output logic                     m_axi_arid,
+    input  wire logic                m_axi_rid
 );
 
   assign m_axi_arid = '0;
-  logic [0:0] unused_ids;
-  assign unused_ids = {m_axi_rid};
+  logic unused_id;
+  assign unused_id = m_axi_rid;
 
   axi_reader #(
       .DataBits(DataBits),

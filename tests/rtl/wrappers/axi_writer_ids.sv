@@ -38,13 +38,13 @@ module axi_writer_ids #(
     input  wire logic [           1:0] m_axi_bresp,
     input  wire logic                  m_axi_bvalid,
     output logic                       m_axi_bready,
-    output logic [0:0] m_axi_awid,
-    input wire logic [0:0] m_axi_bid
+    output logic                     m_axi_awid,
+    input  wire logic                m_axi_bid
 );
 
   assign m_axi_awid = '0;
-  logic [0:0] unused_ids;
-  assign unused_ids = {m_axi_bid};
+  logic unused_id;
+  assign unused_id = m_axi_bid;
 
   axi_writer #(
       .DataBits(DataBits),

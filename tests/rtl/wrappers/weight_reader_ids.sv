@@ -52,12 +52,12 @@ module weight_reader_ids #(
     input  wire logic                m_axi_w2_rlast,
     input  wire logic                m_axi_w2_rvalid,
     output logic                     m_axi_w2_rready,
-    output logic [0:0] m_axi_w0_arid,
-    input wire logic [0:0] m_axi_w0_rid,
-    output logic [0:0] m_axi_w1_arid,
-    input wire logic [0:0] m_axi_w1_rid,
-    output logic [0:0] m_axi_w2_arid,
-    input wire logic [0:0] m_axi_w2_rid
+    output logic                     m_axi_w0_arid,
+    input  wire logic                m_axi_w0_rid,
+    output logic                     m_axi_w1_arid,
+    input  wire logic                m_axi_w1_rid,
+    output logic                     m_axi_w2_arid,
+    input  wire logic                m_axi_w2_rid
 );
 
   assign m_axi_w0_arid = '0;
