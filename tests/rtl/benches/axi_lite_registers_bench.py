@@ -17,11 +17,10 @@ G, T, Q, P, LANES, ROWS, ADDR = (
 )
 CONTROL, STATUS, ID, BUILD, ROWS_MAX = 0x000, 0x004, 0x008, 0x00C, 0x010
 PROGRAM, TOKENS, FIRST, CAPACITY, BASES, WEIGHTS, ANGLES = 0x018, 0x020, 0x024, 0x028, 0x040, 0x080, 0x088
-COUNTERS = ("cycles", "load", "enter", "sweep", "attend", "weight_beats", "key_rows", "value_rows", "descriptors")
+COUNTERS = 9
 ADDRESSES = [PROGRAM, *range(BASES, BASES + 64, 8), WEIGHTS, ANGLES]
-MASKS = {offset: 0xFFFFFFFF for offset in (TOKENS, FIRST, CAPACITY, *ADDRESSES)} | {
-    offset + 4: (1 << ADDR - 32) - 1 for offset in ADDRESSES
-}
+MASKS = dict.fromkeys((TOKENS, FIRST, CAPACITY, *ADDRESSES), 0xFFFFFFFF)
+MASKS |= dict.fromkeys((offset + 4 for offset in ADDRESSES), (1 << ADDR - 32) - 1)
 bench = cocotb.test(timeout_time=1, timeout_unit="ms")
 
 
@@ -161,9 +160,9 @@ async def counters_count_while_busy(dut):
         dut.phase_i.value = dut.event_i.value = 15
         await master.write_dword(CONTROL, 1)
         dut.phase_i.value = dut.event_i.value = 0
-        before = [await counter(master, place) for place in range(9)]
+        before = [await counter(master, place) for place in range(COUNTERS)]
         assert before[1] > 0
-        counts = [0] * 9
+        counts = [0] * COUNTERS
         for _ in range(cycles):
             phases, events = draw.getrandbits(4), draw.getrandbits(4)
             dut.phase_i.value, dut.event_i.value = phases, events
@@ -172,7 +171,7 @@ async def counters_count_while_busy(dut):
         dut.phase_i.value = dut.event_i.value = 0
         await finish(dut)
         dut.phase_i.value = dut.event_i.value = 15
-        after = [await counter(master, place) for place in range(9)]
+        after = [await counter(master, place) for place in range(COUNTERS)]
         assert [b - a for a, b in zip(before[1:], after[1:], strict=True)] == counts[1:]
         assert after[0] >= before[0] + cycles
         assert await counter(master, 0) == after[0]
@@ -198,7 +197,7 @@ async def cycles_of_a_run(dut):
 
 
 @bench
-@cocotb.parametrize(place=range(9))
+@cocotb.parametrize(place=range(COUNTERS))
 async def counters_have_64_bits(dut, place):
     """A carry into the high word."""
     master = await start(dut)

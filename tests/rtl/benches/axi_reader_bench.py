@@ -130,7 +130,7 @@ async def a_burst_of_another_length_is_an_error(dut):
 async def reset_in_the_middle_of_a_burst(dut):
     """Memory is reset too; nothing of the old command is left, and the error is forgotten."""
     await start(dut)
-    memory = Memory(range(0, 64))
+    memory = Memory(range(64))
     ReadPort(dut, "m_axi", memory, "half", latency=5)
     await Source(dut, "cmd").send([{"addr": 0, "beats": 300}])
     task = cocotb.start_soon(Sink(dut, "out", ("data", "last"), "half").take(300, 1000))

@@ -101,7 +101,7 @@ async def rows_arrive(dut, pattern):
     await run(dut, rows, pattern)
     assert memory.written == expected(rows)
     check_bursts(port.bursts, BYTES)
-    assert not (dut.bus_error_o.value or dut.short_frame_o.value or dut.long_frame_o.value)
+    assert not any(flag.value for flag in (dut.bus_error_o, dut.short_frame_o, dut.long_frame_o))
 
 
 @bench

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import random
 
@@ -65,7 +66,7 @@ def pieces(commands: list[Command]) -> list[list[tuple[int, int]]]:
             continue
         begin, end = address // QUAD * QUAD, -(-(address + beats * OUT_BYTES) // QUAD) * QUAD
         cuts = [begin, *range(begin // PIECE * PIECE + PIECE, end, PIECE), end]
-        for turn, (low, high) in enumerate(zip(cuts, cuts[1:], strict=False)):
+        for turn, (low, high) in enumerate(itertools.pairwise(cuts)):
             wanted[turn % PORTS].append((low, (high - low) // PORT_BYTES))
     return wanted
 
@@ -100,7 +101,7 @@ async def commands_follow_each_other(dut, pattern):
 
 @bench
 async def all_ports_all_the_time(dut):
-    """In spite of 40 cycles of latency a beat takes what three ports need for it; matrices end to end cost little more."""
+    """In spite of 40 cycles of latency a beat takes what three ports need for it, matrices end to end little more."""
     await start(dut)
     memory = Memory()
     ports(dut, memory, latency=40)
@@ -128,7 +129,7 @@ async def an_error_of_any_port_is_remembered(dut, port):
 async def reset_in_the_middle(dut):
     """Memory is reset too; nothing of the old command is left."""
     await start(dut)
-    memory = Memory(range(0, 64))
+    memory = Memory(range(64))
     ports(dut, memory, "half", latency=5)
     await Source(dut, "cmd").send([{"addr": 0, "beats": 100}])
     task = cocotb.start_soon(Sink(dut, "out", ("data",), "half").take(100, 4000))
