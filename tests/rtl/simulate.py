@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = sorted((ROOT / "rtl" / "src").glob("*.sv"), key=lambda path: (not path.stem.endswith("_pkg"), path))
 WAIVERS = ROOT / "rtl" / "lint.vlt"
+WRAPPERS = Path(__file__).resolve().parent / "wrappers"
 # The runner hands this process's module path on to the simulator.
 sys.path.insert(0, str(Path(__file__).resolve().parent / "benches"))
 
@@ -34,16 +35,26 @@ def verilator_on_path() -> Iterator[None]:
         os.environ.update(before)
 
 
-def simulate(module: str, parameters: dict[str, int], folder: Path, environment: dict[str, str] | None = None) -> int:
-    """Run the bench `<module>_bench` and return how many of its tests ran; every one of them passed."""
+def simulate(
+    module: str,
+    parameters: dict[str, int],
+    folder: Path,
+    environment: dict[str, str] | None = None,
+    wrapper: str | None = None,
+) -> int:
+    """Run the bench `<module>_bench`, on a wrapper around the module where one is named.
+
+    Returns how many of its tests ran; every one of them passed.
+    """
     runner_module = pytest.importorskip("cocotb_tools.runner", reason="cocotb is not installed")
     from cocotb_tools.check_results import get_results
 
+    top = wrapper or module
     with verilator_on_path():
         runner = runner_module.get_runner("verilator")
         runner.build(
-            sources=[WAIVERS, *SOURCES],
-            hdl_toplevel=module,
+            sources=[WAIVERS, *SOURCES, *([WRAPPERS / f"{wrapper}.sv"] if wrapper else [])],
+            hdl_toplevel=top,
             parameters=parameters,
             build_dir=folder,
             always=True,
@@ -63,7 +74,7 @@ def simulate(module: str, parameters: dict[str, int], folder: Path, environment:
         )
         values = {f"RTL_{name.upper()}": str(value) for name, value in parameters.items()}
         results = runner.test(
-            hdl_toplevel=module,
+            hdl_toplevel=top,
             test_module=f"{module}_bench",
             build_dir=folder,
             test_dir=folder,
