@@ -37,6 +37,13 @@ def test_rms_max(lanes, beats, tmp_path):
     assert simulate("rms_max", {"Lanes": lanes, "RowBeatsMax": beats}, tmp_path) == 9
 
 
+@pytest.mark.parametrize(
+    ("lanes", "g", "t", "beats"), [(16, 3, 28, 12), (4, 3, 4, 9), (1, 2, 5, 23), (16, 2, 5, 3)], ids=str
+)
+def test_row_entry(lanes, g, t, beats, tmp_path):
+    assert simulate("row_entry", {"Lanes": lanes, "G": g, "T": t, "RowBeatsMax": beats}, tmp_path) == 12
+
+
 def test_the_tables_are_the_contracts():
     from tilewright.edge.contract.export import sv
 
