@@ -19,6 +19,8 @@ POINTS: dict[str, list[dict[str, int]]] = {
         {"P": 1, "Lanes": 1, "HeadsMax": 1, "KvHeadsMax": 1, "BeatsMax": 1},
         {"P": 3, "Lanes": 4, "HeadsMax": 6, "KvHeadsMax": 3, "BeatsMax": 12},
     ],
+    "block_fifo": [{}, {"Width": 1, "Depth": 1}],
+    "row_entry": [{}, {"Lanes": 4, "G": 2, "T": 5, "RowBeatsMax": 3}, {"Lanes": 1, "G": 1, "T": 1, "RowBeatsMax": 1}],
     "attention_finish": [{}],
     "attention_score": [{}],
     "attention_sums": [{}],

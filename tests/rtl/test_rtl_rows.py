@@ -37,6 +37,11 @@ def test_rms_max(lanes, beats, tmp_path):
     assert simulate("rms_max", {"Lanes": lanes, "RowBeatsMax": beats}, tmp_path) == 9
 
 
+def test_rms_max_of_the_widest_row(tmp_path):
+    parameters = {"Lanes": 16, "RowBeatsMax": 1024}
+    assert simulate("rms_max", parameters, tmp_path, {"COCOTB_TEST_FILTER": "the_widest_rows_fill_the_sum"}) == 1
+
+
 @pytest.mark.parametrize(
     ("lanes", "g", "t", "beats"), [(16, 3, 28, 12), (4, 3, 4, 9), (1, 2, 5, 23), (16, 2, 5, 3)], ids=str
 )
