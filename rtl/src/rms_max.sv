@@ -199,7 +199,7 @@ module rms_max #(
 
     always_ff @(posedge clk_i) begin
       if (advance) begin
-        product_q   <= x_q[lane*16+15] ^ w_q[lane*16+15] ? -23'(half_pkg::mantissa(x) * half_pkg::mantissa(w))
+        product_q   <= x_q[lane*16+15] ^ w_q[lane*16+15] ? -(23'(half_pkg::mantissa(x) * half_pkg::mantissa(w)))
                                                           : 23'(half_pkg::mantissa(x) * half_pkg::mantissa(w));
         exponent_q  <= 8'(half_pkg::exponent(x)) + 8'(half_pkg::exponent(w)) + 8'sd6 - 8'(top_q) - 8'(half_k);
         value_q     <= product_q * signed'({1'b0, root});

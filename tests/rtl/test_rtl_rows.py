@@ -22,9 +22,14 @@ def test_quantize(lanes, tmp_path):
     assert simulate("quantize", {"Lanes": lanes}, tmp_path) == 8
 
 
-@pytest.mark.parametrize("lanes", [16, 2])
+@pytest.mark.parametrize("module", ["inverse_root", "row_factor"])
+def test_once_a_row(module, tmp_path):
+    assert simulate(module, {}, tmp_path) == 1
+
+
+@pytest.mark.parametrize("lanes", [16, 4, 2])
 def test_dequant_fuse(lanes, tmp_path):
-    assert simulate("dequant_fuse", {"Lanes": lanes, "HeadBeatsMax": 2}, tmp_path) == 10
+    assert simulate("dequant_fuse", {"Lanes": lanes, "HeadBeatsMax": 2}, tmp_path) == 18
 
 
 @pytest.mark.parametrize(("lanes", "beats"), [(16, 6), (4, 5), (1, 9)])

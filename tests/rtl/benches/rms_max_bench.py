@@ -27,7 +27,7 @@ def vector(values: NDArray) -> int:
 
 
 def rows(draw: np.random.Generator) -> list[tuple[Half, float]]:
-    """Rows and their eps: wide ranges, subnormal, zero, extremes of one sign, one value, the longest; eps 0 and large."""
+    """Rows and their eps: wide ranges, subnormal, zero, extremes of one sign, one value; eps 0 and large."""
     most = BEATS_MAX * LANES
     wide = draw.standard_normal(most) * 2.0 ** draw.integers(-24, 15, most)
     tiny = np.zeros(min(3 * LANES, most))
