@@ -146,7 +146,7 @@ def prove(proof: Proof, source: str | None = None) -> Verdict:
     text = source or SOURCES[proof.module].read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as name:
         system = model(proof, text, Path(name))
-        base, said = ask(system, "--presat", "-t", str(proof.depth + 8))
+        base, said = ask(system, "--presat", "-t", str(proof.depth + 1))
         step = covered = False
         if base:
             step, more = ask(system, "-i", "-t", str(proof.depth))
@@ -155,6 +155,13 @@ def prove(proof: Proof, source: str | None = None) -> Verdict:
             covered, more = ask(system, "-c", "-t", str(proof.cover))
             said += more
     return Verdict(base, step, covered, said, time.monotonic() - started)
+
+
+def refuted(proof: Proof, source: str, steps: int) -> bool:
+    """Whether the first cycles of another text in the module's place break a property."""
+    with tempfile.TemporaryDirectory() as name:
+        holds, said = ask(model(proof, source, Path(name)), "-t", str(steps))
+    return not holds and "Assert failed" in said
 
 
 def main() -> None:

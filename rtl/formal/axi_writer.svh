@@ -59,7 +59,7 @@ always_comb begin
     assert (32'(unused_beats) <= 4 && f_write == 2'(32'(f_read) + 32'(unused_beats)));
     assert (32'(whole_q) == $countones(f_ends & f_inside));
     // The newest beat ends a burst, or is of the burst in hand.
-    assert (unused_beats == '0 || f_ends[2'(f_write - 1'b1)] == (f_length == '0) || !active);
+    assert (unused_beats == '0 || f_ends[2'(f_write - 1'b1)] == (f_length == '0));
 
     assert (32'(f_stepped) + 32'(left_q) == 32'(f_beats));
     assert (!active || beat_q == f_start + BeatBits'(f_stepped));
@@ -73,6 +73,7 @@ always_comb begin
       assert (32'(BurstBits'(beat_q[BurstBits-1:0] - first_q)) == 32'(f_length));
       assert (32'(first_q) + 32'(f_length) < BurstBeats);
     end
+    assert (32'(unused_addresses) <= 4);
     assert (!step || (store_ready && address_ready));
     assert (!sent || whole_q != '0);
   end
