@@ -37,6 +37,18 @@ def test_rms_max(lanes, beats, tmp_path):
     assert simulate("rms_max", {"Lanes": lanes, "RowBeatsMax": beats}, tmp_path) == 9
 
 
+def test_rms_max_of_the_widest_row(tmp_path):
+    parameters = {"Lanes": 16, "RowBeatsMax": 1024}
+    assert simulate("rms_max", parameters, tmp_path, {"COCOTB_TEST_FILTER": "the_widest_rows_fill_the_sum"}) == 1
+
+
+@pytest.mark.parametrize(
+    ("lanes", "g", "t", "beats"), [(16, 3, 28, 12), (4, 3, 4, 9), (1, 2, 5, 23), (16, 2, 5, 3)], ids=str
+)
+def test_row_entry(lanes, g, t, beats, tmp_path):
+    assert simulate("row_entry", {"Lanes": lanes, "G": g, "T": t, "RowBeatsMax": beats}, tmp_path) == 12
+
+
 def test_the_tables_are_the_contracts():
     from tilewright.edge.contract.export import sv
 
