@@ -70,7 +70,9 @@ def with_functions(texts: list[str]) -> list[str]:
     return out
 
 
-def missed(lines: Lines, waived: Mapping[str, Mapping[str, str]], folder: Path = SOURCES) -> tuple[list[str], list[str]]:
+def missed(
+    lines: Lines, waived: Mapping[str, Mapping[str, str]], folder: Path = SOURCES
+) -> tuple[list[str], list[str]]:
     """Lines that never ran, as `module:line: text`; and waivers that no such line needs."""
     unrun, unused = [], {(module, text) for module, texts in waived.items() for text in texts}
     for module, counts in sorted(lines.items()):

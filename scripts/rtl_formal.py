@@ -3,10 +3,10 @@
 
     python scripts/rtl_formal.py [MODULE ...]
 
-The properties of a module stand in rtl/formal/MODULE.svh and are read as if they stood at the module's end, so that they
-see its registers. A proof is two questions to the solver: can the first `depth` cycles break a property, and can a
-property break after `depth` cycles in which it held, from any state whatever. Each cover must be reached as well, since an
-assumption that nothing satisfies would prove everything.
+The properties of a module stand in rtl/formal/MODULE.svh and are read as if they stood at the module's end, so that
+they see its registers. A proof is two questions to the solver: can the first `depth` cycles break a property, and can a
+property break after `depth` cycles in which it held, from any state whatever. Each cover must be reached as well, since
+an assumption that nothing satisfies would prove everything.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FORMAL = ROOT / "rtl" / "formal"
 
 @dataclass(frozen=True)
 class Proof:
-    """A module at parameters small enough for a solver, the cycles of induction, and those in which covers are reached."""
+    """A module at small parameters, the cycles of its induction, and those in which its covers are reached."""
 
     module: str
     parameters: Mapping[str, int]
@@ -91,7 +91,9 @@ def held(module: str) -> list[str]:
         name = queue.pop()
         if name not in found:
             found.add(name)
-            queue += [other for other in re.findall(r"\w+", SOURCES[name].read_text(encoding="utf-8")) if other in SOURCES]
+            queue += [
+                other for other in re.findall(r"\w+", SOURCES[name].read_text(encoding="utf-8")) if other in SOURCES
+            ]
     return sorted(found - {module}, key=lambda name: (not name.endswith("_pkg"), name))
 
 

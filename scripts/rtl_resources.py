@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,38 +36,54 @@ class Unit:
     Attributes:
         count: how many the accelerator holds that are in no other unit of the table; 0: a part or a study.
         quick: seconds, not minutes: measured again by every run of the tests.
+        slang: read by the stricter of Yosys' two frontends, which takes imports in a module's head but loses ROMs.
+        without: modules whose insides belong to other units.
     """
 
     parameters: dict[str, int] = field(default_factory=dict)
     count: int = 0
     quick: bool = False
     module: str = ""
+    slang: bool = False
+    without: tuple[str, ...] = ()
 
 
 UNITS: dict[str, Unit] = {
-    "tlmm_core": Unit({"BeatsMax": 512, "BlocksMax": 64}, 1),
-    "tl_precompute": Unit(),
-    "tl_table_bank": Unit(quick=True),
-    "adder_tree": Unit({"Depth": 5, "Width": 10}),
+    "tlmm_core": Unit({"BeatsMax": 256, "BlocksMax": 49}, 1),
     "weight_buffer": Unit({}, 1),
     "weight_reader": Unit({}, 1),
     "weight_unpack": Unit({}, 1),
-    "gearbox to blocks": Unit({"In": 16, "Out": 84}, 1, module="gearbox"),
-    "quantize": Unit({}, 1),
     "rms_max": Unit({}, 1),
-    "dequant_fuse": Unit({}, 1),
+    "block_fifo": Unit({"Width": 257, "Depth": 256}, 1, quick=True),
+    "quantize": Unit({}, 1),
+    "gearbox to blocks": Unit({"In": 16, "Out": 84}, 1, module="gearbox"),
+    "activation_store": Unit({}, 1, quick=True),
+    "gearbox of sums": Unit({"In": 16, "Out": 16, "Width": 32}, 1, module="gearbox"),
+    "dequant_fuse": Unit({"HeadBeatsMax": 16}, 1),
+    "attention": Unit({"BeatsMax": 128}, 1),
+    "axi_reader": Unit({}, 4, quick=True),
+    "axi_writer": Unit({}, 1),
+    "axi_read_arbiter": Unit({}, 1, quick=True),
+    "row_commands": Unit({}, 5, quick=True),
+    "axi_lite_registers": Unit({}, 1),
+    "descriptor_unit": Unit({"AttentionBeatsMax": 128}, 1, slang=True),
+    "accelerator, between its units": Unit(
+        {}, 1, module="accelerator", slang=True,
+        without=("tlmm_core", "weight_buffer", "weight_reader", "weight_unpack", "rms_max", "block_fifo", "quantize",
+                 "activation_store", "gearbox", "dequant_fuse", "attention", "axi_reader", "axi_writer",
+                 "axi_read_arbiter", "row_commands", "axi_lite_registers", "descriptor_unit"),
+    ),
+    "tl_precompute": Unit(),
+    "tl_table_bank": Unit(quick=True),
+    "adder_tree": Unit({"Depth": 5, "Width": 10}),
     "fuse_pair": Unit(),
-    "attention": Unit({}, 1),
     "attention_score": Unit(),
     "attention_finish": Unit(),
-    "axi_reader": Unit({}, 3),
-    "axi_writer": Unit({}, 1),
-    "axi_lite_registers": Unit({}, 1),
-    "divider": Unit({}),
-    "half_pack": Unit({}),
-    "fifo": Unit({"Width": 8, "Depth": 16}, quick=True),
-    "skid": Unit({"Width": 256}),
-}
+    "divider": Unit(),
+    "half_pack": Unit(),
+    "fifo": Unit({"Width": 8, "Depth": 16}),
+    "skid": Unit({"Width": 256}, quick=True),
+}  # fmt: skip
 LANE = {"T": 28, "G": 3}
 STUDIES: dict[str, Unit] = {
     "look-up, select": Unit(LANE, module="study_select"),
@@ -106,21 +123,22 @@ def plain(path: Path) -> str:
     return " ".join(COMMENT.sub(" ", path.read_text(encoding="utf-8")).split())
 
 
-def closure(module: str) -> list[Path]:
-    """The module and what it holds, packages first."""
+def closure(module: str, without: Sequence[str] = ()) -> list[Path]:
+    """The module and what it holds, packages first; of some modules not what they hold."""
     files, found, queue = sources(), set(), [module]
     while queue:
         name = queue.pop()
         if name not in found:
             found.add(name)
-            queue += [other for other in set(re.findall(r"\w+", plain(files[name]))) & files.keys()]
+            held = set(re.findall(r"\w+", plain(files[name]))) & files.keys()
+            queue += [other for other in held if name not in without or other.endswith("_pkg")]
     return [files[name] for name in sorted(found, key=lambda name: (not name.endswith("_pkg"), name))]
 
 
 def source_hash(unit: Unit, name: str) -> str:
     """Of everything that the unit's numbers depend on but the tool."""
-    texts = [plain(path) for path in closure(unit.module or name)]
-    return hashlib.sha256(json.dumps([texts, unit.parameters, SYNTHESIS]).encode()).hexdigest()[:16]
+    texts = [plain(path) for path in closure(unit.module or name, unit.without)]
+    return hashlib.sha256(json.dumps([texts, unit.parameters, unit.slang, SYNTHESIS]).encode()).hexdigest()[:16]
 
 
 def counts(cells: dict[str, int]) -> dict[str, float]:
@@ -144,8 +162,7 @@ def counts(cells: dict[str, int]) -> dict[str, float]:
 
 def measure(name: str, unit: Unit, timeout: float | None = None) -> dict[str, Any]:
     """Synthesise one unit."""
-    top = unit.module or name
-    sets = " ".join(f"-set {key} {value}" for key, value in unit.parameters.items())
+    top, source = unit.module or name, source_hash(unit, name)
     with tempfile.TemporaryDirectory() as name_of_folder:
         folder = Path(name_of_folder)
         result = folder / "stat.json"
@@ -153,9 +170,16 @@ def measure(name: str, unit: Unit, timeout: float | None = None) -> dict[str, An
             text = path.read_text(encoding="utf-8")
             # Yosys calls a ROM in lookup tables logic, and knows distributed RAM only.
             (folder / path.name).write_text(text.replace('rom_style = "distributed"', 'rom_style = "logic"'))
+        files = " ".join(str(folder / path.name) for path in closure(top))
+        sets = " ".join(f"-set {key} {value}" for key, value in unit.parameters.items())
+        if unit.slang:
+            sets = " ".join(f"-G {key}={value}" for key, value in unit.parameters.items())
+            dark = " ".join(f"--blackboxed-module {module}" for module in unit.without)
+            reads = [f"read_slang --top {top} {sets} {dark} {files}"]
+        else:
+            reads = [f"read_verilog -sv {files}", *([f"chparam {sets} {top}"] if sets else [])]
         lines = [
-            "read_verilog -sv " + " ".join(str(folder / path.name) for path in closure(top)),
-            *([f"chparam {sets} {top}"] if sets else []),
+            *reads,
             SYNTHESIS.format(top=top),
             f"tee -q -o {result} stat -json",
         ]
@@ -172,7 +196,7 @@ def measure(name: str, unit: Unit, timeout: float | None = None) -> dict[str, An
         "parameters": unit.parameters,
         "count": unit.count,
         **counts(cells),
-        "source": source_hash(unit, name),
+        "source": source,
         "seconds": round(time.monotonic() - started, 1),
     }
 

@@ -30,7 +30,7 @@ class Mutant:
 MUTANTS = [
     Mutant("sign of a weight", "tl_precompute", "2'd0: entry -= a;", "2'd0: entry += a;", "tlmm_core", CORE),
     Mutant("codes of no weights", "tl_table_bank", "store[row] = '0", "store[row] = '1", "tlmm_core", CORE),
-    Mutant("gap between two visits", "tlmm_core", "last_beat_q == '0 ? 2'd2", "last_beat_q == '0 ? 2'd1", "tlmm_core", CORE),
+    Mutant("gap between two visits", "tlmm_core", "_q == '0 ? 2'd2", "_q == '0 ? 2'd1", "tlmm_core", CORE),
     Mutant("flush at a frame's end", "gearbox", "count_q != '0)", "count_q > CountBits'(1))", "gearbox",
            {"In": 1, "Out": 3, "Width": 8}),
     Mutant("ties of int8", "quantize", "guard && (sticky || whole[0])", "guard", "quantize", {"Lanes": 1}),
