@@ -23,7 +23,7 @@ POINTS: dict[str, list[dict[str, int]]] = {
     "activation_store": [{}, {"BlockBits": 8, "BlocksMax": 1, "RowsMax": 2}],
     "axi_read_arbiter": [{}],
     "block_fifo": [{}, {"Width": 1, "Depth": 1}],
-    "row_entry": [{}, {"Lanes": 4, "G": 2, "T": 5, "RowBeatsMax": 3}],
+    "row_entry": [{}, {"Lanes": 4, "G": 2, "T": 5, "RowBeatsMax": 3}, {"Lanes": 1, "G": 1, "T": 1, "RowBeatsMax": 1}],
     "attend_path": [{}],
     "descriptor_unit": [{}, {"Lanes": 4}],
     "attention_finish": [{}],

@@ -3,7 +3,7 @@
 //
 // A row with a norm is taken in and its largest exponent found; read for the sum of squares; after a division and a root read
 // once more for the products. Three times its beats and some 70 cycles. The weights of the norm stay for all rows: w_start_i
-// begins new ones, which come lane by lane.
+// begins new ones, which come lane by lane, and not while a row with a norm is on its way.
 //
 // Widths: an aligned value has 17 bits, a row of 2^14 squares of 34 bits 48, eps 47, their sum 49. mx mw r has
 // 11 + 11 + 17 bits and a sign; its exponent lies in -86 .. 25.

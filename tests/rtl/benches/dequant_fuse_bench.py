@@ -215,6 +215,12 @@ async def rotations_of_any_angle(dut):
         given.append(Row(acc, "rope", 0x3C00, Factor(1 << 16, -26), side, head_beats))
     big = np.resize(np.array([(1 << 26) - 1, (1 << 26) - 1, -(1 << 26) + 1, 1], np.int32), 2 * LANES)
     given.append(Row(big, "rope", 0x7BFF, Factor((1 << 17) - 1, -42), rope_table(9, LANES)[8].reshape(-1), 1))
+    # A large value times a cosine of two bits often lies halfway between two float16: its small neighbour, cut to the
+    # last place of the pair, decides.
+    tied = draw.integers(1 << 25, 1 << 26, 64 * LANES).astype(np.int32)
+    tied[1::2] = draw.integers(-3, 4, 32 * LANES)
+    side = np.resize(np.array([3 << 12, 1, 3 << 12, -1], np.int16), 2 * LANES)
+    given.append(Row(tied, "rope", 0x3C00, Factor(0x1B504, -28), side, 2))
     ports, status = Ports(dut, "half"), StatusRegister()
     ports.send(given)
     for index, row in enumerate(given):
