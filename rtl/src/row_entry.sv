@@ -39,7 +39,7 @@ module row_entry #(
 
   localparam int unsigned LaneBits = $clog2(Lanes + 1);
 
-  logic norm_valid, norm_ready, norm_last, max_valid, max_ready, norm_cmd_ready, tails_ready;
+  logic norm_valid, norm_ready, norm_last, max_valid, max_ready, norm_cmd_ready, norm_nonfinite, tails_ready;
   logic [Lanes*16-1:0] norm_data;
   logic [14:0] max;
 
@@ -96,7 +96,6 @@ module row_entry #(
       .short_frame_o,
       .long_frame_o
   );
-  logic norm_nonfinite;
 
   // --- the row waits for its maximum
   logic row_valid, row_ready, row_last;

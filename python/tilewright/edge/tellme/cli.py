@@ -71,6 +71,27 @@ def estimate(
     console().print(table)
 
 
+@app.command("report")
+def report_(
+    model: Annotated[str, typer.Argument(help="bitnet-0.73b, bitnet-2b, smollm2-135m, or a model on disk.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write to.")],
+    clock: Annotated[float, typer.Option("--clock", min=1.0, help="MHz.")] = 250.0,
+    json: Json = False,
+) -> None:
+    """Phases of a token, how busy each unit of the RTL is, and what it takes of a KV260: tables, pictures, JSON."""
+    from pathlib import Path
+
+    from tilewright.edge.tellme.report import report, save
+
+    document = report(_shape(model), clock)
+    paths = save(document, Path(output).expanduser())
+    if json:
+        print_json(document)
+        return
+    for path in paths.values():
+        print(path)
+
+
 def _edge_model(name: str) -> tuple[Any, Any]:
     """A model for the accelerator and its tokenizer."""
     from tilewright import models
