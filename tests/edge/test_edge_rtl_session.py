@@ -144,8 +144,8 @@ def test_without_the_rtl_it_says_what_to_install(model: EdgeModel, monkeypatch: 
 def test_the_cycle_model_of_a_chunk(model: EdgeModel) -> None:
     """By hand: two layers, six queries behind five positions, eight lanes."""
     found = expected_cycles(model, BUILD | {"Lanes": 8}, 5, 6)
-    # Blocks of four and two queries from the newest down see 11 and 7 keys. A row of queries is four beats, of keys two;
-    # a key takes eight cycles, the least there is.
+    # Blocks of four and two queries from the newest down see 11 and 7 keys. A row of queries is four beats, of keys
+    # two; a key takes eight cycles, the least there is.
     blocks = [18 + 2 * queries * 4 + 2 + 4 * 37 + keys * 8 for queries, keys in ((4, 11), (2, 7))]
     assert found["attend"] == 2 * (14 + 2 * 20 + sum(blocks))
     assert found["descriptors"] == 2 * 9 * (51 + 20)
