@@ -2,9 +2,8 @@
 // The accelerator: runs a decoder layer by descriptors in memory. Registers behind AXI4-Lite; weights come over three read
 // ports, keys and values over one each, descriptors, rows and angles over x, which also writes rows and the cache.
 //
-// A run reads descriptors from PROGRAM on and carries them out one after the other, each when the one before has been
-// answered by memory, until one ends it. All units are reset when a run begins; a reset in a run needs the memory's ports to
-// be reset with it.
+// A run carries out descriptors from PROGRAM on (sequencer), each LINEAR and ATTEND by its path. All units are reset when a run
+// begins, when nothing is under way. A reset in a run forgets what is: the memory's ports must be reset with it.
 `default_nettype none
 
 module accelerator
@@ -129,8 +128,7 @@ module accelerator
     output logic                     irq_o
 );
 
-  localparam int unsigned DescriptorBytes = 64;
-  localparam int unsigned DescriptorBeats = 8 * DescriptorBytes / DataBits;
+  localparam int unsigned DescriptorBeats = 512 / DataBits;
 
   if (Lanes != 4 && Lanes != 8 && Lanes != 16) begin : gen_illegal_lanes
     $error("accelerator: Lanes %0d; 4, 8 or 16 are needed, ports of 64, 128 or 256 bits", Lanes);
@@ -195,174 +193,111 @@ module accelerator
       .angles_o    (angles_base)
   );
 
-  // --- the run: fetch, carry out, next
-  typedef enum logic [2:0] {
-    Idle,
-    Fetch,
-    Decode,
-    Begin,
-    Linear,
-    Attend
-  } state_e;
-
-  state_e state_q;
-  address_t place_q;
+  // --- the run: who is on, and what all of it has met
   run_t run;
-  logic fetched, is_end, is_bad, linear_busy, linear_bad, attend_busy, bad_q;
-  logic source_cmd_ready;
+  logic linear_start, linear_on, linear_busy, linear_bad, attend_start, attend_on, attend_busy, bad_descriptor;
+  logic row_error, matrix_error, cache_error, writer_short, writer_long;
+  logic [6:0] linear_status;
+  logic [2:0] attend_status;
+  wire logic bus_error = row_error || matrix_error || cache_error;
 
-  always_ff @(posedge clk_i) begin
-    finished <= 1'b0;
-    if (reset) begin
-      state_q <= Idle;
-      bad_q   <= 1'b0;
-    end else begin
-      case (state_q)
-        Idle:  if (start) state_q <= Fetch;
-        Fetch: if (source_cmd_ready) state_q <= Decode;
-        Decode: begin
-          if (fetched) begin
-            state_q  <= is_end || is_bad ? Idle : Begin;
-            finished <= is_end || is_bad;
-            bad_q    <= is_bad;
-          end
-        end
-        Begin: state_q <= run.attend ? Attend : Linear;
-        Linear: begin
-          if (!linear_busy) begin
-            state_q  <= linear_bad ? Idle : Fetch;
-            finished <= linear_bad;
-            bad_q    <= linear_bad;
-          end
-        end
-        default: if (!attend_busy) state_q <= Fetch;
-      endcase
-    end
-    if (start) place_q <= program_base;
-    else if (state_q == Fetch && source_cmd_ready) place_q <= place_q + address_t'(DescriptorBytes);
-  end
-
-  // --- rows over x: descriptors, sources and queries by one reader, sides by another
-  logic source_cmd_valid, source_valid, source_ready, source_last, source_error;
-  address_t source_cmd_addr;
-  logic [23:0] source_cmd_beats;
-  logic [DataBits-1:0] source_data;
-  logic linear_source_valid, linear_source_ready, q_cmd_valid, q_ready, descriptor_ready;
-  address_t linear_source_addr, q_cmd_addr;
+  // --- rows over x: descriptors, a linear's source or an attention's queries; what is beside the sums; results
+  logic fetch_valid, fetch_beat_ready, source_cmd_valid, source_cmd_ready, source_valid, source_ready, source_last;
+  logic linear_source_cmd, linear_source_ready, q_cmd, q_ready;
+  logic side_cmd_valid, side_cmd_ready, side_valid, side_ready;
+  logic target_cmd_valid, target_cmd_ready, target_valid, target_ready, target_last, target_idle;
+  logic linear_target_cmd, linear_target_valid, linear_target_last;
+  logic attend_target_cmd, attend_target_valid, attend_target_last;
+  address_t fetch_addr, linear_source_addr, q_addr, source_addr, side_addr, linear_target_addr, attend_target_addr;
+  logic [15:0] source_beats;
+  logic [DataBits-1:0] source_data, side_data, linear_target, attend_target;
 
   always_comb begin
-    source_cmd_valid = 1'b0;
-    source_cmd_addr  = place_q;
-    source_cmd_beats = 24'(DescriptorBeats);
-    source_ready     = 1'b0;
-    case (state_q)
-      Fetch: source_cmd_valid = 1'b1;
-      Decode: source_ready = descriptor_ready;
-      Linear: begin
-        source_cmd_valid = linear_source_valid;
-        source_cmd_addr  = linear_source_addr;
-        source_cmd_beats = 24'(run.in_beats);
-        source_ready     = linear_source_ready;
-      end
-      Attend: begin
-        source_cmd_valid = q_cmd_valid;
-        source_cmd_addr  = q_cmd_addr;
-        source_cmd_beats = 24'(run.out_beats);
-        source_ready     = q_ready;
-      end
-      default: ;
-    endcase
+    source_cmd_valid = fetch_valid;
+    source_addr      = fetch_addr;
+    source_beats     = 16'(DescriptorBeats);
+    source_ready     = fetch_beat_ready;
+    if (linear_on) begin
+      source_cmd_valid = linear_source_cmd;
+      source_addr      = linear_source_addr;
+      source_beats     = run.in_beats;
+      source_ready     = linear_source_ready;
+    end
+    if (attend_on) begin
+      source_cmd_valid = q_cmd;
+      source_addr      = q_addr;
+      source_beats     = run.out_beats;
+      source_ready     = q_ready;
+    end
   end
 
-  logic [2*AddrBits-1:0] x_araddr;
-  logic [15:0] x_arlen;
-  logic [5:0] x_arsize;
-  logic [3:0] x_arburst;
-  logic [1:0] x_arvalid, x_arready, x_rvalid, x_rready;
+  assign target_cmd_valid = attend_on ? attend_target_cmd : linear_target_cmd;
+  assign target_valid     = attend_on ? attend_target_valid : linear_target_valid;
+  assign target_last      = attend_on ? attend_target_last : linear_target_last;
 
-  axi_reader #(
-      .DataBits(DataBits),
-      .AddrBits(AddrBits)
-  ) u_source (
+  row_port #(
+      .Lanes   (Lanes),
+      .AddrBits(AddrBits),
+      .LenBits (16)
+  ) u_rows (
       .clk_i,
-      .rst_i        (reset),
-      .cmd_valid_i  (source_cmd_valid),
-      .cmd_ready_o  (source_cmd_ready),
-      .cmd_addr_i   (source_cmd_addr),
-      .cmd_beats_i  (source_cmd_beats),
-      .out_valid_o  (source_valid),
-      .out_ready_i  (source_ready),
-      .out_data_o   (source_data),
-      .out_last_o   (source_last),
-      .bus_error_o  (source_error),
-      .m_axi_araddr (x_araddr[0*AddrBits+:AddrBits]),
-      .m_axi_arlen  (x_arlen[0*8+:8]),
-      .m_axi_arsize (x_arsize[0*3+:3]),
-      .m_axi_arburst(x_arburst[0*2+:2]),
-      .m_axi_arvalid(x_arvalid[0]),
-      .m_axi_arready(x_arready[0]),
-      .m_axi_rdata  (m_axi_x_rdata),
-      .m_axi_rresp  (m_axi_x_rresp),
-      .m_axi_rlast  (m_axi_x_rlast),
-      .m_axi_rvalid (x_rvalid[0]),
-      .m_axi_rready (x_rready[0])
+      .rst_i             (reset),
+      .source_cmd_valid_i(source_cmd_valid),
+      .source_cmd_ready_o(source_cmd_ready),
+      .source_cmd_addr_i (source_addr),
+      .source_cmd_beats_i(source_beats),
+      .source_valid_o    (source_valid),
+      .source_ready_i    (source_ready),
+      .source_data_o     (source_data),
+      .source_last_o     (source_last),
+      .side_cmd_valid_i  (side_cmd_valid),
+      .side_cmd_ready_o  (side_cmd_ready),
+      .side_cmd_addr_i   (side_addr),
+      .side_cmd_beats_i  (run.side_beats),
+      .side_valid_o      (side_valid),
+      .side_ready_i      (side_ready),
+      .side_data_o       (side_data),
+      .target_cmd_valid_i(target_cmd_valid),
+      .target_cmd_ready_o(target_cmd_ready),
+      .target_cmd_addr_i (attend_on ? attend_target_addr : linear_target_addr),
+      .target_cmd_beats_i(run.out_beats),
+      .target_valid_i    (target_valid),
+      .target_ready_o    (target_ready),
+      .target_data_i     (attend_on ? attend_target : linear_target),
+      .target_last_i     (target_last),
+      .target_idle_o     (target_idle),
+      .short_frame_o     (writer_short),
+      .long_frame_o      (writer_long),
+      .bus_error_o       (row_error),
+      .m_axi_x_araddr,
+      .m_axi_x_arlen,
+      .m_axi_x_arsize,
+      .m_axi_x_arburst,
+      .m_axi_x_arvalid,
+      .m_axi_x_arready,
+      .m_axi_x_rdata,
+      .m_axi_x_rresp,
+      .m_axi_x_rlast,
+      .m_axi_x_rvalid,
+      .m_axi_x_rready,
+      .m_axi_x_awaddr,
+      .m_axi_x_awlen,
+      .m_axi_x_awsize,
+      .m_axi_x_awburst,
+      .m_axi_x_awvalid,
+      .m_axi_x_awready,
+      .m_axi_x_wdata,
+      .m_axi_x_wstrb,
+      .m_axi_x_wlast,
+      .m_axi_x_wvalid,
+      .m_axi_x_wready,
+      .m_axi_x_bresp,
+      .m_axi_x_bvalid,
+      .m_axi_x_bready
   );
 
-  logic side_cmd_valid, side_cmd_ready, side_valid, side_ready, unused_side_last, side_error;
-  address_t side_cmd_addr;
-  logic [DataBits-1:0] side_data;
-
-  axi_reader #(
-      .DataBits(DataBits),
-      .AddrBits(AddrBits)
-  ) u_side (
-      .clk_i,
-      .rst_i        (reset),
-      .cmd_valid_i  (side_cmd_valid),
-      .cmd_ready_o  (side_cmd_ready),
-      .cmd_addr_i   (side_cmd_addr),
-      .cmd_beats_i  (24'(run.side_beats)),
-      .out_valid_o  (side_valid),
-      .out_ready_i  (side_ready),
-      .out_data_o   (side_data),
-      .out_last_o   (unused_side_last),
-      .bus_error_o  (side_error),
-      .m_axi_araddr (x_araddr[1*AddrBits+:AddrBits]),
-      .m_axi_arlen  (x_arlen[1*8+:8]),
-      .m_axi_arsize (x_arsize[1*3+:3]),
-      .m_axi_arburst(x_arburst[1*2+:2]),
-      .m_axi_arvalid(x_arvalid[1]),
-      .m_axi_arready(x_arready[1]),
-      .m_axi_rdata  (m_axi_x_rdata),
-      .m_axi_rresp  (m_axi_x_rresp),
-      .m_axi_rlast  (m_axi_x_rlast),
-      .m_axi_rvalid (x_rvalid[1]),
-      .m_axi_rready (x_rready[1])
-  );
-
-  axi_read_arbiter #(
-      .AddrBits(AddrBits)
-  ) u_arbiter (
-      .clk_i,
-      .rst_i        (reset),
-      .s_axi_araddr (x_araddr),
-      .s_axi_arlen  (x_arlen),
-      .s_axi_arvalid(x_arvalid),
-      .s_axi_arready(x_arready),
-      .s_axi_rvalid (x_rvalid),
-      .s_axi_rready (x_rready),
-      .m_axi_araddr (m_axi_x_araddr),
-      .m_axi_arlen  (m_axi_x_arlen),
-      .m_axi_arvalid(m_axi_x_arvalid),
-      .m_axi_arready(m_axi_x_arready),
-      .m_axi_rlast  (m_axi_x_rlast),
-      .m_axi_rvalid (m_axi_x_rvalid),
-      .m_axi_rready (m_axi_x_rready)
-  );
-  assign m_axi_x_arsize  = x_arsize[2:0];
-  assign m_axi_x_arburst = x_arburst[1:0];
-
-  descriptor_unit #(
+  // --- what is carried out
+  sequencer #(
       .G(G),
       .T(T),
       .Q(Q),
@@ -376,85 +311,81 @@ module accelerator
       .KvHeadsMax(KvHeadsMax),
       .HeadBeatsMax(HeadBeatsMax),
       .AttentionBeatsMax(AttentionBeatsMax)
-  ) u_descriptor (
+  ) u_sequencer (
       .clk_i,
-      .rst_i     (reset),
-      .take_i    (state_q == Decode),
-      .in_valid_i(source_valid && state_q == Decode),
-      .in_ready_o(descriptor_ready),
-      .in_data_i (source_data),
-      .done_o    (fetched),
-      .end_o     (is_end),
-      .bad_o     (is_bad),
-      .run_o     (run),
-      .tokens_i  (tokens),
-      .first_i   (first),
-      .capacity_i(capacity),
-      .base_i    (bases),
-      .weights_i (weights_base),
-      .angles_i  (angles_base)
+      .rst_i         (reset),
+      .start_i       (start),
+      .finished_o    (finished),
+      .bad_o         (bad_descriptor),
+      .descriptor_o  (count[3]),
+      .bus_error_i   (bus_error),
+      .program_i     (program_base),
+      .tokens_i      (tokens),
+      .first_i       (first),
+      .capacity_i    (capacity),
+      .base_i        (bases),
+      .weights_i     (weights_base),
+      .angles_i      (angles_base),
+      .fetch_valid_o (fetch_valid),
+      .fetch_ready_i (source_cmd_ready),
+      .fetch_addr_o  (fetch_addr),
+      .in_valid_i    (source_valid),
+      .in_ready_o    (fetch_beat_ready),
+      .in_data_i     (source_data),
+      .run_o         (run),
+      .linear_start_o(linear_start),
+      .linear_o      (linear_on),
+      .linear_busy_i (linear_busy),
+      .linear_bad_i  (linear_bad),
+      .attend_start_o(attend_start),
+      .attend_o      (attend_on),
+      .attend_busy_i (attend_busy)
   );
 
-  // --- rows written
-  logic target_cmd_ready, target_ready, writer_idle, writer_short, writer_long, writer_error;
-  logic linear_target_cmd, attend_target_cmd, linear_target_valid, attend_target_valid, linear_last, attend_last;
-  address_t linear_target_addr, attend_target_addr;
-  logic [DataBits-1:0] linear_target, attend_target;
-  wire logic attending = state_q == Attend;
-
-  axi_writer #(
-      .DataBits(DataBits),
-      .AddrBits(AddrBits)
-  ) u_writer (
+  linear_path #(
+      .G(G),
+      .T(T),
+      .Q(Q),
+      .Lanes(Lanes),
+      .Banks(Banks),
+      .WeightWords(WeightWords),
+      .RowBeatsMax(RowBeatsMax),
+      .BlocksMax(BlocksMax),
+      .BeatsMax(BeatsMax),
+      .RowsMax(RowsMax),
+      .HeadBeatsMax(HeadBeatsMax)
+  ) u_linear (
       .clk_i,
-      .rst_i        (reset),
-      .cmd_valid_i  (attending ? attend_target_cmd : linear_target_cmd),
-      .cmd_ready_o  (target_cmd_ready),
-      .cmd_addr_i   (attending ? attend_target_addr : linear_target_addr),
-      .cmd_beats_i  (24'(run.out_beats)),
-      .in_valid_i   (attending ? attend_target_valid : linear_target_valid),
-      .in_ready_o   (target_ready),
-      .in_data_i    (attending ? attend_target : linear_target),
-      .in_last_i    (attending ? attend_last : linear_last),
-      .idle_o       (writer_idle),
-      .short_frame_o(writer_short),
-      .long_frame_o (writer_long),
-      .bus_error_o  (writer_error),
-      .m_axi_awaddr (m_axi_x_awaddr),
-      .m_axi_awlen  (m_axi_x_awlen),
-      .m_axi_awsize (m_axi_x_awsize),
-      .m_axi_awburst(m_axi_x_awburst),
-      .m_axi_awvalid(m_axi_x_awvalid),
-      .m_axi_awready(m_axi_x_awready),
-      .m_axi_wdata  (m_axi_x_wdata),
-      .m_axi_wstrb  (m_axi_x_wstrb),
-      .m_axi_wlast  (m_axi_x_wlast),
-      .m_axi_wvalid (m_axi_x_wvalid),
-      .m_axi_wready (m_axi_x_wready),
-      .m_axi_bresp  (m_axi_x_bresp),
-      .m_axi_bvalid (m_axi_x_bvalid),
-      .m_axi_bready (m_axi_x_bready)
-  );
-
-  // --- LINEAR
-  logic weights_cmd_valid, weights_cmd_ready, weights_valid, weights_ready, weights_error;
-  logic [767:0] weights_data;
-  logic [6:0] linear_status;
-
-  weight_reader #(
-      .DataBits(DataBits),
-      .AddrBits(AddrBits)
-  ) u_weights (
-      .clk_i,
-      .rst_i      (reset),
-      .cmd_valid_i(weights_cmd_valid),
-      .cmd_ready_o(weights_cmd_ready),
-      .cmd_addr_i (run.weights),
-      .cmd_beats_i(run.weight_beats),
-      .out_valid_o(weights_valid),
-      .out_ready_i(weights_ready),
-      .out_data_o (weights_data),
-      .bus_error_o(weights_error),
+      .rst_i             (reset),
+      .start_i           (linear_start),
+      .run_i             (run),
+      .busy_o            (linear_busy),
+      .bad_o             (linear_bad),
+      .phase_o           (phase[2:0]),
+      .weight_beat_o     (count[0]),
+      .source_cmd_valid_o(linear_source_cmd),
+      .source_cmd_ready_i(source_cmd_ready && linear_on),
+      .source_cmd_addr_o (linear_source_addr),
+      .source_valid_i    (source_valid && linear_on),
+      .source_ready_o    (linear_source_ready),
+      .source_data_i     (source_data),
+      .source_last_i     (source_last),
+      .side_cmd_valid_o  (side_cmd_valid),
+      .side_cmd_ready_i  (side_cmd_ready),
+      .side_cmd_addr_o   (side_addr),
+      .side_valid_i      (side_valid),
+      .side_ready_o      (side_ready),
+      .side_data_i       (side_data),
+      .target_cmd_valid_o(linear_target_cmd),
+      .target_cmd_ready_i(target_cmd_ready && !attend_on),
+      .target_cmd_addr_o (linear_target_addr),
+      .target_valid_o    (linear_target_valid),
+      .target_ready_i    (target_ready && !attend_on),
+      .target_data_o     (linear_target),
+      .target_last_o     (linear_target_last),
+      .target_idle_i     (target_idle),
+      .status_o          (linear_status),
+      .bus_error_o       (matrix_error),
       .m_axi_w0_araddr,
       .m_axi_w0_arlen,
       .m_axi_w0_arsize,
@@ -490,121 +421,6 @@ module accelerator
       .m_axi_w2_rready
   );
 
-  linear_path #(
-      .G(G),
-      .T(T),
-      .Q(Q),
-      .Lanes(Lanes),
-      .Banks(Banks),
-      .WeightWords(WeightWords),
-      .RowBeatsMax(RowBeatsMax),
-      .BlocksMax(BlocksMax),
-      .BeatsMax(BeatsMax),
-      .RowsMax(RowsMax),
-      .HeadBeatsMax(HeadBeatsMax)
-  ) u_linear (
-      .clk_i,
-      .rst_i              (reset),
-      .start_i            (state_q == Begin && !run.attend),
-      .run_i              (run),
-      .busy_o             (linear_busy),
-      .bad_o              (linear_bad),
-      .phase_o            (phase[2:0]),
-      .weight_beat_o      (count[0]),
-      .weights_cmd_valid_o(weights_cmd_valid),
-      .weights_cmd_ready_i(weights_cmd_ready),
-      .weights_valid_i    (weights_valid),
-      .weights_ready_o    (weights_ready),
-      .weights_data_i     (weights_data),
-      .source_cmd_valid_o (linear_source_valid),
-      .source_cmd_ready_i (source_cmd_ready && state_q == Linear),
-      .source_cmd_addr_o  (linear_source_addr),
-      .source_valid_i     (source_valid && state_q == Linear),
-      .source_ready_o     (linear_source_ready),
-      .source_data_i      (source_data),
-      .source_last_i      (source_last),
-      .side_cmd_valid_o   (side_cmd_valid),
-      .side_cmd_ready_i   (side_cmd_ready),
-      .side_cmd_addr_o    (side_cmd_addr),
-      .side_valid_i       (side_valid),
-      .side_ready_o       (side_ready),
-      .side_data_i        (side_data),
-      .target_cmd_valid_o (linear_target_cmd),
-      .target_cmd_ready_i (target_cmd_ready && !attending),
-      .target_cmd_addr_o  (linear_target_addr),
-      .target_valid_o     (linear_target_valid),
-      .target_ready_i     (target_ready && !attending),
-      .target_data_o      (linear_target),
-      .target_last_o      (linear_last),
-      .target_idle_i      (writer_idle),
-      .status_o           (linear_status)
-  );
-
-  // --- ATTEND
-  logic cache_cmd, k_cmd_ready, v_cmd_ready, k_valid, k_ready, v_valid, v_ready, unused_k_last, unused_v_last;
-  logic k_error, v_error;
-  address_t k_cmd_addr, v_cmd_addr;
-  logic [23:0] cache_cmd_beats;
-  logic [DataBits-1:0] k_data, v_data;
-  logic [2:0] attend_status;
-  wire logic cache_ready = k_cmd_ready && v_cmd_ready;
-
-  axi_reader #(
-      .DataBits(DataBits),
-      .AddrBits(AddrBits)
-  ) u_keys (
-      .clk_i,
-      .rst_i        (reset),
-      .cmd_valid_i  (cache_cmd && v_cmd_ready),
-      .cmd_ready_o  (k_cmd_ready),
-      .cmd_addr_i   (k_cmd_addr),
-      .cmd_beats_i  (cache_cmd_beats),
-      .out_valid_o  (k_valid),
-      .out_ready_i  (k_ready),
-      .out_data_o   (k_data),
-      .out_last_o   (unused_k_last),
-      .bus_error_o  (k_error),
-      .m_axi_araddr (m_axi_k_araddr),
-      .m_axi_arlen  (m_axi_k_arlen),
-      .m_axi_arsize (m_axi_k_arsize),
-      .m_axi_arburst(m_axi_k_arburst),
-      .m_axi_arvalid(m_axi_k_arvalid),
-      .m_axi_arready(m_axi_k_arready),
-      .m_axi_rdata  (m_axi_k_rdata),
-      .m_axi_rresp  (m_axi_k_rresp),
-      .m_axi_rlast  (m_axi_k_rlast),
-      .m_axi_rvalid (m_axi_k_rvalid),
-      .m_axi_rready (m_axi_k_rready)
-  );
-
-  axi_reader #(
-      .DataBits(DataBits),
-      .AddrBits(AddrBits)
-  ) u_values (
-      .clk_i,
-      .rst_i        (reset),
-      .cmd_valid_i  (cache_cmd && k_cmd_ready),
-      .cmd_ready_o  (v_cmd_ready),
-      .cmd_addr_i   (v_cmd_addr),
-      .cmd_beats_i  (cache_cmd_beats),
-      .out_valid_o  (v_valid),
-      .out_ready_i  (v_ready),
-      .out_data_o   (v_data),
-      .out_last_o   (unused_v_last),
-      .bus_error_o  (v_error),
-      .m_axi_araddr (m_axi_v_araddr),
-      .m_axi_arlen  (m_axi_v_arlen),
-      .m_axi_arsize (m_axi_v_arsize),
-      .m_axi_arburst(m_axi_v_arburst),
-      .m_axi_arvalid(m_axi_v_arvalid),
-      .m_axi_arready(m_axi_v_arready),
-      .m_axi_rdata  (m_axi_v_rdata),
-      .m_axi_rresp  (m_axi_v_rresp),
-      .m_axi_rlast  (m_axi_v_rlast),
-      .m_axi_rvalid (m_axi_v_rvalid),
-      .m_axi_rready (m_axi_v_rready)
-  );
-
   attend_path #(
       .P(P),
       .Lanes(Lanes),
@@ -614,44 +430,55 @@ module accelerator
   ) u_attend (
       .clk_i,
       .rst_i             (reset),
-      .start_i           (state_q == Begin && run.attend),
+      .start_i           (attend_start),
       .run_i             (run),
       .busy_o            (attend_busy),
       .key_row_o         (count[1]),
       .value_row_o       (count[2]),
       .keys_i            (bases[6*AddrBits+:AddrBits]),
       .values_i          (bases[7*AddrBits+:AddrBits]),
-      .q_cmd_valid_o     (q_cmd_valid),
-      .q_cmd_ready_i     (source_cmd_ready && attending),
-      .q_cmd_addr_o      (q_cmd_addr),
-      .q_valid_i         (source_valid && attending),
+      .q_cmd_valid_o     (q_cmd),
+      .q_cmd_ready_i     (source_cmd_ready && attend_on),
+      .q_cmd_addr_o      (q_addr),
+      .q_valid_i         (source_valid && attend_on),
       .q_ready_o         (q_ready),
       .q_data_i          (source_data),
-      .cache_cmd_valid_o (cache_cmd),
-      .cache_cmd_ready_i (cache_ready),
-      .k_cmd_addr_o      (k_cmd_addr),
-      .v_cmd_addr_o      (v_cmd_addr),
-      .cache_cmd_beats_o (cache_cmd_beats),
-      .k_valid_i         (k_valid),
-      .k_ready_o         (k_ready),
-      .k_data_i          (k_data),
-      .v_valid_i         (v_valid),
-      .v_ready_o         (v_ready),
-      .v_data_i          (v_data),
       .target_cmd_valid_o(attend_target_cmd),
-      .target_cmd_ready_i(target_cmd_ready && attending),
+      .target_cmd_ready_i(target_cmd_ready && attend_on),
       .target_cmd_addr_o (attend_target_addr),
       .target_valid_o    (attend_target_valid),
-      .target_ready_i    (target_ready && attending),
+      .target_ready_i    (target_ready && attend_on),
       .target_data_o     (attend_target),
-      .target_last_o     (attend_last),
-      .target_idle_i     (writer_idle),
-      .status_o          (attend_status)
+      .target_last_o     (attend_target_last),
+      .target_idle_i     (target_idle),
+      .status_o          (attend_status),
+      .bus_error_o       (cache_error),
+      .m_axi_k_araddr,
+      .m_axi_k_arlen,
+      .m_axi_k_arsize,
+      .m_axi_k_arburst,
+      .m_axi_k_arvalid,
+      .m_axi_k_arready,
+      .m_axi_k_rdata,
+      .m_axi_k_rresp,
+      .m_axi_k_rlast,
+      .m_axi_k_rvalid,
+      .m_axi_k_rready,
+      .m_axi_v_araddr,
+      .m_axi_v_arlen,
+      .m_axi_v_arsize,
+      .m_axi_v_arburst,
+      .m_axi_v_arvalid,
+      .m_axi_v_arready,
+      .m_axi_v_rdata,
+      .m_axi_v_rresp,
+      .m_axi_v_rlast,
+      .m_axi_v_rvalid,
+      .m_axi_v_rready
   );
 
-  // --- status and counters
-  assign phase[3] = attending;
-  assign count[3] = state_q == Decode && fetched;
+  // --- status
+  assign phase[3] = attend_on;
 
   always_comb begin
     status = '0;
@@ -663,8 +490,8 @@ module accelerator
     status[contract_pkg::StatusScoreClamp]    = attend_status[2];
     status[contract_pkg::StatusShortFrame]    = linear_status[5] || writer_short;
     status[contract_pkg::StatusLongFrame]     = linear_status[6] || writer_long;
-    status[contract_pkg::StatusBusError]      = source_error || side_error || weights_error || k_error || v_error || writer_error;
-    status[contract_pkg::StatusBadDescriptor] = bad_q;
+    status[contract_pkg::StatusBusError]      = bus_error;
+    status[contract_pkg::StatusBadDescriptor] = bad_descriptor;
   end
 
 endmodule

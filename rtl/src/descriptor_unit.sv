@@ -2,7 +2,10 @@
 // Takes a 64-byte descriptor from its reader apart, completes it by what the settings and two serial divisions say, and checks it
 // against the build. end_o and bad_o name what is no run: a layer's end, and what cannot be done.
 //
-// The words are those of tilewright.edge.program.Descriptor, word 0 in the lowest bits.
+// The words are those of tilewright.edge.program.Descriptor, word 0 in the lowest bits. Refused are: sizes, counts of heads and
+// places outside the build's or the settings' range; numbers of buffers that do not exist, and the caches as rows to read; rows
+// and matrices that do not begin at a beat; a LINEAR without ENTER whose inputs are not as many as were entered last; a
+// row for the cache that is not as long as its heads; heads that are no multiple of the key heads.
 `default_nettype none
 
 module descriptor_unit
@@ -68,10 +71,12 @@ module descriptor_unit
   assign {address, beats} = {words_q[287:256], words_q[319:288]};
   assign {geometry, layer} = {words_q[479:448], words_q[511:480]};
   assign head_size = geometry[31:16];
+  wire logic attend = op == OpAttend;
 
   // --- ceil(inputs / (T G)) and ceil(outputs / Q), one after the other
   logic divide_valid, divide_ready, quotient_valid;
   logic [17:0] dividend, quotient;
+  logic [8:0] divisor;
   logic asked_q;
 
   divider #(
@@ -83,12 +88,18 @@ module descriptor_unit
       .valid_i   (divide_valid),
       .ready_o   (divide_ready),
       .dividend_i(dividend),
-      .divisor_i (state_q == DivideInputs ? 9'(Block) : 9'(Q)),
+      .divisor_i (divisor),
       .valid_o   (quotient_valid),
       .ready_i   (1'b1),
       .quotient_o(quotient)
   );
-  assign dividend     = state_q == DivideInputs ? 18'(inputs) + 18'(Block - 1) : 18'(outputs) + 18'(Q - 1);
+  // Of an attention the first is heads / key heads instead.
+  always_comb begin
+    dividend = 18'(outputs) + 18'(Q - 1);
+    if (state_q == DivideInputs) dividend = attend ? 18'(geometry[7:0]) : 18'(inputs) + 18'(Block - 1);
+    divisor = 9'(Q);
+    if (state_q == DivideInputs) divisor = attend ? 9'(geometry[15:8]) : 9'(Block);
+  end
   assign divide_valid = (state_q == DivideInputs || state_q == DivideOutputs) && !asked_q;
 
   // --- places: products of a row's bytes with counts of rows
@@ -96,48 +107,60 @@ module descriptor_unit
     buffer_base = bases[number[2:0]*AddrBits+:AddrBits];
   endfunction
 
+  wire logic [LaneShift:0] keys = base_i[BufferKeys[2:0]*AddrBits+:LaneShift+1];
+  wire logic [LaneShift:0] values = base_i[BufferValues[2:0]*AddrBits+:LaneShift+1];
   logic [31:0] cache_row_q, capacity_rows_q, newest;
   logic [15:0] in_beats, out_beats, kv_beats, head_beats;
-  logic attend, in_cache, rotates;
+  logic in_cache, rotates, pairs;
   address_t cache_stride;
 
-  assign attend     = op == OpAttend;
   assign in_beats   = 16'((inputs + 32'(Lanes - 1)) >> LaneShift);
   assign out_beats  = attend ? 16'(geometry[7:0] * head_beats) : 16'((outputs + 32'(Lanes - 1)) >> LaneShift);
   assign head_beats = head_size >> LaneShift;
   assign kv_beats   = 16'(geometry[15:8] * head_beats);
   assign in_cache   = !attend && (target == BufferKeys || target == BufferValues);
-  assign rotates    = mode == 32'(fuse_pkg::Rope);
+  assign rotates    = !attend && mode == 32'(fuse_pkg::Rope);
+  assign pairs      = !attend && !rotates && mode != 32'(fuse_pkg::Bypass);
   // The row that is written or read first: a linear begins with the oldest of the new rows, an attention with the newest.
   assign newest       = attend ? first_i + tokens_i - 32'd1 : first_i;
   assign cache_stride = (attend ? address_t'(kv_beats) : address_t'(out_beats)) << (LaneShift + 1);
 
-  logic bad;
+  function automatic logic of_rows(input logic [31:0] number);
+    of_rows = number != '0 && number < BufferKeys;
+  endfunction
+
+  logic [14:0] entered_q;  // inputs of the row that is in the activation store
+  logic bad_settings, bad_heads, bad_attend, bad_linear, bad_place, bad;
+
   always_comb begin
-    bad = tokens_i == '0 || tokens_i > 32'(RowsMax) || capacity_i > 32'd4096 || first_i > 32'd4096
-          || first_i + tokens_i > capacity_i;
-    if (attend) begin
-      bad = bad || geometry[7:0] == '0 || geometry[15:8] == '0 || head_size == '0 || 32'(geometry[7:0]) > HeadsMax
-            || 32'(geometry[15:8]) > KvHeadsMax || head_size[LaneShift-1:0] != '0 || 32'(head_beats) > HeadBeatsMax
-            || 32'(out_beats) > AttentionBeatsMax || geometry[15:8] > geometry[7:0];
-    end else begin
-      bad = bad || op != OpLinear || inputs == '0 || outputs == '0 || inputs > 32'd16384 || outputs > 32'd65535
-            || 32'(in_beats) > RowBeatsMax || 32'(run_o.blocks) > BlocksMax || 32'(run_o.sweep_beats) > BeatsMax
-            || 32'(run_o.vectors) > WeightWords * (Q / 2) || mode > 32'(fuse_pkg::SquaredRelu) || beats == '0
-            || beats[31:24] != '0 || (rotates && (head_size == '0 || head_size[LaneShift-1:0] != '0
-            || 32'(head_beats) > HeadBeatsMax));
-    end
-    bad = bad || target == '0 || target > BufferValues || side > BufferValues || source > BufferValues
-          || (!attend && flags[0] && source == '0)
-          || (!attend && !rotates && mode != '0 && side == '0);
+    bad_settings = tokens_i == '0 || tokens_i > 32'(RowsMax) || capacity_i > 32'd4096 || first_i > 32'd4096
+                   || first_i + tokens_i > capacity_i || layer[31:16] != '0;
+    bad_heads    = head_size == '0 || head_size[LaneShift-1:0] != '0 || 32'(head_beats) > HeadBeatsMax;
+    bad_attend   = bad_heads || geometry[7:0] == '0 || geometry[15:8] == '0 || 32'(geometry[7:0]) > HeadsMax
+                   || 32'(geometry[15:8]) > KvHeadsMax || 32'(out_beats) > AttentionBeatsMax
+                   || 16'(run_o.blocks * 16'(geometry[15:8])) != 16'(geometry[7:0])
+                   || !of_rows(source) || !of_rows(target);
+    bad_linear   = op != OpLinear || inputs == '0 || outputs == '0 || inputs > 32'd16384 || outputs > 32'd65535
+                   || 32'(in_beats) > RowBeatsMax || 32'(run_o.blocks) > BlocksMax || 32'(run_o.sweep_beats) > BeatsMax
+                   || 32'(run_o.vectors) > WeightWords * (Q / 2) || mode > 32'(fuse_pkg::SquaredRelu) || beats == '0
+                   || beats[31:24] != '0 || (rotates && bad_heads) || (pairs && !of_rows(side))
+                   || (flags[0] ? !of_rows(source) : inputs[14:0] != entered_q)
+                   || target == '0 || target > BufferValues || (in_cache && out_beats != kv_beats);
+    // Where a place within a beat is no place to begin.
+    bad_place    = run_o.target[LaneShift:0] != '0 || (!attend && run_o.weights[LaneShift:0] != '0)
+                   || ((attend || flags[0]) && run_o.source[LaneShift:0] != '0)
+                   || ((rotates || pairs) && run_o.side[LaneShift:0] != '0)
+                   || (attend && (keys | values) != '0);
+    bad          = bad_settings || bad_place || (attend ? bad_attend : bad_linear);
   end
 
   always_ff @(posedge clk_i) begin
     done_o <= 1'b0;
     if (rst_i) begin
-      state_q <= Collect;
-      left_q  <= ($clog2(Beats + 1))'(Beats);
-      asked_q <= 1'b0;
+      state_q   <= Collect;
+      left_q    <= ($clog2(Beats + 1))'(Beats);
+      asked_q   <= 1'b0;
+      entered_q <= '0;
     end else begin
       case (state_q)
         Collect: begin
@@ -163,6 +186,7 @@ module descriptor_unit
           done_o  <= 1'b1;
           end_o   <= op == OpEnd;
           bad_o   <= op != OpEnd && bad;
+          if (op == OpLinear && flags[0]) entered_q <= inputs[14:0];
         end
       endcase
     end

@@ -2,8 +2,8 @@
 // A LINEAR: loads a matrix; with `enter` takes every row of the source through norm and quantization into the activation
 // store; multiplies each row that is there, dequantizes, fuses and sends it out. Rows are entered while others are multiplied.
 //
-// A matrix whose stream is shorter or longer than its shape says ends in bad_o: what is too much is dropped, and the run must
-// be given up. Rows come and go by commands to the readers and the writer.
+// A matrix whose stream is shorter or longer than its shape says ends in bad_o, one whose reading failed in bus_error_o: no row
+// is multiplied, and the run must be given up. Rows come and go by commands to the readers and the writer.
 `default_nettype none
 
 module linear_path
@@ -19,46 +19,75 @@ module linear_path
     parameter int unsigned BlocksMax = 49,
     parameter int unsigned BeatsMax = 256,
     parameter int unsigned RowsMax = 16,
-    parameter int unsigned HeadBeatsMax = 16
+    parameter int unsigned HeadBeatsMax = 16,
+    localparam int unsigned DataBits = 16 * Lanes
 ) (
     input  wire logic                clk_i,
     input  wire logic                rst_i,
     input  wire logic                start_i,
-    input  wire run_t                run_i,      // steady from start_i until busy_o falls
+    input  wire run_t                run_i,  // steady from start_i until busy_o falls
     output logic                     busy_o,
-    output logic                     bad_o,      // sticky
-    output logic      [         2:0] phase_o,    // load, enter, sweep
+    output logic                     bad_o,  // sticky
+    output logic      [         2:0] phase_o,  // load, enter, sweep
     output logic                     weight_beat_o,
-    // the matrix
-    output logic                     weights_cmd_valid_o,
-    input  wire logic                weights_cmd_ready_i,
-    input  wire logic                weights_valid_i,
-    output logic                     weights_ready_o,
-    input  wire logic [       767:0] weights_data_i,
     // rows
     output logic                     source_cmd_valid_o,
     input  wire logic                source_cmd_ready_i,
     output address_t                 source_cmd_addr_o,
     input  wire logic                source_valid_i,
     output logic                     source_ready_o,
-    input  wire logic [Lanes*16-1:0] source_data_i,
+    input  wire logic [DataBits-1:0] source_data_i,
     input  wire logic                source_last_i,
     output logic                     side_cmd_valid_o,
     input  wire logic                side_cmd_ready_i,
     output address_t                 side_cmd_addr_o,
     input  wire logic                side_valid_i,
     output logic                     side_ready_o,
-    input  wire logic [Lanes*16-1:0] side_data_i,
+    input  wire logic [DataBits-1:0] side_data_i,
     output logic                     target_cmd_valid_o,
     input  wire logic                target_cmd_ready_i,
     output address_t                 target_cmd_addr_o,
     output logic                     target_valid_o,
     input  wire logic                target_ready_i,
-    output logic      [Lanes*16-1:0] target_data_o,
+    output logic      [DataBits-1:0] target_data_o,
     output logic                     target_last_o,
     input  wire logic                target_idle_i,
     // sticky: NONFINITE, SATURATED, BAD_INDEX, QUANT_CLAMP, ACC_CLAMP, short frame, long frame
-    output logic      [         6:0] status_o
+    output logic      [         6:0] status_o,
+    output logic                     bus_error_o,  // sticky: of the matrix
+    output logic      [AddrBits-1:0] m_axi_w0_araddr,
+    output logic      [         7:0] m_axi_w0_arlen,
+    output logic      [         2:0] m_axi_w0_arsize,
+    output logic      [         1:0] m_axi_w0_arburst,
+    output logic                     m_axi_w0_arvalid,
+    input  wire logic                m_axi_w0_arready,
+    input  wire logic [DataBits-1:0] m_axi_w0_rdata,
+    input  wire logic [         1:0] m_axi_w0_rresp,
+    input  wire logic                m_axi_w0_rlast,
+    input  wire logic                m_axi_w0_rvalid,
+    output logic                     m_axi_w0_rready,
+    output logic      [AddrBits-1:0] m_axi_w1_araddr,
+    output logic      [         7:0] m_axi_w1_arlen,
+    output logic      [         2:0] m_axi_w1_arsize,
+    output logic      [         1:0] m_axi_w1_arburst,
+    output logic                     m_axi_w1_arvalid,
+    input  wire logic                m_axi_w1_arready,
+    input  wire logic [DataBits-1:0] m_axi_w1_rdata,
+    input  wire logic [         1:0] m_axi_w1_rresp,
+    input  wire logic                m_axi_w1_rlast,
+    input  wire logic                m_axi_w1_rvalid,
+    output logic                     m_axi_w1_rready,
+    output logic      [AddrBits-1:0] m_axi_w2_araddr,
+    output logic      [         7:0] m_axi_w2_arlen,
+    output logic      [         2:0] m_axi_w2_arsize,
+    output logic      [         1:0] m_axi_w2_arburst,
+    output logic                     m_axi_w2_arvalid,
+    input  wire logic                m_axi_w2_arready,
+    input  wire logic [DataBits-1:0] m_axi_w2_rdata,
+    input  wire logic [         1:0] m_axi_w2_rresp,
+    input  wire logic                m_axi_w2_rlast,
+    input  wire logic                m_axi_w2_rvalid,
+    output logic                     m_axi_w2_rready
 );
 
   localparam int unsigned IndexBits = $clog2(3 ** G);
@@ -80,71 +109,72 @@ module linear_path
 
   state_e state_q;
   logic [15:0] entered_q, left_q;
-  logic loaded, rows_start_q, finished;
+  logic rows_start_q, finished;
 
   assign busy_o  = state_q != Idle;
   assign phase_o = {state_q == Rows && entered_q != '0, state_q == Rows && entered_q != run_i.rows, state_q == Load};
 
-  // --- load: a stream of as many beats as the descriptor says, to be what the shape needs
-  logic [23:0] beats_left_q;
-  logic [3:0] settle_q;
-  logic asked_q, unpack_asked_q, load_asked_q, unpack_cmd_ready, unpack_in_ready, load_ready, vec_valid, vec_ready;
-  logic norm_valid, bad_index;
+  // --- load
+  logic load_done, load_failed, load_valid, load_ready, vec_valid, vec_ready, norm_valid, bad_index;
   logic [15:0] norm_data;
   logic [Vectors*VectorBits-1:0] vec_data;
-  logic ended;
 
-  assign weights_cmd_valid_o = state_q == Load && !asked_q;
-  assign weights_ready_o     = state_q == Load && (unpack_in_ready || (unpack_asked_q && unpack_cmd_ready));
-  assign weight_beat_o       = weights_valid_i && weights_ready_o;
-  assign ended               = state_q == Load && asked_q && load_asked_q && beats_left_q == '0 && settle_q == '0;
-  assign loaded              = ended && unpack_cmd_ready && load_ready;
-
-  always_ff @(posedge clk_i) begin
-    if (rst_i) begin
-      bad_o <= 1'b0;
-    end else if (state_q == Load) begin
-      // More beats than the matrix has, or it still waits when all have come.
-      if (weight_beat_o && !unpack_in_ready) bad_o <= 1'b1;
-      if (ended && !(unpack_cmd_ready && load_ready)) bad_o <= 1'b1;
-    end
-    if (state_q == Idle) begin
-      asked_q        <= 1'b0;
-      unpack_asked_q <= 1'b0;
-      load_asked_q   <= 1'b0;
-      beats_left_q   <= run_i.weight_beats;
-    end else begin
-      if (weights_cmd_valid_o && weights_cmd_ready_i) asked_q <= 1'b1;
-      if (state_q == Load && unpack_cmd_ready) unpack_asked_q <= 1'b1;
-      if (state_q == Load && load_ready) load_asked_q <= 1'b1;
-      if (weight_beat_o) beats_left_q <= beats_left_q - 24'd1;
-    end
-    // The last groups are on their way; a beat holds PerBeat vectors, so many groups at the most.
-    if (beats_left_q != '0 || vec_valid) settle_q <= 4'd8;
-    else if (settle_q != '0) settle_q <= settle_q - 4'd1;
-  end
-
-  weight_unpack #(
+  matrix_loader #(
       .G(G),
       .T(T),
-      .Q(Q)
-  ) u_unpack (
+      .Q(Q),
+      .Lanes(Lanes)
+  ) u_loader (
       .clk_i,
       .rst_i,
-      .cmd_valid_i  (state_q == Load && !unpack_asked_q),
-      .cmd_ready_o  (unpack_cmd_ready),
-      .cmd_vectors_i(run_i.vectors),
-      .cmd_norms_i  (run_i.norm ? run_i.inputs : '0),
-      .in_valid_i   (weights_valid_i && state_q == Load && unpack_asked_q),
-      .in_ready_o   (unpack_in_ready),
-      .in_data_i    (weights_data_i),
-      .vec_valid_o  (vec_valid),
-      .vec_ready_i  (vec_ready),
-      .vec_data_o   (vec_data),
-      .norm_valid_o (norm_valid),
-      .norm_ready_i (1'b1),
-      .norm_data_o  (norm_data),
-      .bad_index_o  (bad_index)
+      .active_i    (state_q == Load),
+      .run_i,
+      .done_o      (load_done),
+      .failed_o    (load_failed),
+      .bad_o,
+      .beat_o      (weight_beat_o),
+      .load_valid_o(load_valid),
+      .load_ready_i(load_ready),
+      .vec_valid_o (vec_valid),
+      .vec_ready_i (vec_ready),
+      .vec_data_o  (vec_data),
+      .norm_valid_o(norm_valid),
+      .norm_data_o (norm_data),
+      .bad_index_o (bad_index),
+      .bus_error_o,
+      .m_axi_w0_araddr,
+      .m_axi_w0_arlen,
+      .m_axi_w0_arsize,
+      .m_axi_w0_arburst,
+      .m_axi_w0_arvalid,
+      .m_axi_w0_arready,
+      .m_axi_w0_rdata,
+      .m_axi_w0_rresp,
+      .m_axi_w0_rlast,
+      .m_axi_w0_rvalid,
+      .m_axi_w0_rready,
+      .m_axi_w1_araddr,
+      .m_axi_w1_arlen,
+      .m_axi_w1_arsize,
+      .m_axi_w1_arburst,
+      .m_axi_w1_arvalid,
+      .m_axi_w1_arready,
+      .m_axi_w1_rdata,
+      .m_axi_w1_rresp,
+      .m_axi_w1_rlast,
+      .m_axi_w1_rvalid,
+      .m_axi_w1_rready,
+      .m_axi_w2_araddr,
+      .m_axi_w2_arlen,
+      .m_axi_w2_arsize,
+      .m_axi_w2_arburst,
+      .m_axi_w2_arvalid,
+      .m_axi_w2_arready,
+      .m_axi_w2_rdata,
+      .m_axi_w2_rresp,
+      .m_axi_w2_rlast,
+      .m_axi_w2_rvalid,
+      .m_axi_w2_rready
   );
 
   // --- rows: counts of what has been asked of each unit; a row may be multiplied when it has been entered
@@ -267,7 +297,7 @@ module linear_path
   ) u_weights (
       .clk_i,
       .rst_i,
-      .load_valid_i  (state_q == Load && !load_asked_q),
+      .load_valid_i  (load_valid),
       .load_ready_o  (load_ready),
       .load_vectors_i(LoadBits'(run_i.vectors)),
       .mem_valid_i   (vec_valid),
@@ -410,11 +440,9 @@ module linear_path
       case (state_q)
         Idle: if (start_i) state_q <= Load;
         Load: begin
-          if (loaded && !bad_o) begin
-            state_q      <= Rows;
-            rows_start_q <= 1'b1;
-          end else if (ended && bad_o) begin
-            state_q <= Idle;
+          if (load_done) begin
+            state_q      <= load_failed ? Idle : Rows;
+            rows_start_q <= !load_failed;
           end
         end
         default: if (finished) state_q <= Idle;
