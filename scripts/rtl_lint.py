@@ -19,7 +19,10 @@ POINTS: dict[str, list[dict[str, int]]] = {
         {"P": 1, "Lanes": 1, "HeadsMax": 1, "KvHeadsMax": 1, "BeatsMax": 1},
         {"P": 3, "Lanes": 4, "HeadsMax": 6, "KvHeadsMax": 3, "BeatsMax": 12},
     ],
-    "accelerator": [{}, {"G": 3, "T": 4, "Q": 4, "P": 2, "Lanes": 4, "WeightWords": 256, "RowBeatsMax": 8, "BlocksMax": 3}],
+    "accelerator": [
+        {},
+        {"G": 3, "T": 4, "Q": 4, "P": 2, "Lanes": 4, "WeightWords": 256, "RowBeatsMax": 8, "BlocksMax": 3},
+    ],
     "activation_store": [{}, {"BlockBits": 8, "BlocksMax": 1, "RowsMax": 2}],
     "axi_read_arbiter": [{}],
     "block_fifo": [{}, {"Width": 1, "Depth": 1}],
