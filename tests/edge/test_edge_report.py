@@ -12,9 +12,11 @@ from typer.testing import CliRunner
 from tilewright.edge.contract import Tiling
 from tilewright.edge.tellme import BITNET_0_73B, SMOLLM2_135M, XCK26, synthesis
 from tilewright.edge.tellme.report import (
+    CHUNK,
     CONTEXTS,
     FF_XCK26,
     KINDS,
+    prompt_seconds,
     report,
     resources,
     roofline,
@@ -45,6 +47,16 @@ def test_the_roof_bounds_every_point():
     for point in found["tokens"].values():
         roof = min(found["peak"], point["products_per_byte"] * found["bytes_per_second"])
         assert 0 < point["products_per_second"] < roof
+
+
+def test_a_prompt_loads_the_weights_once_a_chunk():
+    config = rtl_config(BITNET_0_73B)
+    assert prompt_seconds(config, 16)["weights"] == config.load_seconds()
+    assert prompt_seconds(config, 17)["weights"] == pytest.approx(2 * config.load_seconds())
+    one, many = prompt_seconds(config, 16), prompt_seconds(config, 64)
+    assert many["look-up"] == pytest.approx(4 * one["look-up"])
+    top = (Path(__file__).resolve().parents[2] / "rtl" / "src" / "accelerator.sv").read_text()
+    assert f"RowsMax = {CHUNK}," in top
 
 
 def test_resources_are_the_recorded_counts_times_how_many():
