@@ -48,8 +48,8 @@ class Descriptor:
 
     Attributes:
         flags: ENTER, NORM. mode: number of a fuse mode. address: of the weight stream, bytes from the image's weights.
-        beats: of the weight stream. mantissa, exponent: gamma / 127; of ATTEND the score factor. eps_low, eps_high: halves of EPS.
-        geometry: heads + 256 * key heads + 65536 * head size.
+        beats: of the weight stream. mantissa, exponent: gamma / 127; of ATTEND the score factor. eps_low, eps_high:
+        halves of EPS. geometry: heads + 256 * key heads + 65536 * head size.
     """
 
     op: int
