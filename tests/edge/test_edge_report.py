@@ -12,9 +12,11 @@ from typer.testing import CliRunner
 from tilewright.edge.contract import Tiling
 from tilewright.edge.tellme import BITNET_0_73B, SMOLLM2_135M, XCK26, synthesis
 from tilewright.edge.tellme.report import (
+    CHUNK,
     CONTEXTS,
     FF_XCK26,
     KINDS,
+    prompt_seconds,
     report,
     resources,
     roofline,
@@ -47,6 +49,16 @@ def test_the_roof_bounds_every_point():
         assert 0 < point["products_per_second"] < roof
 
 
+def test_a_prompt_loads_the_weights_once_a_chunk():
+    config = rtl_config(BITNET_0_73B)
+    assert prompt_seconds(config, 16)["weights"] == config.load_seconds()
+    assert prompt_seconds(config, 17)["weights"] == pytest.approx(2 * config.load_seconds())
+    one, many = prompt_seconds(config, 16), prompt_seconds(config, 64)
+    assert many["look-up"] == pytest.approx(4 * one["look-up"])
+    top = (Path(__file__).resolve().parents[2] / "rtl" / "src" / "accelerator.sv").read_text()
+    assert f"RowsMax = {CHUNK}," in top
+
+
 def test_resources_are_the_recorded_counts_times_how_many():
     recorded = json.loads(synthesis.FILE.read_text(encoding="utf-8"))["units"]
     found = resources()
@@ -54,7 +66,10 @@ def test_resources_are_the_recorded_counts_times_how_many():
     for kind in KINDS:
         assert found["sum"][kind] == sum(one["count"] * one[kind] for one in recorded.values())
     assert found["xck26"] == {**vars(XCK26), "ff": FF_XCK26}
-    assert found["fits_the_xck26"] == all(found["sum"][kind] <= found["xck26"][kind] for kind in KINDS)
+    assert found["exceeds_the_xck26_in"][4] == [kind for kind in KINDS if found["sum"][kind] > found["xck26"][kind]]
+    assert found["exceeds_the_xck26_in"][2] == []
+    saved = synthesis.study("attention, P = 2").lut - recorded["attention"]["lut"]
+    assert found["sum_with_2_queries"]["lut"] - found["sum"]["lut"] == saved < 0
     assert found["sum"]["uram"] >= rtl_config(BITNET_0_73B).uram() == 48
 
 
