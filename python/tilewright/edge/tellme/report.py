@@ -52,8 +52,8 @@ def utilisation(config: TellmeConfig, context: int) -> dict[str, float]:
 
 
 def prompt_seconds(config: TellmeConfig, tokens: int) -> dict[str, float]:
-    """Seconds to the first token of a prompt, by part: the model's, but weights are loaded and a first row entered, that
-    no sweep hides, once a chunk."""
+    """Seconds to the first token of a prompt, by part: the model's, but weights are loaded and a first row entered
+    once a chunk, which no sweep hides."""
     parts, chunks = config.ttft_parts(tokens), -(-tokens // CHUNK)
     rows = config.row_cycles() * config.shape.layers / (config.f_mhz * 1e6)
     return {**parts, "weights": chunks * parts["weights"], "rows": chunks * rows}
