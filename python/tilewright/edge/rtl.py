@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The accelerator's RTL in simulation: a context whose layers run on it, bit for bit the contract's, with its cycles."""
+"""The accelerator's RTL in simulation: a context whose layers run on it, bit for bit the contract's."""
 
 from __future__ import annotations
 
@@ -190,7 +190,7 @@ class RtlSession(Context):
         **timing: float,
     ) -> None:
         super().__init__(model, PythonUnits(), capacity)
-        make = device or _module().Accelerator
+        make: Any = device or _module().Accelerator
         self.build: dict[str, int] = dict(make.parameters)
         check_fits(model, self.build)
         sections, self._program = sections_of(model)
@@ -256,11 +256,9 @@ class RtlSession(Context):
         for register in COUNTERS:
             low, high = self.device.read(register), self.device.read(register + 4)
             self.counts[register.name.lower()] += low | high << 32
-        for bit in (Status.BUS_ERROR, Status.BAD_DESCRIPTOR):
+        for bit, meaning in _BROKEN.items():
             if status & bit:
-                raise RuntimeError(
-                    f"RtlSession: layer {index} at {self.seen} tokens ended with {bit.name}: {bit_text(bit)}"
-                )
+                raise RuntimeError(f"RtlSession: layer {index} at {self.seen} tokens ended with {bit.name}: {meaning}")
 
     def cache(self, index: int) -> KvCache:
         """A layer's keys and values so far, read from memory."""
