@@ -142,9 +142,14 @@ def test_without_the_rtl_it_says_what_to_install(model: EdgeModel, monkeypatch: 
 
 
 def test_the_cycle_model_of_a_chunk(model: EdgeModel) -> None:
-    """By hand, two layers of seven matrices: 1 block a matrix; beats 2, 1, 1, 2, 3, 3, 2 with 27 cycles of filling."""
+    """By hand: two layers, six queries behind five positions, eight lanes."""
     found = expected_cycles(model, BUILD | {"Lanes": 8}, 5, 6)
-    assert found["sweep"] == 2 * 6 * (2 + 1 + 1 + 2 + 3 + 3 + 2 + 7 * 27)
-    # Blocks of four from the newest down see 11 and 7 keys; a key takes a beat and a step for each of four heads.
-    assert found["attend"] == 2 * (11 + 7) * (4 + 4)
+    # Blocks of four and two queries from the newest down see 11 and 7 keys. A row of queries is four beats, of keys
+    # two; a key takes eight cycles, the least there is.
+    blocks = [18 + 2 * queries * 4 + 2 + 4 * 37 + keys * 8 for queries, keys in ((4, 11), (2, 7))]
+    assert found["attend"] == 2 * (14 + 2 * 20 + sum(blocks))
+    assert found["descriptors"] == 2 * 9 * (51 + 20)
+    # Matrices of one block: 32, 16, 16, 32, 48, 48 and 32 padded outputs, five vectors a beat; norms of 24, 32 and 41.
+    beats = [[24, 4, 4, 32, 24, 10, 41], [24, 4, 4, 7, 24, 10, 7]]
+    assert found["load"] == sum(map(sum, beats)) + 14 * (28 + 20)
     assert Machine.parameters == BUILD

@@ -26,7 +26,7 @@ from tilewright.edge.contract.stream import BEAT_BITS
 from tilewright.edge.model import EdgeModel
 from tilewright.edge.program import MATRICES, NORM, Descriptor, Op, decode, encode, layer_program
 
-MAGIC, VERSION, PAGE = b"TWEDGE\0\0", 1, 4096
+MAGIC, VERSION, PAGE = b"TWEDGE\0\0", 2, 4096
 _HEAD = struct.Struct("<8sIII")
 
 

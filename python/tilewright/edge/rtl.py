@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The accelerator's RTL in simulation: a context whose layers run on it, bit for bit the contract's."""
+"""The accelerator's RTL in simulation: a context whose layers run on it, bit for bit the contract's, counted."""
 
 from __future__ import annotations
 
@@ -14,12 +14,10 @@ from numpy.typing import NDArray
 from tilewright.edge.contract import MAX_CONTEXT, KvCache, Layer, Status, Tiling
 from tilewright.edge.contract.half import Half
 from tilewright.edge.contract.layer import PythonUnits
-from tilewright.edge.contract.stream import BEAT_BITS
 from tilewright.edge.image import PAGE, sections_of
 from tilewright.edge.model import Context, EdgeModel
 from tilewright.edge.program import BYTES, MATRICES, Buffer, Op
-from tilewright.edge.tellme import OURS, TellmeConfig
-from tilewright.edge.tellme.config import Shape
+from tilewright.edge.tellme.cycles import layer_cycles
 
 BASE = 0x8_0000_0000
 """Where memory begins: beyond 32 bits, as on the boards."""
@@ -174,7 +172,7 @@ class RtlSession(Context):
         timing: latency and outstanding bursts of memory, pause (probability) and seed of random pauses.
 
     Attributes:
-        counts: the accelerator's counters, summed over all runs.
+        counts: the accelerator's counters, summed over all runs. expected_total: what the cycle model says of them.
         device: has memory, read, write, run, parameters.
         map: what is where in memory.
 
@@ -204,6 +202,7 @@ class RtlSession(Context):
         rows[:, : model.layers[0].head_size] = self.angles.reshape(capacity, -1).view(np.float16)
         self.device = make(memory, BASE, **timing)
         self.memory, self.seen = memory, 0
+        self.expected_total = 0
         self.counts = dict.fromkeys((register.name.lower() for register in COUNTERS), 0)
         ends = [i for i, one in enumerate(self._program) if one.op == Op.END]
         self._begins = [0, *(i + 1 for i in ends[:-1])]
@@ -239,6 +238,7 @@ class RtlSession(Context):
         stream[: len(x), : x.shape[1]] = x
         self.device.write(Register.TOKENS, len(x))
         self.device.write(Register.FIRST, self.seen)
+        self.expected_total += sum(self.expected(self.seen, len(x)).values())
         for index, begin in enumerate(self._begins):
             self._set(Register.PROGRAM, BASE + self.map.places["program"][0] + begin * BYTES)
             self._run(index, len(x))
@@ -256,9 +256,9 @@ class RtlSession(Context):
         for register in COUNTERS:
             low, high = self.device.read(register), self.device.read(register + 4)
             self.counts[register.name.lower()] += low | high << 32
-        for bit, meaning in _BROKEN.items():
+        for bit, reason in _BROKEN.items():
             if status & bit:
-                raise RuntimeError(f"RtlSession: layer {index} at {self.seen} tokens ended with {bit.name}: {meaning}")
+                raise RuntimeError(f"RtlSession: layer {index} at {self.seen} tokens ended with {bit.name}: {reason}")
 
     def cache(self, index: int) -> KvCache:
         """A layer's keys and values so far, read from memory."""
@@ -270,28 +270,15 @@ class RtlSession(Context):
         return KvCache(found[0], found[1], self.seen)
 
     def expected(self, first: int, tokens: int) -> dict[str, int]:
-        """Cycles by phase that the cycle model counts for one chunk of tokens behind ``first``, all layers."""
+        """Cycles by part that the cycle model counts for one chunk of tokens behind ``first``, all layers."""
         return expected_cycles(self.model, self.build, first, tokens)
 
 
 def expected_cycles(model: EdgeModel, build: dict[str, int], first: int, tokens: int) -> dict[str, int]:
-    """Cycles of one chunk by phase, as :class:`tilewright.edge.tellme.TellmeConfig` counts them for the build.
-
-    Returns:
-        load (weight beats at the ports' full width), enter (a lone token's rows), sweep (table lookups), attend.
-    """
-    layer, layers = model.layers[0], len(model.layers)
-    shape = Shape(
-        "", layer.q.weights.inputs, layer.gate.weights.outputs, layers, layer.heads, layer.kv_heads, layer.head_size,
-        len(model.embedding),
-    )  # fmt: skip
+    """Cycles by part that :mod:`tilewright.edge.tellme.cycles` counts for one chunk of tokens, all layers."""
     tiling = Tiling(build["G"], build["T"], build["Q"], build["P"], build["Lanes"])
-    config = TellmeConfig(shape, tiling, OURS, fill=0 if build["Banks"] == 2 else tiling.codes)
-    keys = sum(range(first + tokens, first, -tiling.p))
-    beats_a_cycle = min(3 * 16 * build["Lanes"] / BEAT_BITS, 1)
-    return {
-        "load": round(config.weight_bytes() * 8 / BEAT_BITS / beats_a_cycle),
-        "enter": config.row_cycles() * layers,
-        "sweep": config.layer_cycles() * layers * tokens,
-        "attend": round(keys * config.key_cycles() * layers),
-    }
+    parts: dict[str, int] = {}
+    for layer in model.layers:
+        for name, cycles in layer_cycles(layer, tiling, first, tokens, banks=build["Banks"]).items():
+            parts[name] = parts.get(name, 0) + cycles
+    return parts
