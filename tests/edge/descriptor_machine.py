@@ -12,7 +12,7 @@ from tilewright.edge.rtl import ID, Register
 BUILD = {
     "G": 3, "T": 28, "Q": 16, "P": 4, "Lanes": 16, "Banks": 1, "WeightWords": 12800, "RowBeatsMax": 256,
     "BlocksMax": 49, "BeatsMax": 256, "RowsMax": 64, "HeadsMax": 32, "KvHeadsMax": 32, "HeadBeatsMax": 16,
-    "AddrBits": 40,
+    "AttentionBeatsMax": 128,
 }  # fmt: skip
 
 
@@ -108,6 +108,6 @@ class Machine:
             self.rows(buffer, 0, first + tokens, kv_heads * size, one.layer)[::-1].reshape(-1, kv_heads, size)
             for buffer in (Buffer.KEYS, Buffer.VALUES)
         )
-        factor = c.Factor(one.mantissa, one.exponent) if one.mantissa else c.score_factor(size)
+        factor = c.Factor(one.mantissa, one.exponent)
         mixed = c.attention(q, k, v, first=first, factor=factor, status=status)
         self.rows(one.target, 0, tokens, heads * size)[:] = mixed.reshape(tokens, -1)

@@ -87,11 +87,11 @@ def test_slow_memory_changes_cycles_and_nothing_else(rng, seed):
 
 
 @pytest.mark.model
-def test_a_real_layer_of_smollm2_is_the_contracts():
+def test_a_real_layer_of_smollm2_is_the_contracts(smollm2_gguf):
     """Its fourth layer, weights rounded to ternary, on rows of its own embedding: a prompt, then a token."""
-    from tilewright import data, models
+    from tilewright import models
 
-    module = models.to_transformers(models.load(data.smollm2_gguf()), dequantize=True)
+    module = models.to_transformers(models.load(smollm2_gguf), dequantize=True)
     whole = EdgeModel.from_transformers(module)
     model = EdgeModel(
         [whole.layers[3]], whole.embedding, whole.head, whole.final_norm, whole.eps, whole.rope_base, TILING

@@ -83,6 +83,7 @@ def test_places_are_aligned_and_apart_and_in_the_registers(model: EdgeModel) -> 
         ({"HeadsMax": 3}, r"layers.0: heads is 4, .* 3; it needs HeadsMax"),
         ({"KvHeadsMax": 1}, r"layers.0: key heads is 2, .* 1; it needs KvHeadsMax"),
         ({"HeadBeatsMax": 0}, r"layers.0: beats of a head is 1, .* 0; it needs HeadBeatsMax"),
+        ({"AttentionBeatsMax": 3}, r"layers.0: beats of a row of queries is 4, .* 3; it needs AttentionBeatsMax"),
         ({"Lanes": 16}, "layers.0: head size 8, needed a multiple of 16 lanes"),
     ],
 )

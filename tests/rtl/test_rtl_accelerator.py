@@ -19,7 +19,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize(
-    ("g", "t", "q", "p", "lanes", "banks"), [(3, 4, 4, 2, 4, 1), (2, 5, 6, 1, 8, 2), (3, 7, 8, 4, 16, 1)]
+    ("g", "t", "q", "p", "lanes", "banks"), [(3, 4, 4, 4, 4, 1), (2, 5, 6, 1, 8, 2), (3, 7, 8, 2, 16, 1)]
 )
 def test_accelerator(g, t, q, p, lanes, banks, tmp_path):
     point = {"G": g, "T": t, "Q": q, "P": p, "Lanes": lanes, "Banks": banks}

@@ -170,14 +170,21 @@ class Context:
         return hidden.astype(np.float32) @ self.model.head.astype(np.float32).T
 
     def generate(
-        self, prompt: Sequence[int], count: int, progress: Callable[[int], None] = lambda _: None
+        self,
+        prompt: Sequence[int],
+        count: int,
+        progress: Callable[[int], None] = lambda _: None,
+        layer: Callable[[int], None] = lambda _: None,
     ) -> list[int]:
-        """The ``count`` likeliest tokens, one by one, behind a prompt."""
+        """The ``count`` likeliest tokens, one by one, behind a prompt.
+
+        ``progress`` is called with how many there are after each, ``layer`` as :meth:`hidden` calls its ``progress``.
+        """
         found: list[int] = []
         tokens = list(prompt)
         for _ in range(count):
             # The last token generated is not fed back: nothing follows it.
-            found.append(int(self.logits(self.hidden(tokens)[-1:])[0].argmax()))
+            found.append(int(self.logits(self.hidden(tokens, layer)[-1:])[0].argmax()))
             tokens = found[-1:]
             progress(len(found))
         return found

@@ -157,7 +157,14 @@ def _check_heads(index: int, layer: Layer, build: dict[str, int]) -> None:
         raise ValueError(f"RtlSession: layers.{index}: head size {layer.head_size}, needed a multiple of {lanes} lanes")
     _need(f"layers.{index}: heads", layer.heads, build["HeadsMax"], "HeadsMax")
     _need(f"layers.{index}: key heads", layer.kv_heads, build["KvHeadsMax"], "KvHeadsMax")
-    _need(f"layers.{index}: beats of a head", layer.head_size // lanes, build["HeadBeatsMax"], "HeadBeatsMax")
+    beats = layer.head_size // lanes
+    _need(f"layers.{index}: beats of a head", beats, build["HeadBeatsMax"], "HeadBeatsMax")
+    _need(
+        f"layers.{index}: beats of a row of queries",
+        layer.heads * beats,
+        build["AttentionBeatsMax"],
+        "AttentionBeatsMax",
+    )
 
 
 class RtlSession(Context):

@@ -158,7 +158,12 @@ def simulate(
         else edge.session(HlsUnits() if engine == "hls" else PythonUnits(), capacity=capacity)
     )
     with progress_bar() as report:
-        found = session.generate(ids, tokens, lambda done: report("tokens", done, tokens))
+        found = session.generate(
+            ids,
+            tokens,
+            lambda done: report("tokens", done, tokens),
+            lambda done: report("layers", done + 1, len(edge.layers)),
+        )
     text = tokenizer.decode(found)
     counted = _counted(session, len(ids) + tokens - 1) if engine == "rtl" else {}
     if json:

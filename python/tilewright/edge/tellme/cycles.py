@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tilewright.edge.contract import Layer, Linear, Tiling, beats_of
+from tilewright.edge.contract import Layer, Linear, Tiling
+from tilewright.edge.contract.stream import beat_count
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def linear_cycles(
     for row in range(tokens):
         done = max(done, first + row * period) + sweep
     rows = done + pipelines.last_row
-    return {"load": len(beats_of(weights, linear.norm)) + pipelines.load, "rows": rows}
+    norms = 0 if linear.norm is None else len(linear.norm)
+    return {"load": beat_count(weights, norms) + pipelines.load, "rows": rows}
 
 
 def attention_cycles(layer: Layer, tiling: Tiling, first: int, tokens: int, pipelines: Pipelines) -> int:
