@@ -12,9 +12,11 @@ from descriptor_machine import BUILD, Machine, machine
 from edge_inputs import POINTS, halves, small_layer
 
 from tilewright.edge import contract as c
+from tilewright.edge.contract import Tiling
 from tilewright.edge.model import EdgeModel
 from tilewright.edge.program import Buffer
 from tilewright.edge.rtl import BASE, UNWRITTEN, Register, RtlSession, check_fits, expected_cycles
+from tilewright.edge.tellme.cycles import Pipelines, load_cycles
 
 TOKENS = [3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
 
@@ -143,14 +145,20 @@ def test_without_the_rtl_it_says_what_to_install(model: EdgeModel, monkeypatch: 
 
 
 def test_the_cycle_model_of_a_chunk(model: EdgeModel) -> None:
-    """By hand: two layers, six queries behind five positions, eight lanes."""
+    """By hand, cycle by cycle: two layers, six queries behind five positions, eight lanes, memory after 20 cycles."""
     found = expected_cycles(model, BUILD | {"Lanes": 8}, 5, 6)
-    # Blocks of four and two queries from the newest down see 11 and 7 keys. A row of queries is four beats, of keys
-    # two; a key takes eight cycles, the least there is.
-    blocks = [18 + 2 * queries * 4 + 2 + 4 * 37 + keys * 8 for queries, keys in ((4, 11), (2, 7))]
-    assert found["attend"] == 2 * (14 + 2 * 20 + sum(blocks))
-    assert found["descriptors"] == 2 * 9 * (51 + 20)
-    # Matrices of one block: 32, 16, 16, 32, 48, 48 and 32 padded outputs, five vectors a beat; norms of 24, 32 and 41.
-    beats = [[24, 4, 4, 32, 24, 10, 41], [24, 4, 4, 7, 24, 10, 7]]
-    assert found["load"] == sum(map(sum, beats)) + 14 * (28 + 20)
+    # A read's first beat comes 23 cycles after its command. Blocks of four and two queries see 11 and 7 keys, eight
+    # cycles each; a row of queries is four beats, of keys two, of a head one. Command 1, queries 25 to 40, first key
+    # 41, last key 121, its products 124, step 135, added 135; drained, four reciprocals of 36: 289; four rows: 313.
+    # Command 315, the first key when its two beats have come, 340; last 388, 391, 402, 402; 556; two rows: 570. In
+    # memory four beats, 20 and 2 cycles later.
+    assert found["attend"] == 2 * (570 + 4 + 20 + 2 + 1)
+    # Four beats of a descriptor, two divisions of 18 bits, three steps, two to begin and one behind.
+    assert found["descriptors"] == 2 * 9 * (23 + 4 + 2 * 20 + 3 + 2 + 1)
+    # Up: ten beats of vectors, 60 of the ports in four bursts: the first port's second one, of twelve, has come at
+    # 10 + 20 + 16 + 8 = 54. q: 24 beats for its norm, 144 and nine bursts: three rounds of 16, the first port's piece
+    # used at 74, the others' three a cycle, 85. Ten cycles more settle it; one for vectors with the last beat.
+    up, q = model.layers[0].up, model.layers[0].q
+    assert load_cycles(up, Tiling(lanes=8), Pipelines()) == 54 + 1 + 10
+    assert load_cycles(q, Tiling(lanes=8), Pipelines()) == 85 + 10
     assert Machine.parameters == BUILD

@@ -23,4 +23,4 @@ SIZES = {
 )
 def test_accelerator(g, t, q, p, lanes, banks, tmp_path):
     point = {"G": g, "T": t, "Q": q, "P": p, "Lanes": lanes, "Banks": banks}
-    assert simulate("accelerator", point | SIZES, tmp_path, wrapper="accelerator_ids") == 10
+    assert simulate("accelerator", point | SIZES, tmp_path, wrapper="accelerator_ids") == 7

@@ -11,6 +11,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from simulate import SOURCES, run_bench
+from test_rtl_descriptor import SMALL
 
 CORE = {"G": 1, "T": 1, "Q": 1, "Banks": 2}
 
@@ -39,6 +40,10 @@ MUTANTS = [
     Mutant("shift of a row's factor", "row_factor", "4'(place - 16)", "4'(place - 17)", "row_factor", {}),
     Mutant("word of a wrapped vector", "weight_buffer", "word_q + WordBits'(bank < 32'(bank_q))", "word_q",
            "weight_buffer", {"Q": 6, "Vectors": 2, "Words": 10, "VectorBits": 7}),
+    Mutant("row of the cache", "descriptor_unit", "capacity_i - 32'd1 - newest", "capacity_i - newest",
+           "descriptor_unit", SMALL),
+    Mutant("positions past the cache", "descriptor_unit", "first_i + tokens_i > capacity_i", "first_i >= capacity_i",
+           "descriptor_unit", SMALL),
 ]  # fmt: skip
 
 

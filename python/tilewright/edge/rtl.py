@@ -17,7 +17,7 @@ from tilewright.edge.contract.layer import PythonUnits
 from tilewright.edge.image import PAGE, sections_of
 from tilewright.edge.model import Context, EdgeModel
 from tilewright.edge.program import BYTES, MATRICES, Buffer, Op
-from tilewright.edge.tellme.cycles import layer_cycles
+from tilewright.edge.tellme.cycles import Pipelines, layer_cycles
 
 BASE = 0x8_0000_0000
 """Where memory begins: beyond 32 bits, as on the boards."""
@@ -209,6 +209,7 @@ class RtlSession(Context):
         rows[:, : model.layers[0].head_size] = self.angles.reshape(capacity, -1).view(np.float16)
         self.device = make(memory, BASE, **timing)
         self.memory, self.seen = memory, 0
+        self._pipelines = Pipelines(int(timing.get("latency", Pipelines.latency)))
         self.expected_total = 0
         self.counts = dict.fromkeys((register.name.lower() for register in COUNTERS), 0)
         ends = [i for i, one in enumerate(self._program) if one.op == Op.END]
@@ -278,14 +279,18 @@ class RtlSession(Context):
 
     def expected(self, first: int, tokens: int) -> dict[str, int]:
         """Cycles by part that the cycle model counts for one chunk of tokens behind ``first``, all layers."""
-        return expected_cycles(self.model, self.build, first, tokens)
+        return expected_cycles(self.model, self.build, first, tokens, self._pipelines)
 
 
-def expected_cycles(model: EdgeModel, build: dict[str, int], first: int, tokens: int) -> dict[str, int]:
+def expected_cycles(
+    model: EdgeModel, build: dict[str, int], first: int, tokens: int, pipelines: Pipelines | None = None
+) -> dict[str, int]:
     """Cycles by part that :mod:`tilewright.edge.tellme.cycles` counts for one chunk of tokens, all layers."""
     tiling = Tiling(build["G"], build["T"], build["Q"], build["P"], build["Lanes"])
     parts: dict[str, int] = {}
     for layer in model.layers:
-        for name, cycles in layer_cycles(layer, tiling, first, tokens, banks=build["Banks"]).items():
+        for name, cycles in layer_cycles(
+            layer, tiling, first, tokens, banks=build["Banks"], pipelines=pipelines
+        ).items():
             parts[name] = parts.get(name, 0) + cycles
     return parts

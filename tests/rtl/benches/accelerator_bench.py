@@ -13,7 +13,7 @@ from cocotb.triggers import RisingEdge
 from cocotbext.axi import AxiLiteBus, AxiLiteMaster
 from memory import Memory, ReadPort, WritePort
 from numpy.typing import NDArray
-from streams import PATTERNS, SEED, reset
+from streams import PATTERNS, SEED, pauses, reset
 
 from tilewright.edge.contract import (
     Factor,
@@ -71,14 +71,17 @@ def small_layer(draw: np.random.Generator, gate_map: str, norms: int) -> Layer:
 
 
 class Bytes(Memory):
-    """Memory that holds what is written; what was not is 0xFE, a NaN as float16."""
+    """Memory that holds what is written; what was not is 0xFE, a NaN as float16. Only reads fail of ``bad_reads``."""
 
     def __init__(self) -> None:
         super().__init__()
         self.data = bytearray(b"\xfe") * SIZE
+        self.bad_reads = range(0)
 
     async def read(self, address: int, length: int) -> bytes:
         self._check(address, length)
+        if range(max(address, self.bad_reads.start), min(address + length, self.bad_reads.stop)):
+            raise IndexError(f"address {address:#x} answers reads with an error")
         return bytes(self.data[address - BASE :][:length])
 
     async def write(self, address: int, data: bytes) -> None:
@@ -118,7 +121,13 @@ class Machine:
         WritePort(dut, "m_axi_x", memory, pattern, SEED + 9)
         await reset(dut)
         logging.getLogger(f"cocotb.{dut._name}").setLevel(logging.ERROR)
-        return cls(dut, memory, AxiLiteMaster(AxiLiteBus.from_prefix(dut, "s_axil"), dut.clk_i, dut.rst_i))
+        master = AxiLiteMaster(AxiLiteBus.from_prefix(dut, "s_axil"), dut.clk_i, dut.rst_i)
+        if pattern != "always":
+            write, read = master.write_if, master.read_if
+            channels = (write.aw_channel, write.w_channel, write.b_channel, read.ar_channel, read.r_channel)
+            for place, channel in enumerate(channels):
+                channel.set_pause_generator(not go for go in pauses(pattern, SEED + 20 + place))
+        return cls(dut, memory, master)
 
     async def set64(self, offset: int, value: int) -> None:
         await self.master.write_qword(offset, value)
@@ -235,27 +244,57 @@ async def what_cannot_be_done_is_said(dut):
     changes = [
         {"op": 7}, {"op": 0}, {"inputs": 0}, {"outputs": 0}, {"inputs": 1 << 20}, {"outputs": 1 << 20}, {"mode": 5},
         {"target": 9}, {"target": 0}, {"source": 0}, {"beats": 0}, {"beats": linear.beats - 1},
-        {"beats": linear.beats + 2}, {"geometry": 0},
+        {"beats": linear.beats + 2}, {"geometry": 0}, {"flags": 0}, {"source": Buffer.KEYS}, {"layer": 1 << 16},
+        {"mode": 1}, {"address": LANES}, {"target": Buffer.KEYS},
     ]  # fmt: skip
     for change in changes:
         await refused([Descriptor(**{**vars(linear), **change}), Descriptor(Op.END)])
-    for change in ({"geometry": attend.geometry + (1 << 16)}, {"geometry": 0xFF01}, {"geometry": 255}):
+    size = layer.head_size << 16
+    for change in (
+        {"geometry": attend.geometry + (1 << 16)}, {"geometry": 0xFF01}, {"geometry": 255},
+        {"geometry": 3 | 2 << 8 | size}, {"geometry": 5 | 1 << 8 | size}, {"source": 0}, {"target": Buffer.VALUES},
+    ):  # fmt: skip
         await refused([Descriptor(**{**vars(attend), **change}), Descriptor(Op.END)])
     for tokens, first in ((0, 0), (ROWS + 1, 0), (1, CAPACITY), (2, CAPACITY - 1)):
         await refused(good, tokens, first)
     await through(machine, layer, 0, (2,), draw)
 
 
+# Where errors are, whether in reads only, and how many descriptors have been read when the run ends.
+ERRORS = [
+    (PROGRAM, False, 1), (WEIGHTS, False, 1), (PLACES["stream"], False, 1), (ANGLES, False, 1),
+    (PLACES["query"], False, 1), (PLACES["keys"], False, 2), (PLACES["values"], False, 3), (PLACES["keys"], True, 4),
+    (PLACES["values"], True, 4), (PLACES["query"], True, 4), (PLACES["gate"], True, 7),
+]  # fmt: skip
+
+
 @bench
-@cocotb.parametrize(place=[WEIGHTS, PLACES["stream"], PLACES["keys"], PLACES["gate"]])
-async def a_bus_error_is_seen_and_ends(dut, place):
-    """On reads of weights, rows, keys and on writes."""
+async def a_bus_error_ends_the_run(dut):
+    """Of each port, read or written: its bit, no descriptor behind the one it came in, and the next run is right."""
     draw = np.random.default_rng(SEED)
     layer, machine = small_layer(draw, "silu", 2), await Machine.start(dut)
-    await machine.settings(layer, 0)
-    machine.memory.put_rows(PLACES["stream"], np.ones((1, layer.o.weights.outputs), np.float16))
-    machine.memory.bad = range(place, place + 0x8000)
-    assert Status.BUS_ERROR in await machine.run(1, 0)
+    program = await machine.settings(layer, 0)
+    for place, reads, descriptors in ERRORS:
+        machine.memory.put_rows(PLACES["stream"], np.ones((1, layer.o.weights.outputs), np.float16))
+        machine.memory.put(PLACES["query"], b"\xfe" * 0x100)
+        where = range(place, place + 0x4000)
+        machine.memory.bad, machine.memory.bad_reads = (range(0), where) if reads else (where, range(0))
+        status = await machine.run(1, 0)
+        assert status & (Status.BUS_ERROR | Status.BAD_DESCRIPTOR) == Status.BUS_ERROR, hex(place)
+        assert await machine.counter(0x140) == descriptors, hex(place)
+        if place == WEIGHTS:
+            # A matrix that was not read is not multiplied.
+            assert machine.memory.data[PLACES["query"] - BASE :][:0x100] == b"\xfe" * 0x100
+        await machine.master.write_dword(STATUS, 0xFFFFFFFF)
+    # A descriptor that did not come as a whole is not carried out, though what is left of it could be.
+    machine.memory.put(PROGRAM, encode([program[MATRICES.index("gate") + 1], Descriptor(Op.END)]).tobytes())
+    machine.memory.put(PLACES["gate"], b"\xfe" * 0x100)
+    machine.memory.bad, machine.memory.bad_reads = range(0), range(PROGRAM + 56, PROGRAM + 64)
+    assert await machine.run(1, 0) == Status.BUS_ERROR
+    assert machine.memory.data[PLACES["gate"] - BASE :][:0x100] == b"\xfe" * 0x100
+    machine.memory.bad_reads = range(0)
+    await machine.master.write_dword(STATUS, 0xFFFFFFFF)
+    await through(machine, layer, 0, (1,), draw)
 
 
 @bench
@@ -263,7 +302,7 @@ async def a_reset_in_a_layer_leaves_nothing_behind(dut):
     """In several of its phases, memory's ports with it; then a right run."""
     draw = np.random.default_rng(SEED)
     layer, machine = small_layer(draw, "silu", 2), await Machine.start(dut)
-    for cycles in (60, 300, 900, 2000):
+    for cycles in (5, 60, 300, 700, 1300, 2000, 3100):
         await machine.settings(layer, 0)
         machine.memory.put_rows(PLACES["stream"], np.ones((2, layer.o.weights.outputs), np.float16))
         await machine.master.write_dword(0x020, 2)

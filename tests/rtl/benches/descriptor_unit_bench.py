@@ -28,6 +28,7 @@ FIELDS = {
     "first": 13, "source": 40, "side": 40, "side_stride": 40, "side_beats": 16, "target": 40, "target_stride": 40,
     "cache": 40,
 }  # fmt: skip
+WIDEST = min(16384, ROW_BEATS * LANES, BLOCKS * T * G)
 WORST = 200
 """Cycles that a descriptor may take: two divisions of 18 bits and some steps."""
 bench = cocotb.test(timeout_time=20, timeout_unit="ms")
@@ -60,8 +61,7 @@ def up(value: int, step: int) -> int:
 def draw_linear(rng: np.random.Generator, entered: int) -> Descriptor:
     """One that the build can carry out, large ones among them; ``entered`` inputs are in the store."""
     enter = entered == 0 or rng.random() < 0.6
-    most = min(16384, ROW_BEATS * LANES, BLOCKS * T * G)
-    inputs = int(rng.choice([1, most, rng.integers(1, most + 1)])) if enter else entered
+    inputs = int(rng.choice([1, WIDEST, rng.integers(1, WIDEST + 1)])) if enter else entered
     most = min(BEATS, WEIGHT_WORDS // 2 // up(inputs, T * G)) * Q
     outputs = int(rng.choice([1, most, rng.integers(1, most + 1)]))
     mode, target = int(rng.integers(0, len(FUSE_MODES))), int(rng.integers(1, 8))
@@ -168,8 +168,9 @@ class Unit:
         self.set(at)
         data = int.from_bytes(encode([one]).tobytes(), "little")
         bits = 16 * LANES
+        beats = [data >> place & (1 << bits) - 1 for place in range(0, 512, bits)]
         self.dut.take_i.value = 1
-        sending = cocotb.start_soon(self.source.send([data >> place & (1 << bits) - 1 for place in range(0, 512, bits)]))
+        sending = cocotb.start_soon(self.source.send(beats))
         for _ in range(WORST):
             await RisingEdge(self.dut.clk_i)
             if self.dut.done_o.value:
@@ -224,7 +225,7 @@ LINEAR_EDGES: list[tuple[str, dict[str, int], dict[str, int]]] = [
     ("outputs of 32 bits", {"outputs": (1 << 31) + Q}, {}),
     ("inputs of 15 bits", {"inputs": (1 << 15) + 1}, {}),
     ("inputs of 32 bits", {"inputs": (1 << 31) + 1}, {}),
-    ("a row", {"inputs": min(16384, ROW_BEATS * LANES, BLOCKS * T * G) + 1}, {"inputs": min(16384, ROW_BEATS * LANES, BLOCKS * T * G)}),
+    ("a row", {"inputs": WIDEST + 1}, {"inputs": WIDEST}),
     ("fuse mode", {"mode": len(FUSE_MODES)}, {"mode": len(FUSE_MODES) - 1, "side": Buffer.GATE}),
     ("a large fuse mode", {"mode": 1 << 8}, {}),
     ("no weights", {"beats": 0}, {"beats": 1}),
@@ -237,7 +238,8 @@ LINEAR_EDGES: list[tuple[str, dict[str, int], dict[str, int]]] = [
     ("a large source", {"source": 1 + (1 << 3)}, {}),
     ("no side", {"mode": RESIDUAL, "side": Buffer.NONE}, {"mode": RESIDUAL, "side": Buffer.GATED}),
     ("values as a side", {"mode": RESIDUAL, "side": Buffer.VALUES}, {}),
-    ("a head", {"mode": ROPE, "geometry": (HEAD_BEATS + 1) * LANES << 16}, {"mode": ROPE, "geometry": HEAD_BEATS * LANES << 16}),
+    ("a head", {"mode": ROPE, "geometry": HEAD_BEATS + 1 << 16 + LANES.bit_length() - 1},
+     {"mode": ROPE, "geometry": HEAD_BEATS * LANES << 16}),
     ("part of a beat of a head", {"mode": ROPE, "geometry": LANES + 2 << 16}, {}),
     ("no head", {"mode": ROPE, "geometry": 0}, {"geometry": 0}),
     ("a cache's row", {"target": Buffer.KEYS, "outputs": LANES + 1}, {"target": Buffer.KEYS, "outputs": LANES}),
@@ -274,8 +276,9 @@ async def attentions_that_cannot_be_are_refused(dut):
     heads = min(HEADS, ATTENTION_BEATS)
     refused = [
         shape(0, 1, LANES), shape(1, 0, LANES), shape(1, 1, 0), shape(1, 1, LANES // 2), shape(HEADS + 1, 1, LANES),
-        shape(heads, KV_HEADS + 1, LANES), shape(3, 2, LANES), shape(1, 2, LANES), shape(1, 1, (HEAD_BEATS + 1) * LANES),
-        shape(1, 1, LANES, source=0), shape(1, 1, LANES, source=6), shape(1, 1, LANES, target=0),
+        shape(heads, KV_HEADS + 1, LANES), shape(3, 2, LANES), shape(1, 2, LANES),
+        shape(1, 1, (HEAD_BEATS + 1) * LANES), shape(1, 1, LANES, source=0), shape(1, 1, LANES, source=6),
+        shape(1, 1, LANES, target=0),
         shape(1, 1, LANES, target=7), shape(1, 1, LANES, layer=1 << 16),
     ]  # fmt: skip
     if HEADS * HEAD_BEATS > ATTENTION_BEATS:
@@ -300,6 +303,7 @@ async def settings_that_cannot_be_are_refused(dut):
         (replace(at, tokens=0), at),
         (replace(whole, tokens=ROWS + 1), replace(whole, tokens=ROWS)),
         (replace(at, first=8), replace(at, first=7)),
+        (replace(at, tokens=2, first=7), replace(at, tokens=2, first=6)),
         (replace(at, first=(1 << 32) - 1), at),
         (replace(at, tokens=1 << 31, first=1 << 31), at),
         (replace(at, capacity=4097), whole),

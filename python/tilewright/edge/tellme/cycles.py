@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Cycles of a run of the accelerator, derived from the schedule in `rtl/src`, for ports of `16 * lanes` bits that never pause.
+"""Cycles of a run of the accelerator, derived from the schedule in `rtl/src`; ports of `16 * lanes` bits never pause.
 
-Every number below is a count of states or registers of the module that its comment names, nothing is fitted; `tests/edge`
-holds each of the accelerator's counters against it, for other shapes and latencies. What depends on data or on addresses
-has its usual value: a root's search takes one to three cycles, a row in the cache ends anywhere in a burst.
+Every number below is a count of states or registers of the module that its comment names; nothing is fitted.
+`tests/edge` holds each of the accelerator's counters against it over shapes and latencies. What depends on data or on
+addresses has its usual value: a root's search takes one to three cycles, a matrix begins anywhere in a piece.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Pipelines:
         return 3 + self.latency
 
     def stream(self, beats: int) -> int:
-        """Cycles of a read from its first beat on: one a beat, as long as what is asked for ahead covers a round trip. The
+        """Cycles of a read from its first beat on: one a beat while what is asked for ahead covers a round trip. The
         burst that takes a place comes ``latency`` + 18 cycles after the one that left it."""
         bursts = -(-beats // BURST)
         late = max(0, self.latency + BURST + 2 - READ_AHEAD)
@@ -82,8 +82,8 @@ def load_cycles(linear: Linear, tiling: Tiling, pipelines: Pipelines) -> int:
     norms = 0 if linear.norm is None else len(linear.norm)
     stream = beat_count(weights, norms)
     beats = stream * 48 // tiling.lanes
-    # Pieces of a burst go to the ports in turn; a quad of beats is in its store 9 cycles after the start, and then every
-    # 4 cycles. The pieces of a round are put together when the first port's has come, three beats a cycle.
+    # Pieces of a burst go to the ports in turn; a quad of beats is in its store 9 cycles after the start, and then
+    # every 4 cycles. The pieces of a round are put together when the first port's has come, three beats a cycle.
     pieces = -(-beats // BURST)
     rounds, port = divmod(pieces - 1, PORTS)
     rest = beats - BURST * (pieces - 1)
@@ -157,8 +157,8 @@ def linear_cycles(
     beats = -(-linear.weights.outputs // tiling.lanes)
     sweep, tree = sweep_cycles(linear, tiling, banks), _halves(tiling.t)
     first, period = entry_cycles(linear, tiling, pipelines) if enters else (1, 0)
-    # The first look-ups come three cycles after a row is there: the store's register, the skid. The next row's follow two
-    # cycles after the last one of the row before: its activations have been fetched.
+    # Tables are filled three cycles after a row is there: command, the store's register, the skid. The next row's
+    # follow two cycles after the last look-up of the row before: its activations have been fetched.
     looked_up = taken = 0
     for row in range(tokens):
         entered = first + row * period
@@ -191,8 +191,10 @@ def attention_cycles(layer: Layer, tiling: Tiling, first: int, tokens: int, pipe
     while left:
         queries, seen = min(tiling.p, left), first + left
         # Queries of the first block are read when the command is given, later ones lie there.
-        loaded = now + (1 + pipelines.first_beat + pipelines.stream(queries * row) if left == tokens else 3 + queries * row)
-        products = max(loaded, now + pipelines.first_beat + keys)
+        loading = 3 + queries * row
+        if left == tokens:
+            loading = 1 + pipelines.first_beat + pipelines.stream(queries * row)
+        products = now + max(loading, pipelines.first_beat + keys)
         last_key = products + (seen - 1) * period + int(max(0, seen - KEY_ROWS) * waits)
         last_key = max(last_key, now + pipelines.first_beat + pipelines.stream(seen * keys))
         added = last_key + row - 1 + step + head - 1
@@ -216,15 +218,15 @@ ENTERS = ("q", "o", "gate", "down")
 def layer_counters(
     layer: Layer, tiling: Tiling, first: int, tokens: int, *, banks: int = 1, pipelines: Pipelines | None = None
 ) -> dict[str, int]:
-    """What the accelerator's counters of cycles say after a layer of ``tokens`` behind ``first`` positions: cycles, load,
-    enter, sweep, attend. A cycle in which rows are entered and multiplied counts in both."""
+    """What the accelerator's counters say after a layer of ``tokens`` behind ``first`` positions: cycles, load, enter,
+    sweep, attend. A cycle in which rows are entered and multiplied counts in both."""
     pipelines = pipelines or Pipelines()
-    parts = [
-        linear_cycles(
-            getattr(layer, name), tiling, tokens, enters=name in ENTERS, side_beats=side, banks=banks, pipelines=pipelines
+    parts = []
+    for name, side in _sides(layer, tiling).items():
+        linear, enters = getattr(layer, name), name in ENTERS
+        parts.append(
+            linear_cycles(linear, tiling, tokens, enters=enters, side_beats=side, banks=banks, pipelines=pipelines)
         )
-        for name, side in _sides(layer, tiling).items()
-    ]
     found = {name: sum(getattr(one, name) for one in parts) for name in ("load", "enter", "sweep", "rows")}
     attend = attention_cycles(layer, tiling, first, tokens, pipelines)
     # Nine descriptors, the attention's end counted with it; a reset and a start before, the last one's pulse.
