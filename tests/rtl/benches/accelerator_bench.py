@@ -29,9 +29,14 @@ from tilewright.edge.contract import (
     rope_table,
 )
 from tilewright.edge.program import MATRICES, Buffer, Descriptor, Op, encode, layer_program
+from tilewright.edge.tellme.cycles import Pipelines, layer_counters
 
-G, T, Q, P, LANES, ROWS = (int(os.environ[f"RTL_{name}"]) for name in ("G", "T", "Q", "P", "LANES", "ROWSMAX"))
-TILING = Tiling(G, T, Q, P)
+G, T, Q, P, LANES, ROWS, BANKS = (
+    int(os.environ[f"RTL_{name}"]) for name in ("G", "T", "Q", "P", "LANES", "ROWSMAX", "BANKS")
+)
+TILING = Tiling(G, T, Q, P, LANES)
+LATENCY = 3
+"""Cycles in which memory answers when it does not pause, give or take one by the port."""
 CAPACITY, LAYERS = 11, 2
 BASE = 0x7_0000_0000
 PLACES = {
@@ -110,6 +115,7 @@ class Machine:
     dut: object
     memory: Bytes
     master: AxiLiteMaster
+    steady: bool  # memory without pauses
 
     @classmethod
     async def start(cls, dut, pattern: str = "always") -> Machine:
@@ -127,7 +133,7 @@ class Machine:
             channels = (write.aw_channel, write.w_channel, write.b_channel, read.ar_channel, read.r_channel)
             for place, channel in enumerate(channels):
                 channel.set_pause_generator(not go for go in pauses(pattern, SEED + 20 + place))
-        return cls(dut, memory, master)
+        return cls(dut, memory, master, pattern == "always")
 
     async def set64(self, offset: int, value: int) -> None:
         await self.master.write_qword(offset, value)
@@ -179,6 +185,14 @@ def cached(memory: Bytes, name: str, index: int, layer: Layer, seen: int) -> Hal
     return rows[::-1][:seen].reshape(seen, layer.kv_heads, layer.head_size)
 
 
+async def counted(machine: Machine, layer: Layer, first: int, tokens: int) -> None:
+    """The counters of cycles against the schedule's, with what a burst's place and a root's search may differ."""
+    wanted = layer_counters(layer, TILING, first, tokens, banks=BANKS, pipelines=Pipelines(LATENCY))
+    for offset, (name, cycles) in zip(range(0x100, 0x128, 8), wanted.items(), strict=True):
+        found = await machine.counter(offset)
+        assert abs(found - cycles) < 0.02 * cycles + 32, f"{name}: {found}, the schedule takes {cycles}"
+
+
 async def through(
     machine: Machine, layer: Layer, index: int, chunks: tuple[int, ...], draw: np.random.Generator
 ) -> None:
@@ -202,6 +216,8 @@ async def through(
         assert await machine.counter(0x128) == sum(
             len(beats_of(getattr(layer, name).weights, getattr(layer, name).norm)) for name in MATRICES
         )
+        if machine.steady:
+            await counted(machine, layer, first, tokens)
         keys = sum(range(cache.seen, cache.seen - tokens, -P))
         assert await machine.counter(0x130) == await machine.counter(0x138) == keys
 
