@@ -56,6 +56,7 @@ def operator_table(records: list[dict[str, Any]]) -> str:
         rows.append(
             {
                 "method": r["op"],
+                "bits/weight": f"{r['bits_per_weight']:.2f}" if "bits_per_weight" in r else "",
                 "median": duration(r["median_ns"]),
                 "spread": f"{duration(r['p20_ns'])} to {duration(r['p80_ns'])}",
                 "GB/s": f"{r['bytes'] / r['median_ns']:.1f}" if "bytes" in r else "",

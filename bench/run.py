@@ -20,7 +20,10 @@ from pathlib import Path
 from typing import Any
 
 BENCH = Path(__file__).resolve().parent
-OPERATORS = ("linear", "attention", "linear_attention", "local_linear_attention", "sparse_gated_mlp", "capture")
+OPERATORS = (
+    "linear", "ternary_linear", "attention", "linear_attention", "local_linear_attention", "sparse_gated_mlp",
+    "capture",
+)  # fmt: skip
 QUICK_SIZES = {
     "m": 8, "n": 64, "k": 128, "tokens": 64, "queries": 64, "layers": 2, "prompt": 32, "decode": 4, "shortest": 64,
     "longest": 256, "attention_until": 256, "batch": 2, "hidden": 64, "inner": 128,

@@ -13,6 +13,7 @@ from typing import Any
 
 UNITS = {"K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "": 1}
 ROUNDS = 5
+PAUSE = 0.01  # seconds until the threads of the work before have gone to sleep
 
 
 def last_level_cache_bytes() -> int:
@@ -39,21 +40,28 @@ def summary(samples: list[int]) -> dict[str, Any]:
     return {"median_ns": median, "p20_ns": fifths[0], "p80_ns": fifths[3], "repetitions": len(samples)}
 
 
+class Elapsed(int):
+    """Nanoseconds that a work measured by itself, in a process of its own."""
+
+
 def time_in_turn(works: Mapping[str, Callable[[int], Any]], seconds: float, least: int = 3) -> dict[str, list[int]]:
     """Nanoseconds of every call of each work, all works taken in turn over `ROUNDS` rounds.
 
-    A work gets a running number, by which it picks the next of its rotating buffers. `seconds` is spent on each work in
-    all, at least `least` calls a round. Taking turns spreads whatever else the machine does over all of them.
+    A work gets a running number, by which it picks the next of its rotating buffers; one in another process returns its
+    own time, as `Elapsed`. `seconds` is spent on each work in all, at least `least` calls a round. Taking turns spreads
+    whatever else the machine does over all of them.
     """
     samples: dict[str, list[int]] = {name: [] for name in works}
     for work in works.values():
         work(0)
     for _ in range(ROUNDS):
         for name, work in works.items():
+            time.sleep(PAUSE)
             ends, calls = time.perf_counter() + seconds / ROUNDS, 0
             while calls < least or time.perf_counter() < ends:
                 start = time.perf_counter_ns()
-                work(len(samples[name]))
-                samples[name].append(time.perf_counter_ns() - start)
+                result = work(len(samples[name]))
+                took = time.perf_counter_ns() - start
+                samples[name].append(int(result) if isinstance(result, Elapsed) else took)
                 calls += 1
     return samples

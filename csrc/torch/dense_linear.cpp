@@ -116,7 +116,7 @@ Tensor int8_linear(const Tensor& x, const Tensor& weight, int64_t out_features) 
                                      .y_stride = view.n};
   torch::stable::parallel_for(0, view.blocks, 1,
                               [&](int64_t first, int64_t last) { kernels.blocks(problem, first, last); });
-  return torch::stable::to(d.y, x.scalar_type());
+  return to_type(d.y, x.scalar_type());
 }
 
 Tensor bfloat16_linear(const Tensor& x, const Tensor& weight, int64_t out_features) {
@@ -135,7 +135,7 @@ Tensor bfloat16_linear(const Tensor& x, const Tensor& weight, int64_t out_featur
   const auto rows = bfloat16_linear::kernel();
   torch::stable::parallel_for(0, view.n, kRowsPerThread,
                               [&](int64_t first, int64_t last) { rows(problem, first, last); });
-  return torch::stable::to(d.y, x.scalar_type());
+  return to_type(d.y, x.scalar_type());
 }
 
 // rows [index..., K] of a blob with n rows and k columns; copy(row, out) writes one.

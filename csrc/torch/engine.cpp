@@ -47,7 +47,7 @@ Tensor longs(const Tensor& tensor, const char* op, const char* argument) {
   const ScalarType type = tensor.scalar_type();
   require(type == ScalarType::Long || type == ScalarType::Int, op, ": ", argument, " has dtype ", dtype_name(type),
           ", needed int64 or int32");
-  return torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Long));
+  return contiguous_of(tensor, ScalarType::Long);
 }
 
 // A uint8 arena that starts on a cache line. Weights are read from end to end for every token, so large pages are asked

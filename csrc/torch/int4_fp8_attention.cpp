@@ -127,7 +127,7 @@ Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, 
                     "int4_fp8_attention");
   const Tensor out = output<float>(q, call.rows, ScalarType::Float);
   Problem& problem = call.problem;
-  if (problem.heads == 0) return torch::stable::to(out, q.scalar_type());
+  if (problem.heads == 0) return to_type(out, q.scalar_type());
   problem.out = mutable_data<float>(out);
   const int4_fp8_attention::Plan plan = int4_fp8_attention::choose_plan(problem);
   const Tensor workspace = empty_cpu({plan.workspace_bytes}, ScalarType::Byte);
@@ -135,7 +135,7 @@ Tensor attention(const Tensor& q, const Tensor& k_cache, const Tensor& v_cache, 
   std::fill(problem.workspace, problem.workspace + plan.counter_bytes, uint8_t{0});
   const auto run = int4_fp8_attention::kernels().items;
   torch::stable::parallel_for(0, plan.items, 1, [&](int64_t first, int64_t last) { run(problem, plan, first, last); });
-  return torch::stable::to(out, q.scalar_type());
+  return to_type(out, q.scalar_type());
 }
 
 // The same function computed by the C++ oracle, in float64.

@@ -250,7 +250,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>
     return y;
   }
   run_kernels(problem);
-  return torch::stable::to(y, x.scalar_type());
+  return to_type(y, x.scalar_type());
 }
 
 Tensor int4_int8_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias, int64_t out_features,

@@ -81,7 +81,7 @@ Call<T> check(const Inputs& in, double scale, bool delta, const char* op) {
   p.v = rows_of<T>(call.v);
   check_beta(in, s, delta, op, on_cpu(op));
   if (delta) {
-    call.beta = torch::stable::to(*in.beta, kType);
+    call.beta = to_type(*in.beta, kType);
     p.beta = rows_of<T>(call.beta);
   }
   if (p.decay == Decay::kNone) return call;
@@ -112,7 +112,7 @@ Tensor initial(const Call<T>& call, const std::optional<Tensor>& state, const ch
     constexpr const char* kLetters[] = {"N", "HV", "K", "V"};
     require_size(*state, d, wanted[static_cast<size_t>(d)], op, "initial_state", kLetters[d]);
   }
-  const Tensor source = torch::stable::contiguous(torch::stable::to(*state, scalar_type_of<T>()));
+  const Tensor source = contiguous_of(*state, scalar_type_of<T>());
   std::copy_n(data<T>(source), copy.numel(), mutable_data<T>(copy));
   return copy;
 }
@@ -184,7 +184,7 @@ FourTensors forward_as(const Inputs& in, const std::optional<Tensor>& initial_st
   const int64_t tasks = share_between_threads(p, call.pairs(), chunks);
   const auto run = chunks ? kernels.chunk : kernels.recurrent;
   run_tasks(tasks, [&](int64_t task) { run(p, task); });
-  return {torch::stable::to(out, in.v.scalar_type()), state, checkpoints, errors};
+  return {to_type(out, in.v.scalar_type()), state, checkpoints, errors};
 }
 
 bool wants_double(const Inputs& in) { return in.type() == ScalarType::Double; }
@@ -292,7 +292,7 @@ Tensor step(const Tensor& q, const Tensor& k, const Tensor& v, const std::option
   p.state = mutable_data<float>(state);
   const auto run = linear_attention::kernels<float>().recurrent;
   run_tasks(call.pairs(), [&](int64_t task) { run(p, task); });
-  return torch::stable::to(out, v.scalar_type());
+  return to_type(out, v.scalar_type());
 }
 
 }  // namespace

@@ -178,7 +178,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lla_forward(const Tensor& q, const Te
   const ForwardResult result = dispatch(q, [&](auto zero) {
     return run_forward<decltype(zero)>(call, options, &lambda, start.has_value() ? &begin : nullptr);
   });
-  return {torch::stable::to(result.o, q.scalar_type()), result.x, result.rows, result.iterations};
+  return {to_type(result.o, q.scalar_type()), result.x, result.rows, result.iterations};
 }
 
 Tensor parallax_forward(const Tensor& q, const Tensor& r, const Tensor& k, const Tensor& v,
@@ -190,7 +190,7 @@ Tensor parallax_forward(const Tensor& q, const Tensor& r, const Tensor& k, const
   const Tensor x = checked_like_q(require_cpu, r, q, call.shape.key_size, kOp, "r");
   const ForwardResult result =
       dispatch(q, [&](auto zero) { return run_forward<decltype(zero)>(call, options, nullptr, &x); });
-  return torch::stable::to(result.o, q.scalar_type());
+  return to_type(result.o, q.scalar_type());
 }
 
 struct BackwardResult {
@@ -254,8 +254,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lla_backward(const Tensor& grad, cons
   const BackwardResult result =
       dispatch(q, [&](auto zero) { return run_backward<decltype(zero)>(call, options, of_o, solution, &lambda); });
   const ScalarType type = q.scalar_type();
-  return {torch::stable::to(result.dq, type), torch::stable::to(result.dk, type), torch::stable::to(result.dv, type),
-          torch::stable::to(result.other, ridge.scalar_type())};
+  return {to_type(result.dq, type), to_type(result.dk, type), to_type(result.dv, type),
+          to_type(result.other, ridge.scalar_type())};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> parallax_backward(const Tensor& grad, const Tensor& q, const Tensor& r,
@@ -270,8 +270,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> parallax_backward(const Tensor& grad,
   const BackwardResult result =
       dispatch(q, [&](auto zero) { return run_backward<decltype(zero)>(call, options, of_o, x, nullptr); });
   const ScalarType type = q.scalar_type();
-  return {torch::stable::to(result.dq, type), torch::stable::to(result.other, r.scalar_type()),
-          torch::stable::to(result.dk, type), torch::stable::to(result.dv, type)};
+  return {to_type(result.dq, type), to_type(result.other, r.scalar_type()), to_type(result.dk, type),
+          to_type(result.dv, type)};
 }
 
 // o computed by the C++ oracle, in float64.

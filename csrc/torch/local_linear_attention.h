@@ -25,9 +25,7 @@ auto dispatch(const Tensor& q, const Run& run) {
   return compute_type(q) == ScalarType::Double ? run(double{}) : run(float{});
 }
 
-inline Tensor dense(const Tensor& tensor, ScalarType type) {
-  return torch::stable::contiguous(torch::stable::to(tensor, type));
-}
+inline Tensor dense(const Tensor& tensor, ScalarType type) { return contiguous_of(tensor, type); }
 
 inline std::vector<int64_t> sizes_of(const Tensor& tensor) { return {tensor.sizes().begin(), tensor.sizes().end()}; }
 

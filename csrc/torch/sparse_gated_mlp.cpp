@@ -70,7 +70,7 @@ std::tuple<Tensor, Tensor> cats_activation(const Tensor& x, const Tensor& thresh
           mask + t * inner);
     }
   });
-  return {torch::stable::to(a, x.scalar_type()), kept};
+  return {to_type(a, x.scalar_type()), kept};
 }
 
 struct Inputs {
@@ -111,7 +111,7 @@ Tensor bias_of(const std::optional<Tensor>& bias, int64_t size, ScalarType type,
   require_size(*bias, 0, size, kOp, name, "its projection's outputs");
   require(is_floating(bias->scalar_type()), kOp, ": ", name, " has dtype ", dtype_name(bias->scalar_type()),
           ", needed a floating type");
-  return torch::stable::contiguous(torch::stable::to(*bias, type));
+  return contiguous_of(*bias, type);
 }
 
 // What a problem points to, kept alive; nothing is listed yet.
@@ -124,7 +124,7 @@ struct Call {
     check(in);
     constexpr ScalarType type = scalar_type_of<Real>();
     const int64_t inner = inner_of(in), hidden = hidden_of(in);
-    x = torch::stable::contiguous(torch::stable::to(in.x, type));
+    x = contiguous_of(in.x, type);
     gate = torch::stable::contiguous(in.gate);
     up = torch::stable::contiguous(in.up);
     down = torch::stable::contiguous(in.down);
@@ -225,13 +225,13 @@ std::tuple<Tensor, Tensor> run_float(const Inputs& in) {
     });
     multiply_rows(p, threads);
   }
-  return {torch::stable::to(call.y, in.x.scalar_type()), call.kept};
+  return {to_type(call.y, in.x.scalar_type()), call.kept};
 }
 
 std::tuple<Tensor, Tensor> run_double(const Inputs& in) {
   Call<double, double> call(in);
   sparse_gated_mlp::reference(call.problem);
-  return {torch::stable::to(call.y, in.x.scalar_type()), call.kept};
+  return {to_type(call.y, in.x.scalar_type()), call.kept};
 }
 
 std::tuple<Tensor, Tensor> sparse_gated_mlp_forward(const Tensor& x, const Tensor& w_gate, const Tensor& w_up,

@@ -62,10 +62,20 @@ inline bool is_floating(ScalarType type) {
 }
 
 // Contiguous float32 copy of a floating tensor, or the tensor itself.
+// The library's own `to` and `contiguous` cost a dispatch each even where there is nothing to do.
+inline Tensor to_type(const Tensor& tensor, ScalarType type) {
+  return tensor.scalar_type() == type ? tensor : torch::stable::to(tensor, type);
+}
+
+inline Tensor contiguous_of(const Tensor& tensor, ScalarType type) {
+  const Tensor typed = to_type(tensor, type);
+  return typed.is_contiguous() ? typed : torch::stable::contiguous(typed);
+}
+
 inline Tensor as_float(const Tensor& tensor, const char* op, const char* argument) {
   require(is_floating(tensor.scalar_type()), op, ": ", argument, " has dtype ", dtype_name(tensor.scalar_type()),
           ", needed float32, bfloat16, float16 or float64");
-  return torch::stable::contiguous(torch::stable::to(tensor, ScalarType::Float));
+  return contiguous_of(tensor, ScalarType::Float);
 }
 
 // In the emulator, whatever memory an adapter takes the address of is what its kernels may touch.
@@ -102,7 +112,7 @@ constexpr ScalarType scalar_type_of() {
 inline Tensor with_adjacent_rows(const Tensor& tensor, ScalarType type, const char* op, const char* argument) {
   require(is_floating(tensor.scalar_type()), op, ": ", argument, " has dtype ", dtype_name(tensor.scalar_type()),
           ", needed float32, bfloat16, float16 or float64");
-  const Tensor converted = torch::stable::to(tensor, type);
+  const Tensor converted = to_type(tensor, type);
   const int64_t last = converted.dim() - 1;
   return converted.size(last) <= 1 || converted.stride(last) == 1 ? converted : torch::stable::contiguous(converted);
 }
@@ -115,7 +125,7 @@ inline Tensor offsets_of(const Tensor& cu_seqlens, int64_t sequences, int64_t to
           ", needed int64 or int32");
   require_dim(cu_seqlens, 1, op, "cu_seqlens", "[S+1]");
   require_size(cu_seqlens, 0, sequences + 1, op, "cu_seqlens", "S+1");
-  const Tensor offsets = torch::stable::contiguous(torch::stable::to(cu_seqlens, ScalarType::Long));
+  const Tensor offsets = contiguous_of(cu_seqlens, ScalarType::Long);
   const auto* at = data<int64_t>(offsets);
   require(at[0] == 0, op, ": cu_seqlens starts at ", at[0], ", needed 0");
   for (int64_t s = 0; s < sequences; ++s) {

@@ -289,7 +289,7 @@ Tensor ternary_linear_cpu(const Tensor& x, const Tensor& blob, const Tensor& sca
   const auto finish = ternary_linear::kernels().finish;
   torch::stable::parallel_for(0, m == 0 ? 0 : view.n, 512,
                               [&](int64_t first, int64_t last) { finish(epilogue, first, last); });
-  return torch::stable::to(y, arguments.out);
+  return to_type(y, arguments.out);
 }
 
 std::tuple<Tensor, Tensor> ternary_quantize(const Tensor& x) {

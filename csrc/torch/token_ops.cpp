@@ -25,7 +25,7 @@ Tensor rms_norm(const Tensor& x, const Tensor& weight, double eps) {
       normalize(from + t * width, data<float>(factors), width, static_cast<float>(eps), to + t * width);
     }
   });
-  return torch::stable::to(y, x.scalar_type());
+  return to_type(y, x.scalar_type());
 }
 
 Tensor rope_angles(const Tensor& positions, const Tensor& frequencies, double gain) {
@@ -78,7 +78,7 @@ Tensor gated(const Tensor& gate, const Tensor& up, gated_activation::Function fu
       multiply(data<float>(g) + at, data<float>(u) + at, width, mutable_data<float>(y) + at);
     }
   });
-  return torch::stable::to(y, gate.scalar_type());
+  return to_type(y, gate.scalar_type());
 }
 
 Tensor gated_activation(const Tensor& gate, const Tensor& up) {

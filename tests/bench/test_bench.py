@@ -33,19 +33,20 @@ def cases():
 def test_cases_have_unique_names_and_goals_on_methods_that_exist():
     from bench.peers import ik_llama_cpp, llama_cpp, torch_eager
 
-    from bench import capture, linear, linear_attention
+    from bench import capture, linear, linear_attention, ternary_linear
 
     names = [case["name"] for case in cases()]
     assert len(names) == len(set(names))
     ours = {*linear.OURS, *linear_attention.METHODS, "tilewright FP8", "tilewright INT8", "tilewright ternary"}
     ours |= {f"sparse_gated_mlp {100 * share:.0f} %" for case in cases() for share in case.get("sparsities", [])}
     ours |= set(capture.methods())
+    ours |= {f"{ternary_linear.OURS} {name}" for name in (*ternary_linear.PACKINGS, "auto")}
     others = {*torch_eager.FORMS, llama_cpp.RUNNER, ik_llama_cpp.RUNNER, "bandwidth", "peak", capture.BARE}
     others |= linear_attention.STANDARDS | linear_attention.METHODS
     for case in cases():
         for goal in case.get("goals", []):
             assert goal["of"] in ours
-            assert goal["over"] in others
+            assert goal["over"] in others | ours
             assert (case["kind"] == "model") == ("measure" in goal)
 
 
@@ -96,6 +97,28 @@ def test_works_take_turns_and_see_rising_numbers():
     assert [len(times) for times in samples.values()] == [2 * ROUNDS] * 2
     assert seen[2:6] == [("a", 0), ("a", 1), ("b", 0), ("b", 1)]
     assert [i for name, i in seen[2:] if name == "a"] == list(range(2 * ROUNDS))
+
+
+def test_a_work_in_another_process_says_its_own_time():
+    from bench.timing import ROUNDS, Elapsed, time_in_turn
+
+    assert time_in_turn({"peer": lambda i: Elapsed(7 + i)}, seconds=0, least=1)["peer"] == [
+        7 + i for i in range(ROUNDS)
+    ]
+
+
+def test_a_ternary_case_is_complete(monkeypatch, tmp_path):
+    from bench.ternary_linear import run_case
+
+    monkeypatch.setenv("TILEWRIGHT_PEERS", str(tmp_path))
+    records = run_case({"name": "small", "m": 2, "n": 64, "k": 256, "rotate": False}, 1, 0.01)
+    ours = {r["op"]: r for r in records if r["op"].startswith("ternary_linear")}
+    assert set(ours) == {"ternary_linear q2", "ternary_linear t3w", "ternary_linear auto"}
+    assert all(set(r) >= {"problem", "dtype", "kernel", "median_ns", "ratios", "relative_error"} for r in records)
+    assert len({r["digest"] for r in ours.values()}) == 1
+    assert ours["ternary_linear q2"]["bits_per_weight"] < 2.01
+    # Rounding activations to 8 bits costs every method the same: half a step of 1 / 127 in each of K terms at the most.
+    assert all(r["relative_error"] < 0.02 for r in records)
 
 
 def test_goals_take_the_best_form_of_a_peer():

@@ -20,3 +20,20 @@ def test_half_pack(width, exponent_bits, tmp_path):
 @pytest.mark.parametrize("lanes", [16, 4, 1])
 def test_quantize(lanes, tmp_path):
     assert simulate("quantize", {"Lanes": lanes}, tmp_path) == 8
+
+
+@pytest.mark.parametrize("lanes", [16, 2])
+def test_dequant_fuse(lanes, tmp_path):
+    assert simulate("dequant_fuse", {"Lanes": lanes, "HeadBeatsMax": 2}, tmp_path) == 10
+
+
+@pytest.mark.parametrize(("lanes", "beats"), [(16, 6), (4, 5), (1, 9)])
+def test_rms_max(lanes, beats, tmp_path):
+    assert simulate("rms_max", {"Lanes": lanes, "RowBeatsMax": beats}, tmp_path) == 9
+
+
+def test_the_tables_are_the_contracts():
+    from tilewright.edge.contract.export import sv
+
+    package = Path(__file__).resolve().parents[2] / "rtl" / "src" / "contract_pkg.sv"
+    assert package.read_text() == sv(), f"run python -m tilewright.edge.contract.export sv {package}"

@@ -77,6 +77,59 @@ void q2_tile(const Problem& p, int64_t m, int64_t block) {
   }
 }
 
+// Of one token each plane has sums of its own, so its codes stay where they are in the byte, worth 4^plane, and the sums
+// are shifted once at the end. A plane has K / 4 columns of codes up to 3: 64 * 3 * 128 * K / 4 fits for K up to 2^18.
+constexpr int64_t kMostColsInPlace = int64_t{1} << 18;
+static_assert(64 * 3 * 128 * (kMostColsInPlace / TernaryQ2::kPlanes) <= INT32_MAX);
+
+template <int kPlane>
+inline __attribute__((always_inline)) void add_plane_in_place(const __m512i (&raw)[kTiles], const int8_t* x,
+                                                              __m512i (&acc)[TernaryQ2::kPlanes][kTiles]) {
+  const __m512i mask = _mm512_set1_epi8(static_cast<char>(format::Ternary2::kInvalidDigit << 2 * kPlane));
+  const __m512i word = _mm512_set1_epi32(four_codes(x + kPlane * TernaryQ2::kColsPerPlane));
+#pragma GCC unroll 4
+  for (int i = 0; i < kTiles; ++i) {
+    // The intrinsic lets GCC copy sixteen accumulators in every step; an operand that is read and written does not.
+    asm("vpdpbusd %2, %1, %0" : "+v"(acc[kPlane][i]) : "v"(_mm512_and_si512(raw[i], mask)), "v"(word));
+  }
+}
+
+void q2_token(const Problem& p, int64_t block) {
+  const int64_t steps = TernaryQ2::steps(p.weight.k);
+  const uint8_t* weight = p.weight.payload + block * steps * TernaryQ2::kBytesPerStep;
+  __m512i acc[TernaryQ2::kPlanes][kTiles];
+#pragma GCC unroll 16
+  for (int i = 0; i < TernaryQ2::kPlanes * kTiles; ++i) acc[i / kTiles][i % kTiles] = _mm512_setzero_si512();
+  for (int64_t s = 0; s < steps; ++s) {
+    const uint8_t* at = weight + s * TernaryQ2::kBytesPerStep;
+    const int8_t* columns = p.x + s * TernaryQ2::kColsPerStep;
+    __m512i raw[kTiles];
+#pragma GCC unroll 4
+    for (int i = 0; i < kTiles; ++i) {
+      prefetch(at + kPrefetchBytes + i * TernaryQ2::kBytesPerTile);
+      raw[i] = _mm512_loadu_si512(at + i * TernaryQ2::kBytesPerTile);
+    }
+    add_plane_in_place<0>(raw, columns, acc);
+    add_plane_in_place<1>(raw, columns, acc);
+    add_plane_in_place<2>(raw, columns, acc);
+    add_plane_in_place<3>(raw, columns, acc);
+  }
+  // All sums before the first branch, so that they stay in registers.
+  const __m512i codes_sum = _mm512_set1_epi32(p.sums[0]);
+  __m512i sums[kTiles];
+#pragma GCC unroll 4
+  for (int i = 0; i < kTiles; ++i) {
+    const __m512i low = _mm512_add_epi32(acc[0][i], _mm512_srai_epi32(acc[1][i], 2));
+    const __m512i high = _mm512_add_epi32(_mm512_srai_epi32(acc[2][i], 4), _mm512_srai_epi32(acc[3][i], 6));
+    sums[i] = _mm512_sub_epi32(_mm512_add_epi32(low, high), codes_sum);
+  }
+#pragma GCC unroll 4
+  for (int i = 0; i < kTiles; ++i) {
+    const int64_t row = block * TernaryQ2::kRowsPerBlock + i * TernaryQ2::kRowsPerTile;
+    if (row < p.weight.n) store_rows(p.acc + row, sums[i], p.weight.n - row);
+  }
+}
+
 // An entry is at most 3 * 128 = 384 in magnitude and a word adds three: 28 words are 84 * 384 = 32256.
 constexpr int64_t kWordsPerWiden = 28;
 static_assert(kWordsPerWiden * TernaryT3w::kIndices * 3 * 128 <= INT16_MAX, "widen earlier");
@@ -166,7 +219,12 @@ inline __m512i table_of(const int8_t* codes) {
 void q2_items(const Problem& p, const Plan& plan, int64_t first, int64_t last) {
   const int64_t blocks = plan.rows_per_item / TernaryQ2::kRowsPerBlock;
   const int64_t end = std::min(ceil_div(p.weight.n, TernaryQ2::kRowsPerBlock), last * blocks);
+  const bool alone = p.m == 1 && p.weight.k <= kMostColsInPlace;
   for (int64_t b = first * blocks; b < end; ++b) {
+    if (alone) {
+      q2_token(p, b);
+      continue;
+    }
     each_token_tile<kTokens>(p.m, [&](int64_t m, auto count) { q2_tile<count.value>(p, m, b); });
   }
 }

@@ -61,27 +61,34 @@ inline constexpr int kSigmoid[{len(SIGMOID)}] = {{
 
 
 def sv() -> str:
-    """A SystemVerilog package: status bits and the two tables as packed functions' case items."""
+    """A SystemVerilog package: status bits, and the two tables as functions that fill ROMs."""
 
     def table(name: str, values: tuple[int, ...], index_bits: int, width: int) -> str:
-        items = "\n".join(f"      {index_bits}'d{i}: return {width}'d{v};" for i, v in enumerate(values))
+        items = "\n".join(f"      {index_bits}'d{i}: {name} = {width}'d{v};" for i, v in enumerate(values))
         return (
             f"  function automatic logic [{width - 1}:0] {name}(input logic [{index_bits - 1}:0] index);\n"
-            f"    case (index)\n{items}\n      default: return '0;\n    endcase\n  endfunction\n"
+            f"    case (index)\n{items}\n      default: {name} = '0;\n    endcase\n  endfunction\n"
         )
 
-    bits = "\n".join(f"  localparam int unsigned STATUS_{bit.name} = {bit.value.bit_length() - 1};" for bit in Status)
+    def name(bit: Status) -> str:
+        return "Status" + (bit.name or "").title().replace("_", "")
+
+    bits = "\n".join(f"  localparam int unsigned {name(bit)} = {bit.value.bit_length() - 1};" for bit in Status)
     return f"""// SPDX-License-Identifier: Apache-2.0
 // {_ORIGIN}
-package tw_contract_pkg;
+`default_nettype none
+
+package contract_pkg;
+
 {bits}
-  localparam logic [14:0] MIN_SCALE_BITS = 15'd{rows.MIN_SCALE_BITS};
 
   // 2**15 * 2**(index / 128)
 {table("exp2_entry", EXP2, 8, 17)}
   // 2**16 * sigmoid(index / 32)
 {table("sigmoid_entry", SIGMOID, 10, 17)}
 endpackage
+
+`default_nettype wire
 """
 
 
