@@ -5,7 +5,8 @@
 //
 // A beat is taken when there is room for its vectors and for its norm weight, so both streams must be taken.
 //
-// A group is Vectors = min(vectors of a beat, Q/2) vectors. An index of 3^G or more in a vector that counts sets bad_index_o.
+// A group is Vectors = min(vectors of a beat, Q/2) vectors. An index of 3^G or more in a vector that counts sets bad_index_o
+// two cycles after its beat was taken, when the vector may have left.
 `default_nettype none
 
 module weight_unpack #(
