@@ -19,6 +19,16 @@ POINTS: dict[str, list[dict[str, int]]] = {
         {"P": 1, "Lanes": 1, "HeadsMax": 1, "KvHeadsMax": 1, "BeatsMax": 1},
         {"P": 3, "Lanes": 4, "HeadsMax": 6, "KvHeadsMax": 3, "BeatsMax": 12},
     ],
+    "accelerator": [
+        {},
+        {"G": 3, "T": 4, "Q": 4, "P": 2, "Lanes": 4, "WeightWords": 256, "RowBeatsMax": 8, "BlocksMax": 3},
+    ],
+    "activation_store": [{}, {"BlockBits": 8, "BlocksMax": 1, "RowsMax": 2}],
+    "axi_read_arbiter": [{}],
+    "block_fifo": [{}, {"Width": 1, "Depth": 1}],
+    "row_entry": [{}, {"Lanes": 4, "G": 2, "T": 5, "RowBeatsMax": 3}, {"Lanes": 1, "G": 1, "T": 1, "RowBeatsMax": 1}],
+    "attend_path": [{}],
+    "descriptor_unit": [{}, {"Lanes": 4}],
     "attention_finish": [{}],
     "attention_score": [{}],
     "attention_sums": [{}],
@@ -36,6 +46,8 @@ POINTS: dict[str, list[dict[str, int]]] = {
     "gearbox": [{}, {"In": 84, "Out": 16}, {"In": 1, "Out": 1, "Width": 1}, {"In": 5, "Out": 3}],
     "half_pack": [{}, {"Width": 12, "ExponentBits": 6}, {"Width": 62, "ExponentBits": 7}],
     "inverse_root": [{}],
+    "linear_path": [{}],
+    "row_commands": [{}],
     "quantize": [{}, {"Lanes": 1}],
     "rms_max": [{}, {"Lanes": 1, "RowBeatsMax": 1}, {"Lanes": 4, "RowBeatsMax": 7}],
     "row_factor": [{}],
@@ -49,6 +61,7 @@ POINTS: dict[str, list[dict[str, int]]] = {
     "weight_buffer": [{}, {"Q": 2, "Vectors": 1, "Words": 2, "VectorBits": 1}, {"Q": 6, "Vectors": 2, "Words": 10}],
 }
 ILLEGAL: dict[str, list[dict[str, int]]] = {
+    "accelerator": [{"Lanes": 2}, {"RowsMax": 1}],
     "attention": [{"Lanes": 3}, {"P": 0}],
     "dequant_fuse": [{"Lanes": 3}],
     "axi_lite_registers": [{"AddrBits": 32}, {"P": 16}],

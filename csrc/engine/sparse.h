@@ -10,6 +10,7 @@ namespace tilewright::engine {
 class SparseRows {
  public:
   int64_t rows, columns;
+  int64_t row_bytes;  // that lie together
   InputKind input;
 
   // out[i] = row rows[i] times the token.

@@ -132,7 +132,7 @@ Tensor bfloat16_linear(const Tensor& x, const Tensor& weight, int64_t out_featur
   }
   const bfloat16_linear::Problem problem{
       .weight = view, .m = d.m, .x = data<float>(padded), .y = mutable_data<float>(d.y), .y_stride = view.n};
-  const auto rows = bfloat16_linear::kernel();
+  const auto rows = bfloat16_linear::kernels().rows;
   torch::stable::parallel_for(0, view.n, kRowsPerThread,
                               [&](int64_t first, int64_t last) { rows(problem, first, last); });
   return to_type(d.y, x.scalar_type());

@@ -3,10 +3,7 @@
 // float16 norm weight. The vectors leave in groups for the weight buffer, the last group filled up with zeros; the first
 // `norms` beats give a norm weight each. A matrix is max(ceil(vectors / vectors of a beat), norms) beats.
 //
-// A beat is taken when there is room for its vectors and for its norm weight, so both streams must be taken.
-//
-// A group is Vectors = min(vectors of a beat, Q/2) vectors. An index of 3^G or more in a vector that counts sets bad_index_o
-// two cycles after its beat was taken, when the vector may have left.
+// A group is Vectors = min(vectors of a beat, Q/2) vectors. An index of 3^G or more in a vector that counts sets bad_index_o.
 `default_nettype none
 
 module weight_unpack #(

@@ -39,7 +39,7 @@ class BFloat16Matrix final : public Matrix {
         .y = y,
         .y_stride = stride,
     };
-    bfloat16_linear::kernel()(problem, first * kRowsPerItem, std::min(view_.n, last * kRowsPerItem));
+    bfloat16_linear::kernels().rows(problem, first * kRowsPerItem, std::min(view_.n, last * kRowsPerItem));
   }
 
   void row(int64_t n, float* out) const override {

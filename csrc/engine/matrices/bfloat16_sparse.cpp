@@ -17,17 +17,14 @@ class BFloat16Rows final : public SparseRows {
   explicit BFloat16Rows(const format::BFloat16View& view) : view_(view) {
     rows = view.n;
     columns = view.k;
+    row_bytes = view.padded_k * static_cast<int64_t>(sizeof(uint16_t));
     input = input_of(view.k);
   }
 
   void run(const Input& token, const int32_t* list, int64_t count, float* out) const override {
-    const auto run_rows = bfloat16_linear::kernel();
-    bfloat16_linear::Problem problem{
+    const bfloat16_linear::Problem problem{
         .weight = view_, .m = 1, .x = reinterpret_cast<const float*>(token.codes), .y = out, .y_stride = view_.n};
-    for (int64_t i = 0; i < count; ++i) {
-      problem.y = out + i - list[i];
-      run_rows(problem, list[i], list[i] + 1);
-    }
+    bfloat16_linear::kernels().listed_rows(problem, list, count);
   }
 
  private:

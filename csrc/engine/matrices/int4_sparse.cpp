@@ -25,6 +25,7 @@ class Int4Rows final : public SparseRows {
   Int4Rows(const format::Int4RowsView& view, const InputKind& kind) : view_(view) {
     rows = view.n;
     columns = view.k;
+    row_bytes = view.row_bytes;
     input = kind;
   }
 
@@ -42,7 +43,7 @@ class Int4Columns final : public SparseColumns {
     rows = view.n;
     columns = view.k;
     input = kind;
-    outputs_per_unit = format::Int4Sparse::kOutputs;
+    outputs_per_unit = int4_sparse::kOutputsPerUnit;
     starts_at_ = round_up((columns + 1) * 4, kCacheLine);
     list_bytes = starts_at_ + round_up((view.groups + 1) * 4, kCacheLine);
   }

@@ -21,22 +21,32 @@ struct Problem {
 // Rows [first, last) of the weight; rows are independent.
 using RunRows = void (*)(const Problem&, int64_t first, int64_t last);
 
-namespace generic {
-void rows(const Problem&, int64_t first, int64_t last);
-}
-namespace avx2 {
-void rows(const Problem&, int64_t first, int64_t last);
-}
-namespace avx512 {
-void rows(const Problem&, int64_t first, int64_t last);
-}
+// y[i] = row list[i] times the one token (M = 1): the same bits as those of `rows`, for rows that lie apart.
+using RunListed = void (*)(const Problem&, const int32_t* list, int64_t count);
 
-inline RunRows kernel() {
+struct Kernels {
+  RunRows rows;
+  RunListed listed_rows;
+};
+
+#define TILEWRIGHT_BFLOAT16_LINEAR_LEVEL(level)                         \
+  namespace level {                                                     \
+  void rows(const Problem&, int64_t first, int64_t last);               \
+  void listed_rows(const Problem&, const int32_t* list, int64_t count); \
+  inline constexpr Kernels kernels{&rows, &listed_rows};                \
+  }
+TILEWRIGHT_BFLOAT16_LINEAR_LEVEL(generic)
+TILEWRIGHT_BFLOAT16_LINEAR_LEVEL(avx2)
+TILEWRIGHT_BFLOAT16_LINEAR_LEVEL(avx512)
+#undef TILEWRIGHT_BFLOAT16_LINEAR_LEVEL
+
+inline const Kernels& kernels() {
 #if defined(__x86_64__)
-  static constexpr isa::Table<RunRows> table{{generic::rows, avx2::rows, avx512::rows, avx512::rows}};
-  return table.pick();
+  static constexpr isa::Table<const Kernels*> table{
+      {&generic::kernels, &avx2::kernels, &avx512::kernels, &avx512::kernels}};
+  return *table.pick();
 #else
-  return generic::rows;
+  return generic::kernels;
 #endif
 }
 

@@ -25,10 +25,11 @@ struct Listed {
   const int32_t* starts;        // [G + 1]
 };
 
-// y[n - first] for outputs n of [first, last), both multiples of 64 but for the matrix's end.
-// workspace: kWorkspaceFloats for each output, their number rounded up to 64.
+// y[n - first] for outputs n of [first, last), first a multiple of kOutputsPerUnit.
+// workspace: kWorkspaceFloats for each output, their number rounded up to kOutputsPerUnit.
 using Columns = void (*)(const format::Int4ColumnsView&, const Activation&, const Listed&, int64_t first, int64_t last,
                          float* y, float* workspace);
+inline constexpr int64_t kOutputsPerUnit = 128;  // a cache line of an input's run
 inline constexpr int64_t kWorkspaceFloats = 2;   // of each output: the sum of a run of groups, and that of all
 
 struct Kernels {

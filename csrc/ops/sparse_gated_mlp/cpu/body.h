@@ -11,7 +11,10 @@ namespace {
 
 constexpr int kTokensPerTile = 4;
 constexpr int64_t kRowsPerPass = 4;        // of W_down^T: each read and write of a partial sum serves as many rows
-constexpr int64_t kPrefetchBytes = 2048;   // ahead within a row, and from its end into the next row that is needed
+constexpr int64_t kRowsAhead = 2 * kRowsPerPass;
+constexpr int64_t kLinesAhead = 32;
+// Prefetches are into the second cache, which can wait for several times as many lines as the first.
+constexpr int64_t kPrefetchBytes = 4096;   // ahead within a row, and from its end into the next row that is needed
 
 TILEWRIGHT_INLINE Lanes load_weights(const float* p) { return load_lanes(p); }
 TILEWRIGHT_INLINE Lanes load_weights(const uint16_t* p) {
@@ -52,8 +55,8 @@ struct Ahead {
       at -= width;
       if (at >= width) return;
     }
-    __builtin_prefetch(from + at);
-    if constexpr (kPerLine < 2 * kLanes) __builtin_prefetch(from + at + kPerLine);
+    __builtin_prefetch(from + at, 0, 2);
+    if constexpr (kPerLine < 2 * kLanes) __builtin_prefetch(from + at + kPerLine, 0, 2);
   }
 };
 
@@ -127,7 +130,9 @@ void activate_as(const float* z, const float* threshold, int64_t threshold_strid
     const Lanes least = threshold_stride == 0 ? all_lanes(*threshold) : load_first_lanes(threshold + i, count);
     const IntLanes dropped = (value < 0.0f ? -value : value) < least;
     store_first_lanes(a + i, dropped ? Lanes{} : value, count);
-    for (int64_t j = 0; j < count; ++j) kept[i + j] = dropped[static_cast<int>(j)] == 0;
+    using ByteLanes = int8_t __attribute__((vector_size(kLanes)));
+    const ByteLanes ones = __builtin_convertvector(dropped, ByteLanes) + 1;  // dropped is 0 or -1
+    std::memcpy(kept + i, &ones, static_cast<size_t>(count));
   }
 }
 
@@ -186,10 +191,10 @@ void add_class(const Problem<Weight, float>& p, int64_t group, int64_t t, int64_
     const int64_t count = end - i < kRowsPerPass ? end - i : kRowsPerPass;
     const Weight* w[kRowsPerPass];
     for (int64_t r = 0; r < count; ++r) w[r] = row_of(i + r);
-    // The beginnings of the next pass's rows; the hardware follows each of them from there.
-    for (int64_t r = 0; r < kRowsPerPass && i + count + r < all; ++r) {
-      const Weight* next = row_of(i + count + r);
-      for (int64_t c = 0; c < width && c < 8 * kPerLine; c += kPerLine) __builtin_prefetch(next + c);
+    // Rows of a later pass, or their beginnings, from where the hardware follows.
+    for (int64_t r = 0; r < kRowsPerPass && i + kRowsAhead + r < all; ++r) {
+      const Weight* next = row_of(i + kRowsAhead + r);
+      for (int64_t c = 0; c < width && c < kLinesAhead * kPerLine; c += kPerLine) __builtin_prefetch(next + c, 0, 2);
     }
     for (int64_t k = 0; k < tokens; ++k) {
       float h[kRowsPerPass];

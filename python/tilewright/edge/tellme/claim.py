@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TeLLMe's claim as far as it can be shown without RTL: exact units, attention, the model of cycles and memory."""
+"""TeLLMe's claim: exact units, attention, the model of cycles and memory, the logic of the look-up."""
 
 from __future__ import annotations
 
@@ -157,6 +157,29 @@ def real_rows(experiment: Experiment) -> Iterator[Row]:
               max(apart), "reported", True)  # fmt: skip
 
 
+def logic_rows(experiment: Experiment) -> Iterator[Row]:
+    """Item 4, from the recorded counts of `scripts/rtl_resources.py`, which the tests of the RTL check."""
+    from tilewright.edge.tellme.synthesis import study, units
+
+    experiment.say("logic")
+    select, half, full = (study(f"look-up, {one}").lut for one in ("select", "half table", "full table"))
+    yield at_most("LUTs of a lane's 28 look-ups, full tables over selection (Yosys)", full / select, 0.55, paper="0.53")
+    yield at_most("the same over half tables with a sign (Yosys)", full / half, 0.9, paper="0.66")
+    lanes = {
+        2: study("look-up, full table, G = 2"),
+        3: study("look-up, full table"),
+        4: study("look-up, full table, G = 4"),
+    }
+    cost = {g: (study(f"tables' sums, G = {g}").lut + 16 * one.lut) / (84 * 16) for g, one in lanes.items()}
+    experiment.values["lut_per_weight"] = cost
+    yield at_most("LUTs a weight at G = 3 over the lesser of G = 2 and 4 (Yosys)", cost[3] / min(cost[2], cost[4]), 1.0)
+    yield at_most("distance of a 144 x 4096 bank from two URAM288 (Yosys)", abs(study("a bank of weights").uram - 2), 0)
+    core = next(one for one in units() if one.name == "tlmm_core")
+    yield at_most(
+        "LUTs of the table-lookup core in RTL at T = 28, Q = 16 (Yosys)", core.lut, 43137, paper="43,137 with fuse"
+    )
+
+
 def model_rows(experiment: Experiment) -> Iterator[Row]:
     """Items 5 and 7, and ours: what the schedule gives under the paper's memory and host."""
     from tilewright.edge.tellme import BITNET_0_73B, OURS, PAPER_BUDGET, SMOLLM2_135M, TellmeConfig
@@ -221,6 +244,7 @@ def run(experiment: Experiment) -> Iterator[Row]:
     yield from unit_rows(experiment)
     yield from attention_rows(experiment)
     yield from real_rows(experiment)
+    yield from logic_rows(experiment)
     yield from model_rows(experiment)
 
 
