@@ -21,7 +21,7 @@ def test_axi_reader(bits, tmp_path):
 
 @pytest.mark.parametrize("bits", [64, 128, 256])
 def test_axi_writer(bits, tmp_path):
-    assert simulate("axi_writer", {"DataBits": bits}, tmp_path, wrapper="axi_writer_ids") == 13
+    assert simulate("axi_writer", {"DataBits": bits}, tmp_path, wrapper="axi_writer_ids") == 14
 
 
 @pytest.mark.parametrize("bits", [64, 128, 256])
@@ -36,4 +36,4 @@ def test_weight_unpack(g, t, q, tmp_path):
 
 def test_axi_lite_registers(tmp_path):
     parameters = {"G": 3, "T": 28, "Q": 16, "P": 4, "Lanes": 16, "RowsMax": 64, "AddrBits": 40}
-    assert simulate("axi_lite_registers", parameters, tmp_path) == 20
+    assert simulate("axi_lite_registers", parameters, tmp_path) == 21

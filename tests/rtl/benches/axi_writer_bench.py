@@ -150,6 +150,21 @@ async def long_frames_lose_what_is_too_much(dut, pattern):
 
 
 @bench
+async def a_long_frame_is_not_idle(dut):
+    """Until its last beat was taken."""
+    await start(dut)
+    memory = Memory()
+    WritePort(dut, "m_axi", memory)
+    await Source(dut, "cmd").send([{"addr": 0, "beats": 2}])
+    stream = Source(dut, "in")
+    await stream.send({"data": place, "last": 0} for place in range(50))
+    assert memory.written == expected([(0, [0, 1], 2)])
+    assert not dut.idle_o.value
+    await stream.send([{"data": 0, "last": 1}])
+    await idle(dut, 2)
+
+
+@bench
 async def errors_are_remembered_and_nothing_hangs(dut):
     """An error response of one burst; what comes after it is written."""
     await start(dut)
@@ -194,15 +209,17 @@ async def reset_in_the_middle_of_a_burst(dut):
     await start(dut)
     draw = random.Random(SEED)
     memory = Memory()
-    WritePort(dut, "m_axi", memory, "half")
+    port = WritePort(dut, "m_axi", memory)
+    port.w_channel.pause = True
     await Source(dut, "cmd").send([{"addr": 0x1000, "beats": 300}])
-    await Source(dut, "in", "half").send(frames([row(draw, 0x1000, 300, 100)]))
+    await Source(dut, "in", "half").send(frames([row(draw, 0x1000, 300, 20)]))
     for _ in range(40):
         await RisingEdge(dut.clk_i)
     assert dut.short_frame_o.value
     assert not dut.idle_o.value
     await reset(dut, running=True)
     assert not dut.short_frame_o.value
+    port.w_channel.pause = False
     memory.written.clear()
     rows = some_rows(draw)
     await run(dut, rows, "half")

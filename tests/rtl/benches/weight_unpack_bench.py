@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-import random
 from dataclasses import dataclass
 
 import cocotb
@@ -41,11 +40,14 @@ class Matrix:
         return [{"data": sum(one << place * TILING.vector_bits for place, one in enumerate(group))} for group in groups]
 
 
-def matrix(draw: np.random.Generator, blocks: int, outputs: int, norms: int, bad: int | None = None) -> Matrix:
-    """Random indices, of one vector a bad one if asked for, and scrambled bits wherever nothing is to be read."""
+def matrix(
+    draw: np.random.Generator, blocks: int, outputs: int, norms: int, bad: tuple[int, int] | None = None
+) -> Matrix:
+    """Random indices, a bad one in the vector of that number if asked for; ones wherever nothing is to be read."""
     indices = draw.integers(0, 3**G, (blocks, TILING.padded_outputs(outputs), T), np.uint8)
     if bad is not None:
-        indices.reshape(-1, T)[bad, draw.integers(T)] = draw.integers(3**G, 1 << TILING.index_bits)
+        vector, index = bad
+        indices.reshape(-1, T)[vector, draw.integers(T)] = index
     weights = TlmmWeights(indices, outputs, blocks * TILING.block, TILING)
     norm = draw.integers(0, 0x7C00, norms, np.uint16)
     rows = beats_of(weights, norm.view(np.float16) if norms else None)
@@ -82,17 +84,23 @@ async def run(dut, matrices: list[Matrix], pattern: str = "always") -> int:
     if taken is not None:
         assert await taken == wanted_norms
     await sent
-    return counter.count
+    cycles = counter.count
+    for _ in range(2):  # until bad_index_o tells of the last beat
+        await RisingEdge(dut.clk_i)
+    return cycles
 
 
 def some_matrices(draw: np.random.Generator) -> list[Matrix]:
-    """One block and several, no norm, fewer and more norm weights than beats of vectors."""
+    """One block and several, full beats only, no norm, fewer and more norm weights than beats; one beat of a matrix."""
+    long = matrix(draw, PER_BEAT, 1, 2)
     return [
         matrix(draw, 1, 1, 0),
         matrix(draw, 2, 3 * Q - 1, 1),
         matrix(draw, 3, Q + 1, 60),
         matrix(draw, 5, 2 * Q, 3),
         matrix(draw, 1, 5 * Q, 0),
+        long,
+        Matrix(long.vectors[:PER_BEAT], long.norms[:1], long.beats[:1]),
     ]
 
 
@@ -126,14 +134,14 @@ async def empty_commands(dut):
 @bench
 @cocotb.parametrize(where=["first", "middle", "last"])
 async def bad_indices_are_remembered(dut, where):
-    """In the first vector, any, and the last one; the vectors come as they are."""
+    """The least and the largest, in the first vector, one between and the last one; the vectors come as they are."""
     await start(dut)
     draw = np.random.default_rng(SEED)
     count = 3 * 2 * Q
-    place = {"first": 0, "middle": random.Random(SEED).randrange(count), "last": count - 1}[where]
+    bad = {"first": (0, 3**G), "middle": (count // 2, 3**G), "last": (count - 1, (1 << TILING.index_bits) - 1)}[where]
     await run(dut, [matrix(draw, 3, 2 * Q, 1)], "half")
     assert not dut.bad_index_o.value
-    await run(dut, [matrix(draw, 3, 2 * Q, 1, place)], "half")
+    await run(dut, [matrix(draw, 3, 2 * Q, 1, bad)], "half")
     assert dut.bad_index_o.value
     await run(dut, [matrix(draw, 3, 2 * Q, 1)], "half")
     assert dut.bad_index_o.value
@@ -144,7 +152,7 @@ async def reset_in_the_middle(dut):
     """Nothing of the old matrix is left, and the bad index is forgotten."""
     await start(dut)
     draw = np.random.default_rng(SEED)
-    old = matrix(draw, 9, 3 * Q, 9, 0)
+    old = matrix(draw, 9, 3 * Q, 9, (0, 3**G))
     await Source(dut, "cmd").send([old.command])
     task = cocotb.start_soon(Source(dut, "in").send(old.beats))
     for _ in range(12):
