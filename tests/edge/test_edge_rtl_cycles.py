@@ -3,11 +3,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from tilewright import _host
 from tilewright.edge.contract import (
+    MAX_CONTEXT,
     Factor,
     KvCache,
     Layer,
@@ -83,6 +86,27 @@ def test_a_prompt_longer_than_a_chunk_is_its_chunks(rng):
     ids = list(range(session.build["RowsMax"] + 3))
     np.testing.assert_array_equal(session.hidden(ids).view(np.uint16), true.hidden(ids).view(np.uint16))
     assert session.counts["descriptors"] == 2 * 9
+
+
+def test_the_end_of_the_largest_context(rng):
+    """Of the second layer, whose places do not fit 16 bits: 4090 positions are there, six more fill the cache."""
+    model = one_layer(rng, 64, 64, 2, 1, 128, 2)
+    model = replace(model, layers=[model.layers[0], one_layer(rng, 64, 64, 2, 1, 128, 4).layers[0]])
+    session, true = RtlSession(model), model.session()
+    seen = MAX_CONTEXT - 6
+    for name in ("keys", "values"):
+        rows = session.map.of_buffer(session.memory, name).reshape(2, MAX_CONTEXT, 1, 128)
+        rows[:] = rng.standard_normal(rows.shape).astype(np.float16)
+        for layer, cache in zip(rows, true.caches, strict=True):
+            (cache.k if name == "keys" else cache.v)[:seen] = layer[::-1][:seen]
+    session.seen = seen
+    for cache in true.caches:
+        cache.seen = seen
+    for ids in ([1, 2, 3, 4, 5], [6]):
+        np.testing.assert_array_equal(session.hidden(ids).view(np.uint16), true.hidden(ids).view(np.uint16))
+    for index, cache in enumerate(true.caches):
+        np.testing.assert_array_equal(session.cache(index).k.view(np.uint16), cache.k.view(np.uint16))
+    assert session.status.value == true.status.value == 0
 
 
 @pytest.mark.parametrize("seed", [1, 2])
