@@ -26,7 +26,7 @@ from tilewright.edge.rtl import RtlSession
 from tilewright.edge.tellme.cycles import Pipelines, layer_counters
 
 pytestmark = pytest.mark.skipif(not hasattr(_host, "Accelerator"), reason="built without Verilator")
-TILING = Tiling(3, 28, 16, 4)
+TILING = Tiling(3, 28, 16, 4, lanes=8)
 PIPELINES = 32
 """Cycles that a counter of a layer may be off besides its 2 %: four or so a matrix, for data and addresses."""
 
