@@ -51,7 +51,7 @@ class Unit:
 
 LANES, PORT = {"Lanes": 8}, {"DataBits": 128}
 UNITS: dict[str, Unit] = {
-    "tlmm_core": Unit({"BeatsMax": 256, "BlocksMax": 49}, 1),
+    "tlmm_core": Unit({"BeatsMax": 256, "BlocksMax": 49, "Banks": 2}, 1),
     "weight_buffer": Unit({}, 1),
     "weight_reader": Unit(PORT, 1),
     "weight_unpack": Unit({}, 1),

@@ -14,7 +14,7 @@ module accelerator
     parameter int unsigned Q = 16,
     parameter int unsigned P = 4,
     parameter int unsigned Lanes = 8,  // values a cycle of rows; ports have 16 bits for each
-    parameter int unsigned Banks = 1,
+    parameter int unsigned Banks = 2,  // sets of tables; with two the next block's are filled beside the look-up
     parameter int unsigned WeightWords = 12288,
     parameter int unsigned RowBeatsMax = 512,  // of Lanes values
     parameter int unsigned BlocksMax = 49,  // of T * G inputs

@@ -87,7 +87,7 @@ def test_a_bank_of_weights_is_two_uram():
 def test_the_core_stays_below_the_papers():
     """TLMM with its fuse takes 43,137 LUTs there."""
     core = RECORDED["units"]["tlmm_core"]
-    assert core["parameters"].keys() == {"BeatsMax", "BlocksMax"}, "G, T, Q at their defaults: 3, 28, 16"
+    assert core["parameters"].keys() == {"BeatsMax", "BlocksMax", "Banks"}, "G, T, Q at their defaults: 3, 28, 16"
     assert core["lut"] < 43137
 
 

@@ -159,7 +159,7 @@ def linear_cycles(
     *,
     enters: bool,
     side_beats: int = 0,
-    banks: int = 1,
+    banks: int = 2,
     pipelines: Pipelines | None = None,
 ) -> LinearCycles:
     """Of ``tokens`` rows.
@@ -231,7 +231,7 @@ ENTERS = ("q", "o", "gate", "down")
 
 
 def layer_counters(
-    layer: Layer, tiling: Tiling, first: int, tokens: int, *, banks: int = 1, pipelines: Pipelines | None = None
+    layer: Layer, tiling: Tiling, first: int, tokens: int, *, banks: int = 2, pipelines: Pipelines | None = None
 ) -> dict[str, int]:
     """What the accelerator's counters say after a layer of ``tokens`` behind ``first`` positions: cycles, load, enter,
     sweep, attend. A cycle in which rows are entered and multiplied counts in both."""
@@ -251,7 +251,7 @@ def layer_counters(
 
 
 def layer_cycles(
-    layer: Layer, tiling: Tiling, first: int, tokens: int, *, banks: int = 1, pipelines: Pipelines | None = None
+    layer: Layer, tiling: Tiling, first: int, tokens: int, *, banks: int = 2, pipelines: Pipelines | None = None
 ) -> dict[str, int]:
     """Cycles of a layer for a chunk of tokens by part: descriptors, load, rows, attend; their sum is the run's."""
     pipelines = pipelines or Pipelines()

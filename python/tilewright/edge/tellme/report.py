@@ -18,7 +18,7 @@ from tilewright._files import atomic_write
 from tilewright.edge.contract import Factor, Layer, Linear, Tiling, TlmmWeights
 from tilewright.edge.tellme import synthesis
 from tilewright.edge.tellme.config import OURS, PAPER_BUDGET, XCK26, Shape, TellmeConfig
-from tilewright.edge.tellme.cycles import Pipelines, entry_cycles, layer_cycles
+from tilewright.edge.tellme.cycles import Pipelines, entry_cycles, layer_cycles, sweep_cycles
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -34,7 +34,7 @@ COLOURS = ("#4477aa", "#ee6677", "#228833", "#ccbb44", "#bbbbbb", "#66ccee", "#a
 
 def rtl_config(shape: Shape, f_mhz: float = 250.0) -> TellmeConfig:
     """The default build of the RTL, with the memory and host that the paper's figures were fitted with."""
-    return TellmeConfig(shape, Tiling(lanes=8), OURS, f_mhz, fill=27)
+    return TellmeConfig(shape, Tiling(lanes=8), OURS, f_mhz)
 
 
 def layer_of(config: TellmeConfig) -> Layer:
@@ -58,7 +58,7 @@ def phases(config: TellmeConfig, first: int, tokens: int) -> dict[str, float]:
     """Seconds of one chunk of ``tokens`` behind ``first`` positions, by what runs: the RTL's schedule
     (:mod:`.cycles`), but weights and cache no faster than the assumed bandwidths. The host's part is one head."""
     shape, hz = config.shape, config.f_mhz * 1e6
-    cycles = layer_cycles(layer_of(config), config.tiling, first, tokens)
+    cycles = layer_cycles(layer_of(config), config.tiling, first, tokens, banks=_sets(config))
     seconds = {part: count * shape.layers / hz for part, count in cycles.items()}
     keys = sum(range(first + tokens, first, -config.tiling.p))
     cache = config.kv_bytes(keys) / (config.calibration.bw_kv * min(config.f_mhz / 250, 1))
@@ -69,6 +69,11 @@ def phases(config: TellmeConfig, first: int, tokens: int) -> dict[str, float]:
         "descriptors": seconds["descriptors"],
         "head (host)": config.head_seconds(),
     }
+
+
+def _sets(config: TellmeConfig) -> int:
+    """Of tables: with a second one nothing between blocks waits for tables to be filled."""
+    return 1 if config.fill else 2
 
 
 def decode_seconds(config: TellmeConfig, context: int) -> dict[str, float]:
@@ -91,10 +96,13 @@ def utilisation(config: TellmeConfig, context: int) -> dict[str, float]:
     layer = layer_of(config)
     entries = sum(entry_cycles(one, tiling, pipelines)[0] for one in (layer.q, layer.o, layer.gate, layer.down))
     linears = shape.linears.values()
+    sweeping = sum(tiling.blocks(n) * -(-k // tiling.q) for n, k in linears)
+    matrices = (layer.q, layer.k, layer.v, layer.o, layer.gate, layer.up, layer.down)
+    looked_up = sum(sweep_cycles(one, tiling, _sets(config)).looked_up for one in matrices)
     cycles = {
         "norm and quantizer": entries,
-        "look-up, filling tables": sum(tiling.blocks(n) * tiling.codes for n, _ in linears),
-        "look-up, sweeping": sum(tiling.blocks(n) * -(-k // tiling.q) for n, k in linears),
+        "look-up, filling tables and waiting for sums to leave": looked_up - sweeping,
+        "look-up, sweeping": sweeping,
         "dequantizer and fuse": sum(-(-k // tiling.lanes) for _, k in linears),
     }
     return {

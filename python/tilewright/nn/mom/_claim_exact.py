@@ -70,8 +70,8 @@ def packed_rows(experiment: Experiment) -> Iterator[Row]:
         for what, e in worst[dtype].items():
             title = f"packed form against the token loop, {name}: worst {what}, relative L2"
             if dtype == torch.float32 and what == "gradient":
-                # A gate's gradient is a sum that nearly cancels: no order of float32 additions keeps its digits, and what
-                # one order loses by chance says little about another.
+                # A gate's gradient is a sum that nearly cancels: no order of float32 additions keeps its digits, and
+                # what one order loses by chance says little about another.
                 must = f"<= {bound:.0e}, or twice the loop's own in float32, the worst of {ORDERS} orders of its sums"
                 yield Row(title, "", e, must, excess <= 1.0)
             else:
