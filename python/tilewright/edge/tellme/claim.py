@@ -276,15 +276,10 @@ def run(experiment: Experiment) -> Iterator[Row]:
 def plot(values: dict[str, Any], figure: Figure) -> None:
     """Where a decoded token's time goes, and the time to the first token over the prompt."""
     left, right = figure.subplots(1, 2)
-    names = {
-        "paper": "paper's build\n(fitted)",
-        "ours": "our schedule\nsame build",
-        "rtl": "RTL (rows in\nits look-up)",
-        "best": "best build\nsame budget",
-    }
+    names = {"paper": "paper's\n(fitted)", "ours": "our\nschedule", "rtl": "RTL", "best": "best in\nthe budget"}
     labels = {
         "weights": "weights from memory",
-        "look-up": "table look-up",
+        "look-up": "table look-up (RTL: with norms)",
         "cache": "KV cache",
         "rows": "norms",
         "head": "LM head (host)",
@@ -303,7 +298,7 @@ def plot(values: dict[str, Any], figure: Figure) -> None:
     left.legend(fontsize="small", ncols=2, loc="upper right")
     tokens = [16, 32, 64, 128, 256, 512]
     for key, marker in (("paper", "o-"), ("ours", "s-"), ("rtl", "d-"), ("best", "^-")):
-        right.plot(tokens, values["ttft"][key], marker, label=names[key].replace("\n(", " (").replace("\n", ", "))
+        right.plot(tokens, values["ttft"][key], marker, label=names[key].replace("\n", " "))
     right.plot([64, 128], [0.45, 0.96], "kx", markersize=10, label="published")
     right.set_xscale("log", base=2)
     right.set_xticks(tokens, [str(n) for n in tokens])
