@@ -291,11 +291,11 @@ def plot(values: dict[str, Any], figure: Figure) -> None:
             size = values["decode"][key].get(part, 0.0) * 1e3
             left.bar(at, size, bottom=bottom, color=colours[part], label=label if at == 0 else None)
             bottom += size
-        left.annotate(f"{1e3 / bottom:.1f} tok/s", (at, bottom), ha="center", va="bottom")
+        left.annotate(f"{1e3 / bottom:.1f}/s", (at, bottom), ha="center", va="bottom")
     left.set_xticks(range(len(names)), list(names.values()))
-    left.set_ylabel("ms for a token, 64 of context")
-    left.set_ylim(0, 52)
-    left.legend(fontsize="small", ncols=2, loc="upper right")
+    left.set_ylabel("ms for a token (and tokens a second), 64 of context")
+    left.set_ylim(0, 64)
+    left.legend(fontsize="small", loc="upper right")
     tokens = [16, 32, 64, 128, 256, 512]
     for key, marker in (("paper", "o-"), ("ours", "s-"), ("rtl", "d-"), ("best", "^-")):
         right.plot(tokens, values["ttft"][key], marker, label=names[key].replace("\n", " "))
