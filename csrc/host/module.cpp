@@ -7,6 +7,7 @@
 #include "format/fp8.h"
 #include "format/ternary.h"
 #include "host/hls.h"
+#include "host/rtl.h"
 #include "isa/isa.h"
 #include "microbench/microbench.h"
 #include "ops/int4_fp8_attention/plan.h"
@@ -201,4 +202,7 @@ PYBIND11_MODULE(_host, m) {
   bind_fp8<format::E4M3>(m, "e4m3");
   bind_fp8<format::E5M2>(m, "e5m2");
   bind_hls(m);
+#ifdef TILEWRIGHT_RTL_PARAMETERS
+  bind_rtl(m);
+#endif
 }

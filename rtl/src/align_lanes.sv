@@ -23,7 +23,7 @@ module align_lanes #(
     assign magnitude = {half_pkg::mantissa(value), {(Width - 11) {1'b0}}} >> distance;
 
     always_ff @(posedge clk_i) begin
-      aligned_o[lane*(Width+1)+:Width+1] <= data_i[lane*16+15] ? -(Width + 1)'(magnitude) : (Width + 1)'(magnitude);
+      aligned_o[lane*(Width+1)+:Width+1] <= data_i[lane*16+15] ? -((Width + 1)'(magnitude)) : (Width + 1)'(magnitude);
     end
   end
 

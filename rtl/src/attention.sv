@@ -219,6 +219,8 @@ module attention #(
   logic [P-1:0] wild_q;
   logic wild_k, wild_v;
 
+  logic signed [5:0] unused_k_top;
+
   head_rows #(
       .Lanes(Lanes),
       .Rows(Rows),
@@ -240,7 +242,6 @@ module attention #(
       .written_top_o(unused_k_top),
       .nonfinite_o  (wild_k)
   );
-  logic signed [5:0] unused_k_top;
 
   align_lanes #(
       .Lanes(Lanes),

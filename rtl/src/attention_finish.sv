@@ -50,6 +50,12 @@ module attention_finish #(
   logic [P-1:0] quotient_valid;
   logic divided;
 
+  // rows out
+  logic [QueryBits-1:0] query_q;
+  logic [HeadBits-1:0] write_head;
+  logic [5:0] valid_q, last_q;
+  logic all_issued_q, issue, advance, row_last;
+
   assign busy_o       = state_q != Idle;
   assign state_head_o = HeadBits'(head_q);
   assign divided      = quotient_valid == '1;
@@ -115,16 +121,14 @@ module attention_finish #(
   end
 
   // --- rows out
-  logic [QueryBits-1:0] query_q;
-  logic [HeadBits-1:0] write_head;
-  logic [5:0] valid_q, last_q;
-  logic all_issued_q, issue, advance, row_last;
-
   assign advance     = out_ready_i || !valid_q[5];
   assign issue       = state_q == Write && !all_issued_q;
   assign read_o      = issue && advance;
   assign out_valid_o = valid_q[5];
   assign out_last_o  = last_q[5];
+
+  logic unused_first, unused_last, unused_kv_head;
+  logic [BeatBits-1:0] unused_kv_beat;
 
   head_walk #(
       .HeadsMax(HeadsMax),
@@ -145,8 +149,6 @@ module attention_finish #(
       .kv_head_o   (unused_kv_head),
       .kv_beat_o   (unused_kv_beat)
   );
-  logic unused_first, unused_last, unused_kv_head;
-  logic [BeatBits-1:0] unused_kv_beat;
 
   always_ff @(posedge clk_i) begin
     if (state_q == Idle) begin

@@ -16,659 +16,82 @@ package contract_pkg;
   localparam int unsigned StatusBadDescriptor = 9;
 
   // 2**15 * 2**(index / 128)
+  localparam logic [2192:0] Exp2EntryTable = {
+    17'd65536, 17'd65182, 17'd64830, 17'd64480, 17'd64132, 17'd63785, 17'd63441, 17'd63098, 17'd62757, 17'd62419,
+    17'd62081, 17'd61746, 17'd61413, 17'd61081, 17'd60751, 17'd60423, 17'd60097, 17'd59772, 17'd59449, 17'd59128,
+    17'd58809, 17'd58491, 17'd58176, 17'd57861, 17'd57549, 17'd57238, 17'd56929, 17'd56622, 17'd56316, 17'd56012,
+    17'd55709, 17'd55408, 17'd55109, 17'd54811, 17'd54515, 17'd54221, 17'd53928, 17'd53637, 17'd53347, 17'd53059,
+    17'd52773, 17'd52488, 17'd52204, 17'd51922, 17'd51642, 17'd51363, 17'd51085, 17'd50810, 17'd50535, 17'd50262,
+    17'd49991, 17'd49721, 17'd49452, 17'd49185, 17'd48920, 17'd48655, 17'd48393, 17'd48131, 17'd47871, 17'd47613,
+    17'd47356, 17'd47100, 17'd46846, 17'd46593, 17'd46341, 17'd46091, 17'd45842, 17'd45594, 17'd45348, 17'd45103,
+    17'd44859, 17'd44617, 17'd44376, 17'd44137, 17'd43898, 17'd43661, 17'd43425, 17'd43191, 17'd42958, 17'd42726,
+    17'd42495, 17'd42265, 17'd42037, 17'd41810, 17'd41584, 17'd41360, 17'd41136, 17'd40914, 17'd40693, 17'd40473,
+    17'd40255, 17'd40037, 17'd39821, 17'd39606, 17'd39392, 17'd39180, 17'd38968, 17'd38757, 17'd38548, 17'd38340,
+    17'd38133, 17'd37927, 17'd37722, 17'd37518, 17'd37316, 17'd37114, 17'd36914, 17'd36715, 17'd36516, 17'd36319,
+    17'd36123, 17'd35928, 17'd35734, 17'd35541, 17'd35349, 17'd35158, 17'd34968, 17'd34779, 17'd34591, 17'd34405,
+    17'd34219, 17'd34034, 17'd33850, 17'd33667, 17'd33486, 17'd33305, 17'd33125, 17'd32946, 17'd32768
+  };
   function automatic logic [16:0] exp2_entry(input logic [7:0] index);
-    case (index)
-      8'd0: exp2_entry = 17'd32768;
-      8'd1: exp2_entry = 17'd32946;
-      8'd2: exp2_entry = 17'd33125;
-      8'd3: exp2_entry = 17'd33305;
-      8'd4: exp2_entry = 17'd33486;
-      8'd5: exp2_entry = 17'd33667;
-      8'd6: exp2_entry = 17'd33850;
-      8'd7: exp2_entry = 17'd34034;
-      8'd8: exp2_entry = 17'd34219;
-      8'd9: exp2_entry = 17'd34405;
-      8'd10: exp2_entry = 17'd34591;
-      8'd11: exp2_entry = 17'd34779;
-      8'd12: exp2_entry = 17'd34968;
-      8'd13: exp2_entry = 17'd35158;
-      8'd14: exp2_entry = 17'd35349;
-      8'd15: exp2_entry = 17'd35541;
-      8'd16: exp2_entry = 17'd35734;
-      8'd17: exp2_entry = 17'd35928;
-      8'd18: exp2_entry = 17'd36123;
-      8'd19: exp2_entry = 17'd36319;
-      8'd20: exp2_entry = 17'd36516;
-      8'd21: exp2_entry = 17'd36715;
-      8'd22: exp2_entry = 17'd36914;
-      8'd23: exp2_entry = 17'd37114;
-      8'd24: exp2_entry = 17'd37316;
-      8'd25: exp2_entry = 17'd37518;
-      8'd26: exp2_entry = 17'd37722;
-      8'd27: exp2_entry = 17'd37927;
-      8'd28: exp2_entry = 17'd38133;
-      8'd29: exp2_entry = 17'd38340;
-      8'd30: exp2_entry = 17'd38548;
-      8'd31: exp2_entry = 17'd38757;
-      8'd32: exp2_entry = 17'd38968;
-      8'd33: exp2_entry = 17'd39180;
-      8'd34: exp2_entry = 17'd39392;
-      8'd35: exp2_entry = 17'd39606;
-      8'd36: exp2_entry = 17'd39821;
-      8'd37: exp2_entry = 17'd40037;
-      8'd38: exp2_entry = 17'd40255;
-      8'd39: exp2_entry = 17'd40473;
-      8'd40: exp2_entry = 17'd40693;
-      8'd41: exp2_entry = 17'd40914;
-      8'd42: exp2_entry = 17'd41136;
-      8'd43: exp2_entry = 17'd41360;
-      8'd44: exp2_entry = 17'd41584;
-      8'd45: exp2_entry = 17'd41810;
-      8'd46: exp2_entry = 17'd42037;
-      8'd47: exp2_entry = 17'd42265;
-      8'd48: exp2_entry = 17'd42495;
-      8'd49: exp2_entry = 17'd42726;
-      8'd50: exp2_entry = 17'd42958;
-      8'd51: exp2_entry = 17'd43191;
-      8'd52: exp2_entry = 17'd43425;
-      8'd53: exp2_entry = 17'd43661;
-      8'd54: exp2_entry = 17'd43898;
-      8'd55: exp2_entry = 17'd44137;
-      8'd56: exp2_entry = 17'd44376;
-      8'd57: exp2_entry = 17'd44617;
-      8'd58: exp2_entry = 17'd44859;
-      8'd59: exp2_entry = 17'd45103;
-      8'd60: exp2_entry = 17'd45348;
-      8'd61: exp2_entry = 17'd45594;
-      8'd62: exp2_entry = 17'd45842;
-      8'd63: exp2_entry = 17'd46091;
-      8'd64: exp2_entry = 17'd46341;
-      8'd65: exp2_entry = 17'd46593;
-      8'd66: exp2_entry = 17'd46846;
-      8'd67: exp2_entry = 17'd47100;
-      8'd68: exp2_entry = 17'd47356;
-      8'd69: exp2_entry = 17'd47613;
-      8'd70: exp2_entry = 17'd47871;
-      8'd71: exp2_entry = 17'd48131;
-      8'd72: exp2_entry = 17'd48393;
-      8'd73: exp2_entry = 17'd48655;
-      8'd74: exp2_entry = 17'd48920;
-      8'd75: exp2_entry = 17'd49185;
-      8'd76: exp2_entry = 17'd49452;
-      8'd77: exp2_entry = 17'd49721;
-      8'd78: exp2_entry = 17'd49991;
-      8'd79: exp2_entry = 17'd50262;
-      8'd80: exp2_entry = 17'd50535;
-      8'd81: exp2_entry = 17'd50810;
-      8'd82: exp2_entry = 17'd51085;
-      8'd83: exp2_entry = 17'd51363;
-      8'd84: exp2_entry = 17'd51642;
-      8'd85: exp2_entry = 17'd51922;
-      8'd86: exp2_entry = 17'd52204;
-      8'd87: exp2_entry = 17'd52488;
-      8'd88: exp2_entry = 17'd52773;
-      8'd89: exp2_entry = 17'd53059;
-      8'd90: exp2_entry = 17'd53347;
-      8'd91: exp2_entry = 17'd53637;
-      8'd92: exp2_entry = 17'd53928;
-      8'd93: exp2_entry = 17'd54221;
-      8'd94: exp2_entry = 17'd54515;
-      8'd95: exp2_entry = 17'd54811;
-      8'd96: exp2_entry = 17'd55109;
-      8'd97: exp2_entry = 17'd55408;
-      8'd98: exp2_entry = 17'd55709;
-      8'd99: exp2_entry = 17'd56012;
-      8'd100: exp2_entry = 17'd56316;
-      8'd101: exp2_entry = 17'd56622;
-      8'd102: exp2_entry = 17'd56929;
-      8'd103: exp2_entry = 17'd57238;
-      8'd104: exp2_entry = 17'd57549;
-      8'd105: exp2_entry = 17'd57861;
-      8'd106: exp2_entry = 17'd58176;
-      8'd107: exp2_entry = 17'd58491;
-      8'd108: exp2_entry = 17'd58809;
-      8'd109: exp2_entry = 17'd59128;
-      8'd110: exp2_entry = 17'd59449;
-      8'd111: exp2_entry = 17'd59772;
-      8'd112: exp2_entry = 17'd60097;
-      8'd113: exp2_entry = 17'd60423;
-      8'd114: exp2_entry = 17'd60751;
-      8'd115: exp2_entry = 17'd61081;
-      8'd116: exp2_entry = 17'd61413;
-      8'd117: exp2_entry = 17'd61746;
-      8'd118: exp2_entry = 17'd62081;
-      8'd119: exp2_entry = 17'd62419;
-      8'd120: exp2_entry = 17'd62757;
-      8'd121: exp2_entry = 17'd63098;
-      8'd122: exp2_entry = 17'd63441;
-      8'd123: exp2_entry = 17'd63785;
-      8'd124: exp2_entry = 17'd64132;
-      8'd125: exp2_entry = 17'd64480;
-      8'd126: exp2_entry = 17'd64830;
-      8'd127: exp2_entry = 17'd65182;
-      8'd128: exp2_entry = 17'd65536;
-      default: exp2_entry = '0;
-    endcase
+    exp2_entry = Exp2EntryTable[index*17+:17];
   endfunction
 
   // 2**16 * sigmoid(index / 32)
+  localparam logic [8720:0] SigmoidEntryTable = {
+    17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536,
+    17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536,
+    17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536,
+    17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536,
+    17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536,
+    17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536,
+    17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536,
+    17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536,
+    17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536,
+    17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536,
+    17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536,
+    17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536,
+    17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536,
+    17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65536, 17'd65535, 17'd65535, 17'd65535, 17'd65535, 17'd65535,
+    17'd65535, 17'd65535, 17'd65535, 17'd65535, 17'd65535, 17'd65535, 17'd65535, 17'd65535, 17'd65535, 17'd65535,
+    17'd65535, 17'd65535, 17'd65535, 17'd65535, 17'd65535, 17'd65535, 17'd65535, 17'd65535, 17'd65535, 17'd65535,
+    17'd65535, 17'd65535, 17'd65535, 17'd65535, 17'd65535, 17'd65535, 17'd65535, 17'd65535, 17'd65535, 17'd65535,
+    17'd65535, 17'd65534, 17'd65534, 17'd65534, 17'd65534, 17'd65534, 17'd65534, 17'd65534, 17'd65534, 17'd65534,
+    17'd65534, 17'd65534, 17'd65534, 17'd65534, 17'd65534, 17'd65534, 17'd65534, 17'd65533, 17'd65533, 17'd65533,
+    17'd65533, 17'd65533, 17'd65533, 17'd65533, 17'd65533, 17'd65533, 17'd65533, 17'd65533, 17'd65532, 17'd65532,
+    17'd65532, 17'd65532, 17'd65532, 17'd65532, 17'd65532, 17'd65532, 17'd65531, 17'd65531, 17'd65531, 17'd65531,
+    17'd65531, 17'd65531, 17'd65530, 17'd65530, 17'd65530, 17'd65530, 17'd65530, 17'd65530, 17'd65529, 17'd65529,
+    17'd65529, 17'd65529, 17'd65528, 17'd65528, 17'd65528, 17'd65528, 17'd65527, 17'd65527, 17'd65527, 17'd65527,
+    17'd65526, 17'd65526, 17'd65526, 17'd65525, 17'd65525, 17'd65525, 17'd65524, 17'd65524, 17'd65523, 17'd65523,
+    17'd65523, 17'd65522, 17'd65522, 17'd65521, 17'd65521, 17'd65520, 17'd65520, 17'd65519, 17'd65519, 17'd65518,
+    17'd65518, 17'd65517, 17'd65517, 17'd65516, 17'd65515, 17'd65515, 17'd65514, 17'd65513, 17'd65513, 17'd65512,
+    17'd65511, 17'd65510, 17'd65509, 17'd65509, 17'd65508, 17'd65507, 17'd65506, 17'd65505, 17'd65504, 17'd65503,
+    17'd65502, 17'd65501, 17'd65500, 17'd65499, 17'd65497, 17'd65496, 17'd65495, 17'd65494, 17'd65492, 17'd65491,
+    17'd65489, 17'd65488, 17'd65486, 17'd65485, 17'd65483, 17'd65482, 17'd65480, 17'd65478, 17'd65476, 17'd65474,
+    17'd65472, 17'd65470, 17'd65468, 17'd65466, 17'd65464, 17'd65462, 17'd65459, 17'd65457, 17'd65454, 17'd65452,
+    17'd65449, 17'd65446, 17'd65444, 17'd65441, 17'd65438, 17'd65435, 17'd65431, 17'd65428, 17'd65425, 17'd65421,
+    17'd65417, 17'd65414, 17'd65410, 17'd65406, 17'd65402, 17'd65397, 17'd65393, 17'd65388, 17'd65384, 17'd65379,
+    17'd65374, 17'd65369, 17'd65364, 17'd65358, 17'd65352, 17'd65347, 17'd65341, 17'd65334, 17'd65328, 17'd65321,
+    17'd65315, 17'd65308, 17'd65300, 17'd65293, 17'd65285, 17'd65277, 17'd65269, 17'd65261, 17'd65252, 17'd65243,
+    17'd65234, 17'd65224, 17'd65215, 17'd65204, 17'd65194, 17'd65183, 17'd65172, 17'd65160, 17'd65149, 17'd65136,
+    17'd65124, 17'd65111, 17'd65097, 17'd65084, 17'd65069, 17'd65055, 17'd65039, 17'd65024, 17'd65008, 17'd64991,
+    17'd64974, 17'd64956, 17'd64938, 17'd64919, 17'd64900, 17'd64880, 17'd64859, 17'd64838, 17'd64816, 17'd64793,
+    17'd64770, 17'd64746, 17'd64721, 17'd64696, 17'd64669, 17'd64642, 17'd64614, 17'd64585, 17'd64556, 17'd64525,
+    17'd64494, 17'd64461, 17'd64427, 17'd64393, 17'd64357, 17'd64321, 17'd64283, 17'd64244, 17'd64203, 17'd64162,
+    17'd64119, 17'd64075, 17'd64030, 17'd63983, 17'd63935, 17'd63886, 17'd63835, 17'd63782, 17'd63728, 17'd63672,
+    17'd63615, 17'd63556, 17'd63495, 17'd63432, 17'd63368, 17'd63301, 17'd63233, 17'd63162, 17'd63090, 17'd63015,
+    17'd62938, 17'd62859, 17'd62778, 17'd62694, 17'd62608, 17'd62519, 17'd62428, 17'd62334, 17'd62238, 17'd62138,
+    17'd62036, 17'd61931, 17'd61823, 17'd61712, 17'd61598, 17'd61481, 17'd61360, 17'd61237, 17'd61109, 17'd60979,
+    17'd60844, 17'd60706, 17'd60565, 17'd60419, 17'd60270, 17'd60116, 17'd59959, 17'd59797, 17'd59632, 17'd59462,
+    17'd59287, 17'd59108, 17'd58925, 17'd58737, 17'd58544, 17'd58346, 17'd58144, 17'd57936, 17'd57724, 17'd57506,
+    17'd57284, 17'd57055, 17'd56822, 17'd56583, 17'd56339, 17'd56089, 17'd55834, 17'd55572, 17'd55306, 17'd55033,
+    17'd54754, 17'd54470, 17'd54179, 17'd53883, 17'd53581, 17'd53272, 17'd52957, 17'd52637, 17'd52310, 17'd51977,
+    17'd51638, 17'd51293, 17'd50941, 17'd50584, 17'd50220, 17'd49850, 17'd49474, 17'd49092, 17'd48704, 17'd48310,
+    17'd47911, 17'd47505, 17'd47094, 17'd46677, 17'd46254, 17'd45826, 17'd45393, 17'd44954, 17'd44511, 17'd44062,
+    17'd43608, 17'd43150, 17'd42687, 17'd42220, 17'd41748, 17'd41273, 17'd40793, 17'd40310, 17'd39824, 17'd39334,
+    17'd38841, 17'd38345, 17'd37847, 17'd37346, 17'd36843, 17'd36338, 17'd35831, 17'd35323, 17'd34813, 17'd34303,
+    17'd33792, 17'd33280, 17'd32768
+  };
   function automatic logic [16:0] sigmoid_entry(input logic [9:0] index);
-    case (index)
-      10'd0: sigmoid_entry = 17'd32768;
-      10'd1: sigmoid_entry = 17'd33280;
-      10'd2: sigmoid_entry = 17'd33792;
-      10'd3: sigmoid_entry = 17'd34303;
-      10'd4: sigmoid_entry = 17'd34813;
-      10'd5: sigmoid_entry = 17'd35323;
-      10'd6: sigmoid_entry = 17'd35831;
-      10'd7: sigmoid_entry = 17'd36338;
-      10'd8: sigmoid_entry = 17'd36843;
-      10'd9: sigmoid_entry = 17'd37346;
-      10'd10: sigmoid_entry = 17'd37847;
-      10'd11: sigmoid_entry = 17'd38345;
-      10'd12: sigmoid_entry = 17'd38841;
-      10'd13: sigmoid_entry = 17'd39334;
-      10'd14: sigmoid_entry = 17'd39824;
-      10'd15: sigmoid_entry = 17'd40310;
-      10'd16: sigmoid_entry = 17'd40793;
-      10'd17: sigmoid_entry = 17'd41273;
-      10'd18: sigmoid_entry = 17'd41748;
-      10'd19: sigmoid_entry = 17'd42220;
-      10'd20: sigmoid_entry = 17'd42687;
-      10'd21: sigmoid_entry = 17'd43150;
-      10'd22: sigmoid_entry = 17'd43608;
-      10'd23: sigmoid_entry = 17'd44062;
-      10'd24: sigmoid_entry = 17'd44511;
-      10'd25: sigmoid_entry = 17'd44954;
-      10'd26: sigmoid_entry = 17'd45393;
-      10'd27: sigmoid_entry = 17'd45826;
-      10'd28: sigmoid_entry = 17'd46254;
-      10'd29: sigmoid_entry = 17'd46677;
-      10'd30: sigmoid_entry = 17'd47094;
-      10'd31: sigmoid_entry = 17'd47505;
-      10'd32: sigmoid_entry = 17'd47911;
-      10'd33: sigmoid_entry = 17'd48310;
-      10'd34: sigmoid_entry = 17'd48704;
-      10'd35: sigmoid_entry = 17'd49092;
-      10'd36: sigmoid_entry = 17'd49474;
-      10'd37: sigmoid_entry = 17'd49850;
-      10'd38: sigmoid_entry = 17'd50220;
-      10'd39: sigmoid_entry = 17'd50584;
-      10'd40: sigmoid_entry = 17'd50941;
-      10'd41: sigmoid_entry = 17'd51293;
-      10'd42: sigmoid_entry = 17'd51638;
-      10'd43: sigmoid_entry = 17'd51977;
-      10'd44: sigmoid_entry = 17'd52310;
-      10'd45: sigmoid_entry = 17'd52637;
-      10'd46: sigmoid_entry = 17'd52957;
-      10'd47: sigmoid_entry = 17'd53272;
-      10'd48: sigmoid_entry = 17'd53581;
-      10'd49: sigmoid_entry = 17'd53883;
-      10'd50: sigmoid_entry = 17'd54179;
-      10'd51: sigmoid_entry = 17'd54470;
-      10'd52: sigmoid_entry = 17'd54754;
-      10'd53: sigmoid_entry = 17'd55033;
-      10'd54: sigmoid_entry = 17'd55306;
-      10'd55: sigmoid_entry = 17'd55572;
-      10'd56: sigmoid_entry = 17'd55834;
-      10'd57: sigmoid_entry = 17'd56089;
-      10'd58: sigmoid_entry = 17'd56339;
-      10'd59: sigmoid_entry = 17'd56583;
-      10'd60: sigmoid_entry = 17'd56822;
-      10'd61: sigmoid_entry = 17'd57055;
-      10'd62: sigmoid_entry = 17'd57284;
-      10'd63: sigmoid_entry = 17'd57506;
-      10'd64: sigmoid_entry = 17'd57724;
-      10'd65: sigmoid_entry = 17'd57936;
-      10'd66: sigmoid_entry = 17'd58144;
-      10'd67: sigmoid_entry = 17'd58346;
-      10'd68: sigmoid_entry = 17'd58544;
-      10'd69: sigmoid_entry = 17'd58737;
-      10'd70: sigmoid_entry = 17'd58925;
-      10'd71: sigmoid_entry = 17'd59108;
-      10'd72: sigmoid_entry = 17'd59287;
-      10'd73: sigmoid_entry = 17'd59462;
-      10'd74: sigmoid_entry = 17'd59632;
-      10'd75: sigmoid_entry = 17'd59797;
-      10'd76: sigmoid_entry = 17'd59959;
-      10'd77: sigmoid_entry = 17'd60116;
-      10'd78: sigmoid_entry = 17'd60270;
-      10'd79: sigmoid_entry = 17'd60419;
-      10'd80: sigmoid_entry = 17'd60565;
-      10'd81: sigmoid_entry = 17'd60706;
-      10'd82: sigmoid_entry = 17'd60844;
-      10'd83: sigmoid_entry = 17'd60979;
-      10'd84: sigmoid_entry = 17'd61109;
-      10'd85: sigmoid_entry = 17'd61237;
-      10'd86: sigmoid_entry = 17'd61360;
-      10'd87: sigmoid_entry = 17'd61481;
-      10'd88: sigmoid_entry = 17'd61598;
-      10'd89: sigmoid_entry = 17'd61712;
-      10'd90: sigmoid_entry = 17'd61823;
-      10'd91: sigmoid_entry = 17'd61931;
-      10'd92: sigmoid_entry = 17'd62036;
-      10'd93: sigmoid_entry = 17'd62138;
-      10'd94: sigmoid_entry = 17'd62238;
-      10'd95: sigmoid_entry = 17'd62334;
-      10'd96: sigmoid_entry = 17'd62428;
-      10'd97: sigmoid_entry = 17'd62519;
-      10'd98: sigmoid_entry = 17'd62608;
-      10'd99: sigmoid_entry = 17'd62694;
-      10'd100: sigmoid_entry = 17'd62778;
-      10'd101: sigmoid_entry = 17'd62859;
-      10'd102: sigmoid_entry = 17'd62938;
-      10'd103: sigmoid_entry = 17'd63015;
-      10'd104: sigmoid_entry = 17'd63090;
-      10'd105: sigmoid_entry = 17'd63162;
-      10'd106: sigmoid_entry = 17'd63233;
-      10'd107: sigmoid_entry = 17'd63301;
-      10'd108: sigmoid_entry = 17'd63368;
-      10'd109: sigmoid_entry = 17'd63432;
-      10'd110: sigmoid_entry = 17'd63495;
-      10'd111: sigmoid_entry = 17'd63556;
-      10'd112: sigmoid_entry = 17'd63615;
-      10'd113: sigmoid_entry = 17'd63672;
-      10'd114: sigmoid_entry = 17'd63728;
-      10'd115: sigmoid_entry = 17'd63782;
-      10'd116: sigmoid_entry = 17'd63835;
-      10'd117: sigmoid_entry = 17'd63886;
-      10'd118: sigmoid_entry = 17'd63935;
-      10'd119: sigmoid_entry = 17'd63983;
-      10'd120: sigmoid_entry = 17'd64030;
-      10'd121: sigmoid_entry = 17'd64075;
-      10'd122: sigmoid_entry = 17'd64119;
-      10'd123: sigmoid_entry = 17'd64162;
-      10'd124: sigmoid_entry = 17'd64203;
-      10'd125: sigmoid_entry = 17'd64244;
-      10'd126: sigmoid_entry = 17'd64283;
-      10'd127: sigmoid_entry = 17'd64321;
-      10'd128: sigmoid_entry = 17'd64357;
-      10'd129: sigmoid_entry = 17'd64393;
-      10'd130: sigmoid_entry = 17'd64427;
-      10'd131: sigmoid_entry = 17'd64461;
-      10'd132: sigmoid_entry = 17'd64494;
-      10'd133: sigmoid_entry = 17'd64525;
-      10'd134: sigmoid_entry = 17'd64556;
-      10'd135: sigmoid_entry = 17'd64585;
-      10'd136: sigmoid_entry = 17'd64614;
-      10'd137: sigmoid_entry = 17'd64642;
-      10'd138: sigmoid_entry = 17'd64669;
-      10'd139: sigmoid_entry = 17'd64696;
-      10'd140: sigmoid_entry = 17'd64721;
-      10'd141: sigmoid_entry = 17'd64746;
-      10'd142: sigmoid_entry = 17'd64770;
-      10'd143: sigmoid_entry = 17'd64793;
-      10'd144: sigmoid_entry = 17'd64816;
-      10'd145: sigmoid_entry = 17'd64838;
-      10'd146: sigmoid_entry = 17'd64859;
-      10'd147: sigmoid_entry = 17'd64880;
-      10'd148: sigmoid_entry = 17'd64900;
-      10'd149: sigmoid_entry = 17'd64919;
-      10'd150: sigmoid_entry = 17'd64938;
-      10'd151: sigmoid_entry = 17'd64956;
-      10'd152: sigmoid_entry = 17'd64974;
-      10'd153: sigmoid_entry = 17'd64991;
-      10'd154: sigmoid_entry = 17'd65008;
-      10'd155: sigmoid_entry = 17'd65024;
-      10'd156: sigmoid_entry = 17'd65039;
-      10'd157: sigmoid_entry = 17'd65055;
-      10'd158: sigmoid_entry = 17'd65069;
-      10'd159: sigmoid_entry = 17'd65084;
-      10'd160: sigmoid_entry = 17'd65097;
-      10'd161: sigmoid_entry = 17'd65111;
-      10'd162: sigmoid_entry = 17'd65124;
-      10'd163: sigmoid_entry = 17'd65136;
-      10'd164: sigmoid_entry = 17'd65149;
-      10'd165: sigmoid_entry = 17'd65160;
-      10'd166: sigmoid_entry = 17'd65172;
-      10'd167: sigmoid_entry = 17'd65183;
-      10'd168: sigmoid_entry = 17'd65194;
-      10'd169: sigmoid_entry = 17'd65204;
-      10'd170: sigmoid_entry = 17'd65215;
-      10'd171: sigmoid_entry = 17'd65224;
-      10'd172: sigmoid_entry = 17'd65234;
-      10'd173: sigmoid_entry = 17'd65243;
-      10'd174: sigmoid_entry = 17'd65252;
-      10'd175: sigmoid_entry = 17'd65261;
-      10'd176: sigmoid_entry = 17'd65269;
-      10'd177: sigmoid_entry = 17'd65277;
-      10'd178: sigmoid_entry = 17'd65285;
-      10'd179: sigmoid_entry = 17'd65293;
-      10'd180: sigmoid_entry = 17'd65300;
-      10'd181: sigmoid_entry = 17'd65308;
-      10'd182: sigmoid_entry = 17'd65315;
-      10'd183: sigmoid_entry = 17'd65321;
-      10'd184: sigmoid_entry = 17'd65328;
-      10'd185: sigmoid_entry = 17'd65334;
-      10'd186: sigmoid_entry = 17'd65341;
-      10'd187: sigmoid_entry = 17'd65347;
-      10'd188: sigmoid_entry = 17'd65352;
-      10'd189: sigmoid_entry = 17'd65358;
-      10'd190: sigmoid_entry = 17'd65364;
-      10'd191: sigmoid_entry = 17'd65369;
-      10'd192: sigmoid_entry = 17'd65374;
-      10'd193: sigmoid_entry = 17'd65379;
-      10'd194: sigmoid_entry = 17'd65384;
-      10'd195: sigmoid_entry = 17'd65388;
-      10'd196: sigmoid_entry = 17'd65393;
-      10'd197: sigmoid_entry = 17'd65397;
-      10'd198: sigmoid_entry = 17'd65402;
-      10'd199: sigmoid_entry = 17'd65406;
-      10'd200: sigmoid_entry = 17'd65410;
-      10'd201: sigmoid_entry = 17'd65414;
-      10'd202: sigmoid_entry = 17'd65417;
-      10'd203: sigmoid_entry = 17'd65421;
-      10'd204: sigmoid_entry = 17'd65425;
-      10'd205: sigmoid_entry = 17'd65428;
-      10'd206: sigmoid_entry = 17'd65431;
-      10'd207: sigmoid_entry = 17'd65435;
-      10'd208: sigmoid_entry = 17'd65438;
-      10'd209: sigmoid_entry = 17'd65441;
-      10'd210: sigmoid_entry = 17'd65444;
-      10'd211: sigmoid_entry = 17'd65446;
-      10'd212: sigmoid_entry = 17'd65449;
-      10'd213: sigmoid_entry = 17'd65452;
-      10'd214: sigmoid_entry = 17'd65454;
-      10'd215: sigmoid_entry = 17'd65457;
-      10'd216: sigmoid_entry = 17'd65459;
-      10'd217: sigmoid_entry = 17'd65462;
-      10'd218: sigmoid_entry = 17'd65464;
-      10'd219: sigmoid_entry = 17'd65466;
-      10'd220: sigmoid_entry = 17'd65468;
-      10'd221: sigmoid_entry = 17'd65470;
-      10'd222: sigmoid_entry = 17'd65472;
-      10'd223: sigmoid_entry = 17'd65474;
-      10'd224: sigmoid_entry = 17'd65476;
-      10'd225: sigmoid_entry = 17'd65478;
-      10'd226: sigmoid_entry = 17'd65480;
-      10'd227: sigmoid_entry = 17'd65482;
-      10'd228: sigmoid_entry = 17'd65483;
-      10'd229: sigmoid_entry = 17'd65485;
-      10'd230: sigmoid_entry = 17'd65486;
-      10'd231: sigmoid_entry = 17'd65488;
-      10'd232: sigmoid_entry = 17'd65489;
-      10'd233: sigmoid_entry = 17'd65491;
-      10'd234: sigmoid_entry = 17'd65492;
-      10'd235: sigmoid_entry = 17'd65494;
-      10'd236: sigmoid_entry = 17'd65495;
-      10'd237: sigmoid_entry = 17'd65496;
-      10'd238: sigmoid_entry = 17'd65497;
-      10'd239: sigmoid_entry = 17'd65499;
-      10'd240: sigmoid_entry = 17'd65500;
-      10'd241: sigmoid_entry = 17'd65501;
-      10'd242: sigmoid_entry = 17'd65502;
-      10'd243: sigmoid_entry = 17'd65503;
-      10'd244: sigmoid_entry = 17'd65504;
-      10'd245: sigmoid_entry = 17'd65505;
-      10'd246: sigmoid_entry = 17'd65506;
-      10'd247: sigmoid_entry = 17'd65507;
-      10'd248: sigmoid_entry = 17'd65508;
-      10'd249: sigmoid_entry = 17'd65509;
-      10'd250: sigmoid_entry = 17'd65509;
-      10'd251: sigmoid_entry = 17'd65510;
-      10'd252: sigmoid_entry = 17'd65511;
-      10'd253: sigmoid_entry = 17'd65512;
-      10'd254: sigmoid_entry = 17'd65513;
-      10'd255: sigmoid_entry = 17'd65513;
-      10'd256: sigmoid_entry = 17'd65514;
-      10'd257: sigmoid_entry = 17'd65515;
-      10'd258: sigmoid_entry = 17'd65515;
-      10'd259: sigmoid_entry = 17'd65516;
-      10'd260: sigmoid_entry = 17'd65517;
-      10'd261: sigmoid_entry = 17'd65517;
-      10'd262: sigmoid_entry = 17'd65518;
-      10'd263: sigmoid_entry = 17'd65518;
-      10'd264: sigmoid_entry = 17'd65519;
-      10'd265: sigmoid_entry = 17'd65519;
-      10'd266: sigmoid_entry = 17'd65520;
-      10'd267: sigmoid_entry = 17'd65520;
-      10'd268: sigmoid_entry = 17'd65521;
-      10'd269: sigmoid_entry = 17'd65521;
-      10'd270: sigmoid_entry = 17'd65522;
-      10'd271: sigmoid_entry = 17'd65522;
-      10'd272: sigmoid_entry = 17'd65523;
-      10'd273: sigmoid_entry = 17'd65523;
-      10'd274: sigmoid_entry = 17'd65523;
-      10'd275: sigmoid_entry = 17'd65524;
-      10'd276: sigmoid_entry = 17'd65524;
-      10'd277: sigmoid_entry = 17'd65525;
-      10'd278: sigmoid_entry = 17'd65525;
-      10'd279: sigmoid_entry = 17'd65525;
-      10'd280: sigmoid_entry = 17'd65526;
-      10'd281: sigmoid_entry = 17'd65526;
-      10'd282: sigmoid_entry = 17'd65526;
-      10'd283: sigmoid_entry = 17'd65527;
-      10'd284: sigmoid_entry = 17'd65527;
-      10'd285: sigmoid_entry = 17'd65527;
-      10'd286: sigmoid_entry = 17'd65527;
-      10'd287: sigmoid_entry = 17'd65528;
-      10'd288: sigmoid_entry = 17'd65528;
-      10'd289: sigmoid_entry = 17'd65528;
-      10'd290: sigmoid_entry = 17'd65528;
-      10'd291: sigmoid_entry = 17'd65529;
-      10'd292: sigmoid_entry = 17'd65529;
-      10'd293: sigmoid_entry = 17'd65529;
-      10'd294: sigmoid_entry = 17'd65529;
-      10'd295: sigmoid_entry = 17'd65530;
-      10'd296: sigmoid_entry = 17'd65530;
-      10'd297: sigmoid_entry = 17'd65530;
-      10'd298: sigmoid_entry = 17'd65530;
-      10'd299: sigmoid_entry = 17'd65530;
-      10'd300: sigmoid_entry = 17'd65530;
-      10'd301: sigmoid_entry = 17'd65531;
-      10'd302: sigmoid_entry = 17'd65531;
-      10'd303: sigmoid_entry = 17'd65531;
-      10'd304: sigmoid_entry = 17'd65531;
-      10'd305: sigmoid_entry = 17'd65531;
-      10'd306: sigmoid_entry = 17'd65531;
-      10'd307: sigmoid_entry = 17'd65532;
-      10'd308: sigmoid_entry = 17'd65532;
-      10'd309: sigmoid_entry = 17'd65532;
-      10'd310: sigmoid_entry = 17'd65532;
-      10'd311: sigmoid_entry = 17'd65532;
-      10'd312: sigmoid_entry = 17'd65532;
-      10'd313: sigmoid_entry = 17'd65532;
-      10'd314: sigmoid_entry = 17'd65532;
-      10'd315: sigmoid_entry = 17'd65533;
-      10'd316: sigmoid_entry = 17'd65533;
-      10'd317: sigmoid_entry = 17'd65533;
-      10'd318: sigmoid_entry = 17'd65533;
-      10'd319: sigmoid_entry = 17'd65533;
-      10'd320: sigmoid_entry = 17'd65533;
-      10'd321: sigmoid_entry = 17'd65533;
-      10'd322: sigmoid_entry = 17'd65533;
-      10'd323: sigmoid_entry = 17'd65533;
-      10'd324: sigmoid_entry = 17'd65533;
-      10'd325: sigmoid_entry = 17'd65533;
-      10'd326: sigmoid_entry = 17'd65534;
-      10'd327: sigmoid_entry = 17'd65534;
-      10'd328: sigmoid_entry = 17'd65534;
-      10'd329: sigmoid_entry = 17'd65534;
-      10'd330: sigmoid_entry = 17'd65534;
-      10'd331: sigmoid_entry = 17'd65534;
-      10'd332: sigmoid_entry = 17'd65534;
-      10'd333: sigmoid_entry = 17'd65534;
-      10'd334: sigmoid_entry = 17'd65534;
-      10'd335: sigmoid_entry = 17'd65534;
-      10'd336: sigmoid_entry = 17'd65534;
-      10'd337: sigmoid_entry = 17'd65534;
-      10'd338: sigmoid_entry = 17'd65534;
-      10'd339: sigmoid_entry = 17'd65534;
-      10'd340: sigmoid_entry = 17'd65534;
-      10'd341: sigmoid_entry = 17'd65534;
-      10'd342: sigmoid_entry = 17'd65535;
-      10'd343: sigmoid_entry = 17'd65535;
-      10'd344: sigmoid_entry = 17'd65535;
-      10'd345: sigmoid_entry = 17'd65535;
-      10'd346: sigmoid_entry = 17'd65535;
-      10'd347: sigmoid_entry = 17'd65535;
-      10'd348: sigmoid_entry = 17'd65535;
-      10'd349: sigmoid_entry = 17'd65535;
-      10'd350: sigmoid_entry = 17'd65535;
-      10'd351: sigmoid_entry = 17'd65535;
-      10'd352: sigmoid_entry = 17'd65535;
-      10'd353: sigmoid_entry = 17'd65535;
-      10'd354: sigmoid_entry = 17'd65535;
-      10'd355: sigmoid_entry = 17'd65535;
-      10'd356: sigmoid_entry = 17'd65535;
-      10'd357: sigmoid_entry = 17'd65535;
-      10'd358: sigmoid_entry = 17'd65535;
-      10'd359: sigmoid_entry = 17'd65535;
-      10'd360: sigmoid_entry = 17'd65535;
-      10'd361: sigmoid_entry = 17'd65535;
-      10'd362: sigmoid_entry = 17'd65535;
-      10'd363: sigmoid_entry = 17'd65535;
-      10'd364: sigmoid_entry = 17'd65535;
-      10'd365: sigmoid_entry = 17'd65535;
-      10'd366: sigmoid_entry = 17'd65535;
-      10'd367: sigmoid_entry = 17'd65535;
-      10'd368: sigmoid_entry = 17'd65535;
-      10'd369: sigmoid_entry = 17'd65535;
-      10'd370: sigmoid_entry = 17'd65535;
-      10'd371: sigmoid_entry = 17'd65535;
-      10'd372: sigmoid_entry = 17'd65535;
-      10'd373: sigmoid_entry = 17'd65535;
-      10'd374: sigmoid_entry = 17'd65535;
-      10'd375: sigmoid_entry = 17'd65535;
-      10'd376: sigmoid_entry = 17'd65535;
-      10'd377: sigmoid_entry = 17'd65535;
-      10'd378: sigmoid_entry = 17'd65536;
-      10'd379: sigmoid_entry = 17'd65536;
-      10'd380: sigmoid_entry = 17'd65536;
-      10'd381: sigmoid_entry = 17'd65536;
-      10'd382: sigmoid_entry = 17'd65536;
-      10'd383: sigmoid_entry = 17'd65536;
-      10'd384: sigmoid_entry = 17'd65536;
-      10'd385: sigmoid_entry = 17'd65536;
-      10'd386: sigmoid_entry = 17'd65536;
-      10'd387: sigmoid_entry = 17'd65536;
-      10'd388: sigmoid_entry = 17'd65536;
-      10'd389: sigmoid_entry = 17'd65536;
-      10'd390: sigmoid_entry = 17'd65536;
-      10'd391: sigmoid_entry = 17'd65536;
-      10'd392: sigmoid_entry = 17'd65536;
-      10'd393: sigmoid_entry = 17'd65536;
-      10'd394: sigmoid_entry = 17'd65536;
-      10'd395: sigmoid_entry = 17'd65536;
-      10'd396: sigmoid_entry = 17'd65536;
-      10'd397: sigmoid_entry = 17'd65536;
-      10'd398: sigmoid_entry = 17'd65536;
-      10'd399: sigmoid_entry = 17'd65536;
-      10'd400: sigmoid_entry = 17'd65536;
-      10'd401: sigmoid_entry = 17'd65536;
-      10'd402: sigmoid_entry = 17'd65536;
-      10'd403: sigmoid_entry = 17'd65536;
-      10'd404: sigmoid_entry = 17'd65536;
-      10'd405: sigmoid_entry = 17'd65536;
-      10'd406: sigmoid_entry = 17'd65536;
-      10'd407: sigmoid_entry = 17'd65536;
-      10'd408: sigmoid_entry = 17'd65536;
-      10'd409: sigmoid_entry = 17'd65536;
-      10'd410: sigmoid_entry = 17'd65536;
-      10'd411: sigmoid_entry = 17'd65536;
-      10'd412: sigmoid_entry = 17'd65536;
-      10'd413: sigmoid_entry = 17'd65536;
-      10'd414: sigmoid_entry = 17'd65536;
-      10'd415: sigmoid_entry = 17'd65536;
-      10'd416: sigmoid_entry = 17'd65536;
-      10'd417: sigmoid_entry = 17'd65536;
-      10'd418: sigmoid_entry = 17'd65536;
-      10'd419: sigmoid_entry = 17'd65536;
-      10'd420: sigmoid_entry = 17'd65536;
-      10'd421: sigmoid_entry = 17'd65536;
-      10'd422: sigmoid_entry = 17'd65536;
-      10'd423: sigmoid_entry = 17'd65536;
-      10'd424: sigmoid_entry = 17'd65536;
-      10'd425: sigmoid_entry = 17'd65536;
-      10'd426: sigmoid_entry = 17'd65536;
-      10'd427: sigmoid_entry = 17'd65536;
-      10'd428: sigmoid_entry = 17'd65536;
-      10'd429: sigmoid_entry = 17'd65536;
-      10'd430: sigmoid_entry = 17'd65536;
-      10'd431: sigmoid_entry = 17'd65536;
-      10'd432: sigmoid_entry = 17'd65536;
-      10'd433: sigmoid_entry = 17'd65536;
-      10'd434: sigmoid_entry = 17'd65536;
-      10'd435: sigmoid_entry = 17'd65536;
-      10'd436: sigmoid_entry = 17'd65536;
-      10'd437: sigmoid_entry = 17'd65536;
-      10'd438: sigmoid_entry = 17'd65536;
-      10'd439: sigmoid_entry = 17'd65536;
-      10'd440: sigmoid_entry = 17'd65536;
-      10'd441: sigmoid_entry = 17'd65536;
-      10'd442: sigmoid_entry = 17'd65536;
-      10'd443: sigmoid_entry = 17'd65536;
-      10'd444: sigmoid_entry = 17'd65536;
-      10'd445: sigmoid_entry = 17'd65536;
-      10'd446: sigmoid_entry = 17'd65536;
-      10'd447: sigmoid_entry = 17'd65536;
-      10'd448: sigmoid_entry = 17'd65536;
-      10'd449: sigmoid_entry = 17'd65536;
-      10'd450: sigmoid_entry = 17'd65536;
-      10'd451: sigmoid_entry = 17'd65536;
-      10'd452: sigmoid_entry = 17'd65536;
-      10'd453: sigmoid_entry = 17'd65536;
-      10'd454: sigmoid_entry = 17'd65536;
-      10'd455: sigmoid_entry = 17'd65536;
-      10'd456: sigmoid_entry = 17'd65536;
-      10'd457: sigmoid_entry = 17'd65536;
-      10'd458: sigmoid_entry = 17'd65536;
-      10'd459: sigmoid_entry = 17'd65536;
-      10'd460: sigmoid_entry = 17'd65536;
-      10'd461: sigmoid_entry = 17'd65536;
-      10'd462: sigmoid_entry = 17'd65536;
-      10'd463: sigmoid_entry = 17'd65536;
-      10'd464: sigmoid_entry = 17'd65536;
-      10'd465: sigmoid_entry = 17'd65536;
-      10'd466: sigmoid_entry = 17'd65536;
-      10'd467: sigmoid_entry = 17'd65536;
-      10'd468: sigmoid_entry = 17'd65536;
-      10'd469: sigmoid_entry = 17'd65536;
-      10'd470: sigmoid_entry = 17'd65536;
-      10'd471: sigmoid_entry = 17'd65536;
-      10'd472: sigmoid_entry = 17'd65536;
-      10'd473: sigmoid_entry = 17'd65536;
-      10'd474: sigmoid_entry = 17'd65536;
-      10'd475: sigmoid_entry = 17'd65536;
-      10'd476: sigmoid_entry = 17'd65536;
-      10'd477: sigmoid_entry = 17'd65536;
-      10'd478: sigmoid_entry = 17'd65536;
-      10'd479: sigmoid_entry = 17'd65536;
-      10'd480: sigmoid_entry = 17'd65536;
-      10'd481: sigmoid_entry = 17'd65536;
-      10'd482: sigmoid_entry = 17'd65536;
-      10'd483: sigmoid_entry = 17'd65536;
-      10'd484: sigmoid_entry = 17'd65536;
-      10'd485: sigmoid_entry = 17'd65536;
-      10'd486: sigmoid_entry = 17'd65536;
-      10'd487: sigmoid_entry = 17'd65536;
-      10'd488: sigmoid_entry = 17'd65536;
-      10'd489: sigmoid_entry = 17'd65536;
-      10'd490: sigmoid_entry = 17'd65536;
-      10'd491: sigmoid_entry = 17'd65536;
-      10'd492: sigmoid_entry = 17'd65536;
-      10'd493: sigmoid_entry = 17'd65536;
-      10'd494: sigmoid_entry = 17'd65536;
-      10'd495: sigmoid_entry = 17'd65536;
-      10'd496: sigmoid_entry = 17'd65536;
-      10'd497: sigmoid_entry = 17'd65536;
-      10'd498: sigmoid_entry = 17'd65536;
-      10'd499: sigmoid_entry = 17'd65536;
-      10'd500: sigmoid_entry = 17'd65536;
-      10'd501: sigmoid_entry = 17'd65536;
-      10'd502: sigmoid_entry = 17'd65536;
-      10'd503: sigmoid_entry = 17'd65536;
-      10'd504: sigmoid_entry = 17'd65536;
-      10'd505: sigmoid_entry = 17'd65536;
-      10'd506: sigmoid_entry = 17'd65536;
-      10'd507: sigmoid_entry = 17'd65536;
-      10'd508: sigmoid_entry = 17'd65536;
-      10'd509: sigmoid_entry = 17'd65536;
-      10'd510: sigmoid_entry = 17'd65536;
-      10'd511: sigmoid_entry = 17'd65536;
-      10'd512: sigmoid_entry = 17'd65536;
-      default: sigmoid_entry = '0;
-    endcase
+    sigmoid_entry = SigmoidEntryTable[index*17+:17];
   endfunction
 
 endpackage

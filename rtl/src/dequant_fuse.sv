@@ -7,11 +7,11 @@
 // 27 + 17 = 44 bits.
 //
 // A row that ends before its command says gives short_frame_o, and its last beat is marked where it ended; of one that does
-// not end where it should the rest is dropped up to its end, long_frame_o. Sticky, like the other status outputs.
+// not end where it should the rest is dropped up to its end, long_frame_o. Either way the side's beats of this row are
+// taken, so that the next row meets its own. Sticky, like the other status outputs.
 `default_nettype none
 
 module dequant_fuse
-  import fuse_pkg::*;
 #(
     parameter int unsigned Lanes = 16,
     parameter int unsigned HeadBeatsMax = 16
@@ -47,7 +47,7 @@ module dequant_fuse
   localparam int unsigned AngleBits = HeadBeatsMax > 1 ? $clog2(HeadBeatsMax) : 1;
   // the product's register, rounding, and what follows
   localparam int unsigned Before = 1 + 3;
-  localparam int unsigned Stages = Before + Latency;
+  localparam int unsigned Stages = Before + fuse_pkg::Latency;
 
   if (Lanes < 2 || Lanes % 2 != 0) begin : gen_illegal_lanes
     $error("dequant_fuse: Lanes %0d; an even number is needed, a rotation takes two", Lanes);
@@ -60,11 +60,12 @@ module dequant_fuse
   logic [15:0] left_q;
   logic [7:0] head_beats_q, head_beat_q;
   logic first_head_q;
+  logic [15:0] skip_q, side_left;  // beats of the side that no sum came for
   logic [16:0] factor;
   logic signed [8:0] factor_exponent;
   logic start, advance, take, wants_side, ends;
 
-  assign cmd_ready_o = starting_q == '0 && !row_q && !draining_q;
+  assign cmd_ready_o = starting_q == '0 && !row_q && !draining_q && skip_q == '0;
   assign start       = cmd_valid_i && cmd_ready_o;
 
   row_factor u_factor (
@@ -77,17 +78,23 @@ module dequant_fuse
       .exponent_o(factor_exponent)
   );
 
-  assign wants_side   = mode_q != Bypass && (mode_q != Rope || first_head_q);
+  assign wants_side   = mode_q != fuse_pkg::Bypass && (mode_q != fuse_pkg::Rope || first_head_q);
   assign take         = row_q && acc_valid_i && advance && (!wants_side || side_valid_i);
   assign acc_ready_o  = draining_q || (row_q && advance && (!wants_side || side_valid_i));
-  assign side_ready_o = take && wants_side;
+  assign side_ready_o = (take && wants_side) || skip_q != '0;
   assign ends         = acc_last_i || left_q == 16'd1;
+
+  always_comb begin
+    side_left = '0;
+    if (wants_side) side_left = mode_q == fuse_pkg::Rope ? 16'(head_beats_q - head_beat_q) - 16'd1 : left_q - 16'd1;
+  end
 
   always_ff @(posedge clk_i) begin
     if (rst_i) begin
       starting_q    <= '0;
       row_q         <= 1'b0;
       draining_q    <= 1'b0;
+      skip_q        <= '0;
       short_frame_o <= 1'b0;
       long_frame_o  <= 1'b0;
     end else begin
@@ -100,6 +107,8 @@ module dequant_fuse
         long_frame_o  <= long_frame_o || !acc_last_i;
       end
       if (draining_q && acc_valid_i && acc_last_i) draining_q <= 1'b0;
+      if (take && ends) skip_q <= side_left;
+      else if (skip_q != '0 && side_valid_i) skip_q <= skip_q - 16'd1;
     end
   end
 

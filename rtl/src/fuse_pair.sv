@@ -13,7 +13,6 @@
 `default_nettype none
 
 module fuse_pair
-  import fuse_pkg::*;
 (
     input  wire logic        clk_i,
     input  wire logic        enable_i,
@@ -50,7 +49,7 @@ module fuse_pair
     sigmoid_place = wide > 30'h3ffff ? 18'h3ffff : 18'(wide);
   endfunction
 
-  assign nonfinite_o = (mode_i == Residual || mode_i == Silu || mode_i == SquaredRelu)
+  assign nonfinite_o = (mode_i == fuse_pkg::Residual || mode_i == fuse_pkg::Silu || mode_i == fuse_pkg::SquaredRelu)
                        && (half_pkg::nonfinite(side_i[14:0]) || half_pkg::nonfinite(side_i[30:16]));
 
   logic [2:0] mode_q, mode_q2, mode_q3;
@@ -113,20 +112,20 @@ module fuse_pair
 
       magnitude = 26'(unsigned'(my_q[lane] < 12'sd0 ? -my_q[lane] : my_q[lane])) << 15;
       magnitude = magnitude >> (top_q - ey_q[lane]);
-      rotated   = my_q[lane] < 12'sd0 ? -27'(magnitude) : 27'(magnitude);
+      rotated   = my_q[lane] < 12'sd0 ? -(27'(magnitude)) : 27'(magnitude);
 
       case (mode_q)
-        Residual:    exponent = low;
-        Rope:        exponent = top_q - 8'sd29;
-        Silu:        exponent = es_q[lane] + ey_q[lane] - 8'sd16;
-        SquaredRelu: exponent = es_q[lane] + es_q[lane] + ey_q[lane];
+        fuse_pkg::Residual:    exponent = low;
+        fuse_pkg::Rope:        exponent = top_q - 8'sd29;
+        fuse_pkg::Silu:        exponent = es_q[lane] + ey_q[lane] - 8'sd16;
+        fuse_pkg::SquaredRelu: exponent = es_q[lane] + es_q[lane] + ey_q[lane];
         default:     exponent = ey_q[lane];
       endcase
     end
 
     always_ff @(posedge clk_i) begin
       if (enable_i) begin
-        sum_q[lane]       <= mode_q == Residual ? sum : '0;
+        sum_q[lane]       <= mode_q == fuse_pkg::Residual ? sum : '0;
         rotated_q[lane]   <= rotated;
         product_q[lane]   <= my_q[lane] * ms_q[lane];
         exponent_q2[lane] <= exponent;
@@ -159,20 +158,20 @@ module fuse_pair
       b = '0;
       d = '0;
       case (mode_q3)
-        Bypass: begin
+        fuse_pkg::Bypass: begin
           a = 27'(my_q3[lane]);
           b = 18'sd1;
         end
-        Rope: begin
+        fuse_pkg::Rope: begin
           a = rotated_q2[lane];
           b = 18'(cosine);
-          d = lane == 0 ? -18'(sine) : 18'(sine);
+          d = lane == 0 ? -(18'(sine)) : 18'(sine);
         end
-        Silu: begin
+        fuse_pkg::Silu: begin
           a = 27'(product_q2[lane]);
           b = sigma;
         end
-        SquaredRelu: begin
+        fuse_pkg::SquaredRelu: begin
           a = 27'(product_q2[lane]);
           b = ms_q3[lane] > 12'sd0 ? 18'(ms_q3[lane]) : '0;
         end

@@ -3,7 +3,7 @@
 //
 // A row with a norm is taken in and its largest exponent found; read for the sum of squares; after a division and a root read
 // once more for the products. Three times its beats and some 70 cycles. The weights of the norm stay for all rows: w_start_i
-// begins new ones, which come lane by lane.
+// begins new ones, which come lane by lane, and not while a row with a norm is on its way.
 //
 // Widths: an aligned value has 17 bits, a row of 2^14 squares of 34 bits 48, eps 47, their sum 49. mx mw r has
 // 11 + 11 + 17 bits and a sign; its exponent lies in -86 .. 25.
@@ -199,7 +199,7 @@ module rms_max #(
 
     always_ff @(posedge clk_i) begin
       if (advance) begin
-        product_q   <= x_q[lane*16+15] ^ w_q[lane*16+15] ? -23'(half_pkg::mantissa(x) * half_pkg::mantissa(w))
+        product_q   <= x_q[lane*16+15] ^ w_q[lane*16+15] ? -(23'(half_pkg::mantissa(x) * half_pkg::mantissa(w)))
                                                           : 23'(half_pkg::mantissa(x) * half_pkg::mantissa(w));
         exponent_q  <= 8'(half_pkg::exponent(x)) + 8'(half_pkg::exponent(w)) + 8'sd6 - 8'(top_q) - 8'(half_k);
         value_q     <= product_q * signed'({1'b0, root});

@@ -8,6 +8,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
+from tilewright import _host
 from tilewright.cli.app import app
 from tilewright.data import ternary_model
 from tilewright.models import load
@@ -38,10 +39,15 @@ def engines_tokens() -> list[int]:
     return list(Engine(model, 128).generate(ids, max_new_tokens=TOKENS, stop_tokens=()))
 
 
-@pytest.mark.parametrize("engine", ["python", "hls"])
+@pytest.mark.parametrize("engine", ["python", "hls", "rtl"])
 def test_a_simulation_writes_the_engines_tokens(image, engines_tokens, engine):
+    if engine == "rtl" and not hasattr(_host, "Accelerator"):
+        pytest.skip("built without Verilator")
     words = ["--tokenizer", "ternary", "--engine", engine, "--tokens", str(TOKENS), "--prompt", PROMPT, "--json"]
     found = json.loads(command("simulate", image, *words))
     assert found["tokens"] == engines_tokens
     assert len(engines_tokens) == TOKENS
     assert found["status"] == 0
+    if engine == "rtl":
+        # The spec's bound: 2 % of the model and the pipelines' depth, here of one layer.
+        assert abs(found["cycles"] - found["cycles_of_the_model"]) < 0.02 * found["cycles_of_the_model"] + 64

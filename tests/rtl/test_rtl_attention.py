@@ -13,8 +13,8 @@ from simulate import simulate
 
 
 @pytest.mark.parametrize(
-    ("p", "lanes", "heads", "kv_heads", "head_beats"), [(4, 16, 4, 2, 2), (2, 4, 6, 3, 1), (1, 8, 2, 2, 4)]
+    ("p", "lanes", "heads", "kv_heads", "head_beats"), [(4, 4, 4, 2, 2), (2, 8, 6, 3, 1), (1, 16, 2, 2, 2)]
 )
 def test_attention(p, lanes, heads, kv_heads, head_beats, tmp_path):
     sizes = {"HeadsMax": heads, "KvHeadsMax": kv_heads, "BeatsMax": heads * head_beats}
-    assert simulate("attention", {"P": p, "Lanes": lanes, **sizes}, tmp_path) == 11
+    assert simulate("attention", {"P": p, "Lanes": lanes, **sizes}, tmp_path) == 12

@@ -23,7 +23,7 @@ def test_tlmm_core(parameters, tmp_path):
     # Of the paper's tables most of the time goes into building, so one kind of back-pressure stands for all.
     patterns = ["bursts"] if parameters["T"] == 28 else ["always", "often", "half", "seldom", "bursts"]
     environment = {"TILEWRIGHT_RTL_PATTERNS": " ".join(patterns)}
-    assert simulate("tlmm_core", parameters, tmp_path, environment) == 3 + len(patterns)
+    assert simulate("tlmm_core", parameters, tmp_path, environment) == 4 + len(patterns)
 
 
 @pytest.mark.parametrize(("lanes_in", "lanes_out"), [(16, 84), (84, 16), (1, 3), (5, 1), (7, 7)])

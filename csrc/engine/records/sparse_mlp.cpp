@@ -96,7 +96,8 @@ class SparseMlp final : public Step {
     lane.sync();
     auto* list = own<int32_t>(call, lane, list_at_);
     const int64_t count = list_kept(call, list);
-    const bool few = static_cast<double>(count) <= dense_share(up_rows_->row_bytes) * static_cast<double>(inner_.width());
+    const bool few =
+        static_cast<double>(count) <= dense_share(up_rows_->row_bytes) * static_cast<double>(inner_.width());
     few ? run_up_rows(call, lane, input, list, count) : run_up(call, lane, input);
     lane.sync();
     const Input h = inner_.run(call, lane, *down_.matrix);
@@ -118,7 +119,7 @@ class SparseMlp final : public Step {
 
   void begin_sparse(Call& call, Carver& own) {
     const int64_t m = inner_.width();
-    call.want_shared(m);   // what the token keeps
+    call.want_shared(m);  // what the token keeps
     list_at_ = own.take((m + 1) * static_cast<int64_t>(sizeof(int32_t)));
     chunks_ = kChunksPerLane * call.lanes;
     next_chunk_.restart(chunks_, call.lanes);

@@ -29,11 +29,11 @@ struct Kernels {
   RunListed listed_rows;
 };
 
-#define TILEWRIGHT_BFLOAT16_LINEAR_LEVEL(level)                               \
-  namespace level {                                                           \
-  void rows(const Problem&, int64_t first, int64_t last);                     \
-  void listed_rows(const Problem&, const int32_t* list, int64_t count);       \
-  inline constexpr Kernels kernels{&rows, &listed_rows};                      \
+#define TILEWRIGHT_BFLOAT16_LINEAR_LEVEL(level)                         \
+  namespace level {                                                     \
+  void rows(const Problem&, int64_t first, int64_t last);               \
+  void listed_rows(const Problem&, const int32_t* list, int64_t count); \
+  inline constexpr Kernels kernels{&rows, &listed_rows};                \
   }
 TILEWRIGHT_BFLOAT16_LINEAR_LEVEL(generic)
 TILEWRIGHT_BFLOAT16_LINEAR_LEVEL(avx2)

@@ -26,7 +26,7 @@ from tilewright.edge.contract.stream import BEAT_BITS
 from tilewright.edge.model import EdgeModel
 from tilewright.edge.program import MATRICES, NORM, Descriptor, Op, decode, encode, layer_program
 
-MAGIC, VERSION, PAGE = b"TWEDGE\0\0", 1, 4096
+MAGIC, VERSION, PAGE = b"TWEDGE\0\0", 2, 4096
 _HEAD = struct.Struct("<8sIII")
 
 
@@ -39,7 +39,12 @@ class Image:
     model: EdgeModel
 
 
-def _sections(model: EdgeModel) -> tuple[dict[str, NDArray[Any]], list[Descriptor]]:
+def sections_of(model: EdgeModel) -> tuple[dict[str, NDArray[Any]], list[Descriptor]]:
+    """What an image holds by name, ``weights`` (uint8 `[bytes]`) first, and the program decoded.
+
+    Raises:
+        ValueError: the weights do not fit 32-bit addresses.
+    """
     streams, program, at = [], [], 0
     for index, layer in enumerate(model.layers):
         places = {}
@@ -67,7 +72,7 @@ def compile_image(model: EdgeModel, path: str | os.PathLike[str]) -> dict[str, A
     Raises:
         ValueError: the weights do not fit 32-bit addresses.
     """
-    sections, _ = _sections(model)
+    sections, _ = sections_of(model)
     if model.head.shape == model.embedding.shape and np.array_equal(model.head, model.embedding):
         del sections["head"]
     t = model.tiling

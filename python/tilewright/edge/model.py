@@ -135,22 +135,25 @@ def _layer(part: Any, name: str, config: Any, size: int, order: NDArray[np.int64
     )
 
 
-class Session:
-    """A context of tokens that grows.
+class Context:
+    """A context of tokens that grows: what every implementation of the layers shares.
 
     Attributes:
         status: sticky bits of all that was computed.
-        caches: of each layer.
+        capacity: tokens that fit.
+        angles: int16 `[capacity, head_size / 2, 2]`, of :func:`tilewright.edge.contract.rope_table`.
     """
 
     def __init__(self, model: EdgeModel, units: Units, capacity: int) -> None:
         if not 1 <= capacity <= MAX_CONTEXT:
             raise ValueError(f"session: capacity = {capacity}, needed 1 to {MAX_CONTEXT}")
-        self.model, self.units = model, units
-        first = model.layers[0]
-        self.caches = [KvCache.empty(capacity, layer.kv_heads, layer.head_size) for layer in model.layers]
-        self.angles = rope_table(capacity, first.head_size, model.rope_base)
+        self.model, self.units, self.capacity = model, units, capacity
+        self.angles = rope_table(capacity, model.layers[0].head_size, model.rope_base)
         self.status = StatusRegister()
+
+    def through_layers(self, x: Half, progress: Callable[[int], None]) -> Half:
+        """float16 `[tokens, width]` of new tokens through all layers; they are appended to the context."""
+        raise NotImplementedError
 
     def hidden(self, tokens: Sequence[int], progress: Callable[[int], None] = lambda _: None) -> Half:
         """Append tokens; float16 `[tokens, width]` behind the final norm. ``progress`` is called after each layer."""
@@ -158,10 +161,7 @@ class Session:
         vocab = len(self.model.embedding)
         if ids.ndim != 1 or not len(ids) or ids.min() < 0 or ids.max() >= vocab:
             raise ValueError(f"hidden: tokens of shape {ids.shape}, needed a non-empty list of ids below {vocab}")
-        x = self.model.embedding[ids]
-        for index, (layer, cache) in enumerate(zip(self.model.layers, self.caches, strict=True)):
-            x = decoder_layer(x, layer, cache, self.angles, self.units, self.status)
-            progress(index)
+        x = self.through_layers(self.model.embedding[ids], progress)
         constants = NormConstants.of(x.shape[1], self.model.eps)
         return self.units.rms_max(x, self.model.final_norm, constants, status=self.status)[0]
 
@@ -170,14 +170,39 @@ class Session:
         return hidden.astype(np.float32) @ self.model.head.astype(np.float32).T
 
     def generate(
-        self, prompt: Sequence[int], count: int, progress: Callable[[int], None] = lambda _: None
+        self,
+        prompt: Sequence[int],
+        count: int,
+        progress: Callable[[int], None] = lambda _: None,
+        layer: Callable[[int], None] = lambda _: None,
     ) -> list[int]:
-        """The ``count`` likeliest tokens, one by one, behind a prompt."""
+        """The ``count`` likeliest tokens, one by one, behind a prompt.
+
+        ``progress`` is called with how many there are after each, ``layer`` as :meth:`hidden` calls its ``progress``.
+        """
         found: list[int] = []
         tokens = list(prompt)
         for _ in range(count):
             # The last token generated is not fed back: nothing follows it.
-            found.append(int(self.logits(self.hidden(tokens)[-1:])[0].argmax()))
+            found.append(int(self.logits(self.hidden(tokens, layer)[-1:])[0].argmax()))
             tokens = found[-1:]
             progress(len(found))
         return found
+
+
+class Session(Context):
+    """A context on an implementation of the units.
+
+    Attributes:
+        caches: of each layer.
+    """
+
+    def __init__(self, model: EdgeModel, units: Units, capacity: int) -> None:
+        super().__init__(model, units, capacity)
+        self.caches = [KvCache.empty(capacity, layer.kv_heads, layer.head_size) for layer in model.layers]
+
+    def through_layers(self, x: Half, progress: Callable[[int], None]) -> Half:
+        for index, (layer, cache) in enumerate(zip(self.model.layers, self.caches, strict=True)):
+            x = decoder_layer(x, layer, cache, self.angles, self.units, self.status)
+            progress(index)
+        return x

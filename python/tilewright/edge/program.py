@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tilewright.edge.contract import FUSE_MODES, Layer, Linear, NormConstants
+from tilewright.edge.contract.softmax import score_factor
 
 BYTES = 64
 
@@ -47,8 +48,8 @@ class Descriptor:
 
     Attributes:
         flags: ENTER, NORM. mode: number of a fuse mode. address: of the weight stream, bytes from the image's weights.
-        beats: of the weight stream. mantissa, exponent: gamma / 127. eps_low, eps_high: halves of EPS.
-        geometry: heads + 256 * key heads + 65536 * head size.
+        beats: of the weight stream. mantissa, exponent: gamma / 127; of ATTEND the score factor. eps_low, eps_high:
+        halves of EPS. geometry: heads + 256 * key heads + 65536 * head size.
     """
 
     op: int
@@ -120,8 +121,17 @@ def layer_program(layer: Layer, index: int, places: dict[str, tuple[int, int]]) 
     program = []
     for name, source, target, mode, side in _STEPS:
         if name == "o":
+            factor = score_factor(layer.head_size)
             program.append(
-                Descriptor(Op.ATTEND, source=Buffer.QUERY, target=Buffer.MIXED, geometry=geometry, layer=index)
+                Descriptor(
+                    Op.ATTEND,
+                    source=Buffer.QUERY,
+                    target=Buffer.MIXED,
+                    mantissa=factor.mantissa,
+                    exponent=factor.exponent,
+                    geometry=geometry,
+                    layer=index,
+                )
             )
         linear: Linear = getattr(layer, name)
         norm = linear.norm is not None

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cocotb
 import numpy as np
@@ -19,6 +19,8 @@ from tilewright.edge.contract.rows import FUSE_MODES, rope_table
 LANES = int(os.environ["RTL_LANES"])
 HEAD_BEATS = 2
 LATENCY = 13
+ALL_BEATS = (1 << 16) // 16
+"""All of float16 in sixteen lanes; fewer lanes take a part of it."""
 
 
 def vector(values: NDArray) -> int:
@@ -104,12 +106,8 @@ class Ports:
             for row, length in zip(given, lengths, strict=True)
             for i in range(length)
         ]
-        sides = [
-            vector(piece)
-            for row, length in zip(given, lengths, strict=True)
-            if row.side is not None
-            for piece in row.side.reshape(-1, LANES)[: min(length, row.beats)]
-        ]
+        # The side is what the command says, whatever comes of the sums.
+        sides = [vector(piece) for row in given if row.side is not None for piece in row.side.reshape(-1, LANES)]
         senders = (self.cmd.send(commands), self.acc.send(acc), self.side.send(sides))
         self.tasks = [cocotb.start_soon(sender) for sender in senders]
 
@@ -164,17 +162,73 @@ async def sides_that_are_not_finite_are_taken_as_the_contract_says(dut):
 
 
 @cocotb.test()
-async def frames_of_a_wrong_length_are_seen_and_passed(dut):
-    """A short row ends where it ends, of a long one the rest is dropped; the next row is right."""
-    good = Row(np.arange(3 * LANES, dtype=np.int32), "bypass", 0x3C00, Factor(1 << 16, -16))
-    for length, flag in ((2, "short_frame"), (5, "long_frame")):
-        await reset(dut, running=length == 5)
+@cocotb.parametrize(mode=FUSE_MODES)
+async def frames_of_a_wrong_length_are_seen_and_passed(dut, mode):
+    """A short row ends where it ends, of a long one the rest is dropped; the next row is right, with its own side."""
+    draw = np.random.default_rng(SEED)
+    row = Row(
+        draw.integers(-9999, 9999, 4 * LANES).astype(np.int32), mode, 0x3C00, Factor(1 << 16, -24), None, HEAD_BEATS
+    )
+    if mode == "rope":
+        row.side = rope_table(50, HEAD_BEATS * LANES)[draw.integers(0, 50)].reshape(-1)
+    elif mode != "bypass":
+        row.side = halves(draw, 4 * LANES)
+    after = replace(row, acc=row.acc[::-1].copy(), side=None if row.side is None else row.side[::-1].copy())
+    for length in (1, 2, 3, 5, 9):
+        await reset(dut, running=length > 1)
         ports = Ports(dut, "half")
-        ports.send([good, good], [length, 3])
-        await ports.take(min(length, 3))
-        np.testing.assert_array_equal(await ports.take(3), good.wanted(StatusRegister()).view(np.uint16))
-        assert getattr(dut, f"{flag}_o").value
-        assert int(dut.short_frame_o.value) + int(dut.long_frame_o.value) == 1
+        ports.send([row, after], [length, 4])
+        whole = row.wanted(StatusRegister()).view(np.uint16)
+        np.testing.assert_array_equal(await ports.take(min(length, 4)), whole[: length * LANES])
+        np.testing.assert_array_equal(await ports.take(4), after.wanted(StatusRegister()).view(np.uint16))
+        assert (bool(dut.short_frame_o.value), bool(dut.long_frame_o.value)) == (length < 4, length > 4)
+
+
+@cocotb.test()
+@cocotb.parametrize(mode=("residual", "silu", "squared_relu"))
+async def every_float16_beside_the_sums(dut, mode):
+    """All 65536 of them, in a drawn order, against sums of all magnitudes; the lanes share them out."""
+    draw = np.random.default_rng(SEED + FUSE_MODES.index(mode))
+    await reset(dut)
+    every = draw.permutation(1 << 16).astype(np.uint16).view(np.float16)[: ALL_BEATS * LANES]
+    bits = draw.integers(1, 26, len(every))
+    acc = (draw.integers(-(1 << 25), 1 << 25, len(every)) >> (26 - bits)).astype(np.int32)
+    row = Row(acc, mode, 0x3C00, Factor(0x1B504, -30), every)
+    ports = Ports(dut, "always")
+    ports.send([row])
+    status = StatusRegister()
+    np.testing.assert_array_equal(await ports.take(row.beats), row.wanted(status).view(np.uint16))
+    assert dut.nonfinite_o.value
+    assert bool(dut.saturated_o.value) == (contract.Status.SATURATED in status.value)
+
+
+@cocotb.test()
+async def rotations_of_any_angle(dut):
+    """One head of one beat, many heads, the angles of one row not those of the next; int16's ends; what saturates."""
+    draw = np.random.default_rng(SEED)
+    await reset(dut)
+    given = []
+    for head_beats, heads, bits in ((1, 1, 20), (1, 5, 26), (2, 4, 12), (1, 3, 3), (2, 1, 26)):
+        acc = draw.integers(-(1 << bits) + 1, 1 << bits, head_beats * heads * LANES).astype(np.int32)
+        side = draw.integers(-(1 << 15), 1 << 15, head_beats * LANES).astype(np.int16)
+        side[draw.random(len(side)) < 0.3] = draw.choice(np.array([-(1 << 15), (1 << 15) - 1, 1 << 14, 0], np.int16))
+        given.append(Row(acc, "rope", 0x3C00, Factor(1 << 16, -26), side, head_beats))
+    big = np.resize(np.array([(1 << 26) - 1, (1 << 26) - 1, -(1 << 26) + 1, 1], np.int32), 2 * LANES)
+    given.append(Row(big, "rope", 0x7BFF, Factor((1 << 17) - 1, -42), rope_table(9, LANES)[8].reshape(-1), 1))
+    # A large value times a cosine of two bits often lies halfway between two float16: its small neighbour, cut to the
+    # last place of the pair, decides.
+    tied = draw.integers(1 << 25, 1 << 26, 64 * LANES).astype(np.int32)
+    tied[1::2] = draw.integers(-3, 4, 32 * LANES)
+    side = np.resize(np.array([3 << 12, 1, 3 << 12, -1], np.int16), 2 * LANES)
+    given.append(Row(tied, "rope", 0x3C00, Factor(0x1B504, -28), side, 2))
+    ports, status = Ports(dut, "half"), StatusRegister()
+    ports.send(given)
+    for index, row in enumerate(given):
+        got = await ports.take(row.beats)
+        np.testing.assert_array_equal(got, row.wanted(status).view(np.uint16), err_msg=f"row {index}")
+    assert contract.Status.SATURATED in status.value
+    assert dut.saturated_o.value
+    assert not dut.nonfinite_o.value
 
 
 @cocotb.test()

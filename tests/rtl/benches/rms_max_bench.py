@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 
 import cocotb
@@ -13,6 +14,7 @@ from streams import PATTERNS, SEED, CycleCounter, Sink, Source, reset
 
 from tilewright.edge import contract
 from tilewright.edge.contract import NormConstants, StatusRegister
+from tilewright.edge.contract.rows import MAX_WIDTH
 
 LANES, BEATS_MAX = int(os.environ["RTL_LANES"]), int(os.environ["RTL_ROWBEATSMAX"])
 Half = NDArray[np.float16]
@@ -27,7 +29,7 @@ def vector(values: NDArray) -> int:
 
 
 def rows(draw: np.random.Generator) -> list[tuple[Half, float]]:
-    """Rows and their eps: wide ranges, subnormal, zero, extremes of one sign, one value, the longest; eps 0 and large."""
+    """Rows and their eps: wide ranges, subnormal, zero, extremes of one sign, one value; eps 0 and large."""
     most = BEATS_MAX * LANES
     wide = draw.standard_normal(most) * 2.0 ** draw.integers(-24, 15, most)
     tiny = np.zeros(min(3 * LANES, most))
@@ -193,3 +195,27 @@ async def three_passes_and_a_root(dut):
     ports.send([(row, 1e-5)])
     await ports.take(BEATS_MAX)
     assert counter.count <= 3 * BEATS_MAX + 34 + 17 + 24
+
+
+# Where the row's store holds them: a skipped test would count as one that ran.
+if BEATS_MAX * LANES >= MAX_WIDTH:
+
+    @cocotb.test()
+    async def the_widest_rows_fill_the_sum(dut):
+        """2^14 values: the sum of squares and eps in 49 bits, the largest squares in 48, one value among zeros."""
+        draw = np.random.default_rng(SEED)
+        signs = draw.choice([-1.0, 1.0], MAX_WIDTH)
+        weights = norm_weights(draw, MAX_WIDTH)
+        eps = math.ldexp((1 << 47) - 1, -48) / MAX_WIDTH
+        lone = np.zeros(MAX_WIDTH, np.float16)
+        lone[-1] = 65504
+        at_the_floor = (2047 * 2.0**-18 * signs).astype(np.float16)
+        given = [(at_the_floor, eps), ((65504 * signs).astype(np.float16), eps), (lone, 0.0)]
+        squares = contract.half.align(at_the_floor, 17, None, -18)[0] ** 2
+        assert (int(squares.sum()) + NormConstants.of(MAX_WIDTH, eps).eps).bit_length() == 49
+        await reset(dut)
+        await load(dut, weights)
+        ports = Ports(dut, "always")
+        ports.send(given)
+        for index, (row, constant) in enumerate(given):
+            check(await ports.take(BEATS_MAX), wanted(row, constant, weights, StatusRegister()), f"row {index}")

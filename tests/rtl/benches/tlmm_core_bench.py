@@ -64,14 +64,20 @@ def totals(beats: list[dict[str, int]]) -> np.ndarray:
     return np.array(lanes, np.uint32).view(np.int32).astype(np.int64)
 
 
-async def run(dut, rows: list[Row], pattern: str) -> int:
-    """Send the rows back to back, check every total; cycles from the first command to the last total."""
+async def run(dut, rows: list[Row], pattern: str, late: int = 0) -> int:
+    """Send the rows back to back, check every total; cycles from the first command to the last total.
+
+    Args:
+        late: cycles that the weights wait.
+    """
     sources = [Source(dut, prefix, pattern, SEED + i) for i, prefix in enumerate(("cmd", "act", "w"))]
     sink = Sink(dut, "out", ("data", "keep", "last"), pattern)
     await RisingEdge(dut.clk_i)
     counter = CycleCounter(dut)
     cocotb.start_soon(sources[0].send(row.command for row in rows))
     cocotb.start_soon(sources[1].send(block for row in rows for block in row.activations))
+    for _ in range(late):
+        await RisingEdge(dut.clk_i)
     cocotb.start_soon(sources[2].send(beat for row in rows for beat in row.weights))
     for row in rows:
         work = row.blocks * (row.beats + 3**G) + 64
@@ -94,6 +100,15 @@ async def rows_back_to_back(dut, pattern):
     rows += [random_row(draw, 2, Q, extreme=True) for _ in range(2)]
     await run(dut, rows, pattern)
     assert not dut.busy_o.value
+
+
+@cocotb.test()
+async def blocks_follow_each_other_without_a_fill_between(dut):
+    """All tables are full before the first weights come, so an output is visited again as early as can be."""
+    draw = np.random.default_rng(SEED)
+    for number, outputs in enumerate((1, Q + 1, 3 * Q)):
+        await reset(dut, running=number > 0)
+        await run(dut, [random_row(draw, BANKS + 1, outputs)], "always", late=BANKS * 3**G + 8)
 
 
 @cocotb.test()

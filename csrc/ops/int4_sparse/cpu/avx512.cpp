@@ -40,7 +40,7 @@ inline void prefetch(const void* at) { _mm_prefetch(static_cast<const char*>(at)
 
 // ---- rows ----
 
-constexpr int kRows = 16;    // of a pass: one a lane
+constexpr int kRows = 16;  // of a pass: one a lane
 constexpr int kPairRows = 8;
 constexpr int kLaneGroups = 16;  // scales and offsets that are turned at once
 
@@ -205,8 +205,8 @@ void pass(const format::Int4RowsView& w, const Activation& x, const uint8_t* con
 // ---- columns ----
 
 constexpr int64_t kOutputs = 128;  // of a pass: a cache line of each input's run
-constexpr int kQuad = 4;           // inputs of one vpdpbusd
-constexpr int kVectors = 8;        // of sums: 128 outputs
+constexpr int kQuad = 4;  // inputs of one vpdpbusd
+constexpr int kVectors = 8;  // of sums: 128 outputs
 
 // Run of an input of group g, without the division that finds the group.
 inline const uint8_t* run_of(const format::Int4ColumnsView& w, int64_t g, int64_t input) {

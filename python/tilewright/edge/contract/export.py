@@ -64,10 +64,13 @@ def sv() -> str:
     """A SystemVerilog package: status bits, and the two tables as functions that fill ROMs."""
 
     def table(name: str, values: tuple[int, ...], index_bits: int, width: int) -> str:
-        items = "\n".join(f"      {index_bits}'d{i}: {name} = {width}'d{v};" for i, v in enumerate(values))
+        # One vector, the first entry in the lowest bits: a tool that works a ROM out entry by entry only takes a slice.
+        vector = f"{name.title().replace('_', '')}Table"
+        items = _lines(reversed(values), f"{width}'d").removesuffix(",")
         return (
+            f"  localparam logic [{len(values) * width - 1}:0] {vector} = {{\n{items}\n  }};\n"
             f"  function automatic logic [{width - 1}:0] {name}(input logic [{index_bits - 1}:0] index);\n"
-            f"    case (index)\n{items}\n      default: {name} = '0;\n    endcase\n  endfunction\n"
+            f"    {name} = {vector}[index*{width}+:{width}];\n  endfunction\n"
         )
 
     def name(bit: Status) -> str:

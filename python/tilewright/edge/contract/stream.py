@@ -27,6 +27,11 @@ def vectors_per_beat(tiling: Tiling, beat_bits: int = BEAT_BITS) -> int:
     return count
 
 
+def beat_count(weights: TlmmWeights, norms: int = 0, beat_bits: int = BEAT_BITS) -> int:
+    """Beats of the stream of one matrix: as many as its vectors need, or ``norms`` norm weights, one in each."""
+    return max(-(-weights.vectors // vectors_per_beat(weights.tiling, beat_bits)), norms)
+
+
 def beats_of(weights: TlmmWeights, norm: Half | None = None, beat_bits: int = BEAT_BITS) -> NDArray[np.uint8]:
     """The stream of one matrix: uint8 `[beats, beat_bits / 8]`, little-endian bit order.
 
@@ -37,7 +42,7 @@ def beats_of(weights: TlmmWeights, norm: Half | None = None, beat_bits: int = BE
     tiling = weights.tiling
     count = vectors_per_beat(tiling, beat_bits)
     values = np.zeros(0, np.float16) if norm is None else as_half(norm, "norm")
-    beats = max(-(-weights.vectors // count), len(values))
+    beats = beat_count(weights, len(values), beat_bits)
     flags = (weights.indices.reshape(-1, tiling.t, 1) >> np.arange(tiling.index_bits, dtype=np.uint8)) & 1
     vectors = np.zeros((beats * count, tiling.vector_bits), np.uint8)
     vectors[: weights.vectors] = flags.reshape(weights.vectors, -1)

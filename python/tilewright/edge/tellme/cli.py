@@ -71,6 +71,27 @@ def estimate(
     console().print(table)
 
 
+@app.command("report")
+def report_(
+    model: Annotated[str, typer.Argument(help="bitnet-0.73b, bitnet-2b, smollm2-135m, or a model on disk.")],
+    output: Annotated[str, typer.Option("--output", "-o", help="Folder to write to.")],
+    clock: Annotated[float, typer.Option("--clock", min=1.0, help="MHz.")] = 250.0,
+    json: Json = False,
+) -> None:
+    """Phases of a token, how busy each unit of the RTL is, and what it takes of a KV260: tables, pictures, JSON."""
+    from pathlib import Path
+
+    from tilewright.edge.tellme.report import report, save
+
+    document = report(_shape(model), clock)
+    paths = save(document, Path(output).expanduser())
+    if json:
+        print_json(document)
+        return
+    for path in paths.values():
+        print(path)
+
+
 def _edge_model(name: str) -> tuple[Any, Any]:
     """A model for the accelerator and its tokenizer."""
     from tilewright import models
@@ -103,7 +124,7 @@ def compile_(
 def simulate(
     image: Annotated[str, typer.Argument(metavar="IMAGE", help="An image of `tw edge compile`, or a model.")],
     prompt: Annotated[str, typer.Option("--prompt", help="Text to continue.")],
-    engine: Annotated[str, typer.Option("--engine", help="python or hls.")] = "hls",
+    engine: Annotated[str, typer.Option("--engine", help="python, hls or rtl.")] = "hls",
     tokens: Annotated[int, typer.Option("--tokens", min=1, help="How many to generate.")] = 16,
     tokenizer_of: Annotated[
         str | None, typer.Option("--tokenizer", help="The model whose tokenizer an image is used with.")
@@ -117,9 +138,10 @@ def simulate(
     from tilewright.edge.contract.layer import PythonUnits
     from tilewright.edge.hls import HlsUnits
     from tilewright.edge.image import MAGIC, read_image
+    from tilewright.edge.rtl import RtlSession
 
-    if engine not in ("python", "hls"):
-        raise ValueError(f"--engine {engine}: needed python or hls")
+    if engine not in ("python", "hls", "rtl"):
+        raise ValueError(f"--engine {engine}: needed python, hls or rtl")
     path = Path(image).expanduser()
     compiled = path.is_file() and path.open("rb").read(8) == MAGIC
     if compiled:
@@ -129,16 +151,42 @@ def simulate(
     else:
         edge, tokenizer = _edge_model(image)
     ids = [int(i) for i in tokenizer.encode(prompt)]
-    session = edge.session(HlsUnits() if engine == "hls" else PythonUnits(), capacity=len(ids) + tokens)
+    capacity = len(ids) + tokens
+    session: Any = (
+        RtlSession(edge, capacity)
+        if engine == "rtl"
+        else edge.session(HlsUnits() if engine == "hls" else PythonUnits(), capacity=capacity)
+    )
     with progress_bar() as report:
-        found = session.generate(ids, tokens, lambda done: report("tokens", done, tokens))
+        found = session.generate(
+            ids,
+            tokens,
+            lambda done: report("tokens", done, tokens),
+            lambda done: report("layers", done + 1, len(edge.layers)),
+        )
     text = tokenizer.decode(found)
+    counted = _counted(session, len(ids) + tokens - 1) if engine == "rtl" else {}
     if json:
         print_json(
             {"engine": engine, "prompt": ids, "tokens": found, "text": text, "status": int(session.status.value)}
+            | counted
         )
-    else:
-        print(text)
+        return
+    print(text)
+    for name, value in counted.items():
+        print(f"{name.replace('_', ' '):24} {value}")
+
+
+def _counted(session: Any, tokens: int) -> dict[str, Any]:
+    """What the accelerator counted, and the cycle model beside it."""
+    cycles = session.counts["cycles"]
+    return {
+        "cycles": cycles,
+        "cycles_of_the_model": session.expected_total,
+        "cycles_per_token": round(cycles / tokens),
+        **{f"{name}_cycles": session.counts[name] for name in ("load", "enter", "sweep", "attend")},
+        **{name: session.counts[name] for name in ("weight_beats", "key_rows", "value_rows")},
+    }
 
 
 VERBS = {"edge": app}

@@ -2,8 +2,9 @@
 """Logic of the accelerator, scaled from the paper's per-unit figures for the XCK26.
 
 Read in the paper's evaluation: the units below at G = 3, T = 28, Q = 16 (P = 4 assumed, as in its figures); the
-table-lookup core alone takes 23,082 LUTs. Counted here with an open synthesizer: 667 LUTs for 28 look-ups and their
-adder tree.
+table-lookup core alone takes 23,082 LUTs. Counted here with an open synthesizer (`synthesis.json`): one lane's look-ups
+with their adder tree, and a copy of a table. What our own RTL takes is in :mod:`.synthesis`, and nothing here is fitted
+to it.
 """
 
 from __future__ import annotations
@@ -11,17 +12,19 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tilewright.edge.contract.weights import Tiling
+from tilewright.edge.tellme.synthesis import study
 
 if TYPE_CHECKING:
     from tilewright.edge.tellme.config import Resources, TellmeConfig
 
 _BUILD = Tiling(3, 28, 16, 4)
-_LOOKUP_LUT = 667 / 28
+_LANE = study("look-up, full table")
+_LOOKUP_LUT = _LANE.lut / _LANE.parameters["T"]
 _CORE_LUT = 23082
 _TABLE_LUT = (_CORE_LUT - _LOOKUP_LUT * _BUILD.t * _BUILD.q) / _BUILD.t
 """Of the sums of one table, what is left of the core when its look-ups are taken off."""
-_COPY_LUT = 8
-"""One copy of a table, 32 entries of 10 bits: a RAM32M16."""
+_COPY_LUT = _LANE.lutram / _LANE.parameters["T"]
+"""One copy of a table, 32 entries of 10 bits: a RAM32M16, 8 LUTs."""
 _FUSE_LUT, _FUSE_DSP = 43137 - _CORE_LUT, 320
 _RPA_LUT, _RPA_DSP = 18072, 115
 _DA_LUT, _DA_DSP = 9570, 123
