@@ -102,6 +102,54 @@ def multi_query_recall(
     return inputs, labels
 
 
+@dataclass(frozen=True)
+class Curriculum:
+    """Batches of a recall task by step, with few pairs first: :class:`Stream` for runs of some hundred steps.
+
+    Which of many pairs a query asks for hardly shows in the first gradients, so that a model sits at the share of
+    guessing for most of such a run. The number of pairs grows from ``first`` to ``pairs`` by a constant factor a step
+    over the first part ``growing`` of the steps, and stays there. Sequences hold nothing but pairs and queries
+    (``length = 3 pairs``); shorter ones come in batches of up to ``widest`` times as many, at most the tokens of a
+    batch at the end.
+
+    pairs, vocabulary: at the end, as in :func:`multi_query_recall`. batch: sequences of a step at the end. steps: of
+    the run. task: takes (batch, seed, length, pairs, vocabulary).
+
+    Raises `ValueError` when ``first`` is not in 1 .. pairs or ``growing`` not in 0 .. 1.
+    """
+
+    pairs: int
+    steps: int
+    batch: int = 32
+    vocabulary: int = 64
+    seed: int = 0
+    first: int = 2
+    growing: float = 0.5
+    widest: int = 4
+    task: Callable[..., Batch] = multi_query_recall
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.first <= self.pairs or not 0.0 <= self.growing <= 1.0:
+            raise ValueError(
+                f"first={self.first}, growing={self.growing}: 1 to pairs={self.pairs} and 0 to 1 are needed"
+            )
+
+    def pairs_at(self, step: int) -> int:
+        """Of a sequence of this step's batch."""
+        grown = min(1.0, step / (self.growing * self.steps)) if self.growing * self.steps > 0 else 1.0
+        return round(self.first * (self.pairs / self.first) ** grown)
+
+    def __call__(self, step: int) -> Batch:
+        """The batch of one step."""
+        pairs = self.pairs_at(step)
+        return self.draw(self.batch * min(self.widest, self.pairs // pairs), mix(self.seed, step), pairs)
+
+    def draw(self, batch: int, seed: int, pairs: int | None = None) -> Batch:
+        """Sequences of so many pairs; of all of them when None."""
+        pairs = self.pairs if pairs is None else pairs
+        return self.task(batch, seed, length=3 * pairs, pairs=pairs, vocabulary=self.vocabulary)
+
+
 def recall_at_distance(
     batch: int,
     seed: int,
