@@ -7,7 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from tilewright.data.recall import BLANK, IGNORE, Curriculum, mix, multi_query_recall
+from tilewright.data.recall import (
+    ANSWERS,
+    BLANK,
+    IGNORE,
+    Curriculum,
+    key_value_recall,
+    keys_of,
+    mix,
+    multi_query_recall,
+)
 from tilewright.train.recall import HELD_OUT_SEED, RecallRecipe, train_recall
 
 
@@ -32,6 +41,18 @@ def test_batches_hold_the_pairs_of_their_step_and_no_more_tokens_than_the_last()
         assert (inputs != BLANK).all()
     want = multi_query_recall(3, mix(4, 19), length=48, pairs=16, vocabulary=64)
     assert all(torch.equal(a, b) for a, b in zip(data(19), want, strict=True))
+
+
+def test_pairs_of_one_token_need_two_tokens_each():
+    data = Curriculum(pairs=6, steps=4, batch=2, vocabulary=45, task=key_value_recall, tokens=2)
+    inputs, labels = data(3)
+    assert keys_of(45) == 8
+    assert inputs.shape == (2, 12)
+    for row, asked in zip(inputs.tolist(), labels.tolist(), strict=True):
+        pairs, queries = row[:6], row[6:]
+        value = {1 + (token - 9) // ANSWERS: (token - 9) % ANSWERS for token in pairs}
+        assert len(value) == 6
+        assert asked == [IGNORE] * 6 + [41 + value[key] for key in queries]
 
 
 @pytest.mark.parametrize("wrong", [{"first": 0}, {"first": 9}, {"growing": 1.5}])

@@ -23,6 +23,8 @@ from torch import Tensor
 IGNORE = -100
 """Label of a position that is not scored (the default ``ignore_index`` of torch's cross-entropy)."""
 BLANK = 0
+ANSWERS = 4
+"""Different values of :func:`key_value_recall`."""
 
 Batch = tuple[Tensor, Tensor]
 
@@ -102,6 +104,45 @@ def multi_query_recall(
     return inputs, labels
 
 
+def key_value_recall(
+    batch: int, seed: int, *, length: int = 64, pairs: int = 24, vocabulary: int = 125, fewest: int | None = None
+) -> Batch:
+    """Recall without binding: one token holds a key and its value, so that no layer must join neighbours first.
+
+    With n = (vocabulary - 5) / 5 keys and four values: token 0 is blank, 1 .. n ask for a key, the next 4 n are the
+    pairs, the last four are the answers. First ``pairs`` pairs of distinct keys, then each key is asked once, at random
+    positions; labels as everywhere here.
+
+    fewest: each batch has so many pairs at least and ``pairs`` at most, drawn from its seed; None: always ``pairs``.
+    Among many pairs the right one hardly shows in the first gradients, so that training starts on batches of few.
+
+    Raises `ValueError` when the keys do not fit the vocabulary or the tokens do not fit ``length``.
+    """
+    keys = keys_of(vocabulary)
+    if not 1 <= pairs <= keys or 2 * pairs > length:
+        raise ValueError(
+            f"pairs={pairs}: {max(keys, 0)} keys fit vocabulary={vocabulary}, and {length // 2} pairs with their "
+            f"queries fit length={length}"
+        )
+    random = torch.Generator().manual_seed(seed)
+    if fewest is not None:
+        pairs = int(torch.randint(min(fewest, pairs), pairs + 1, (), generator=random))
+    key = torch.rand(batch, keys, generator=random).argsort(1)[:, :pairs]
+    value = torch.randint(ANSWERS, (batch, pairs), generator=random)
+    inputs, labels = torch.full((batch, length), BLANK), torch.full((batch, length), IGNORE)
+    inputs[:, :pairs] = 1 + keys + key * ANSWERS + value
+    asked = torch.rand(batch, pairs, generator=random).argsort(1)
+    places = pairs + torch.rand(batch, length - pairs, generator=random).argsort(1)[:, :pairs]
+    inputs.scatter_(1, places, 1 + key.gather(1, asked))
+    labels.scatter_(1, places, 1 + keys * (1 + ANSWERS) + value.gather(1, asked))
+    return inputs, labels
+
+
+def keys_of(vocabulary: int) -> int:
+    """Keys of :func:`key_value_recall` that a vocabulary has room for."""
+    return (vocabulary - 1 - ANSWERS) // (1 + ANSWERS)
+
+
 @dataclass(frozen=True)
 class Curriculum:
     """Batches of a recall task by step, with few pairs first: :class:`Stream` for runs of some hundred steps.
@@ -109,11 +150,11 @@ class Curriculum:
     Which of many pairs a query asks for hardly shows in the first gradients, so that a model sits at the share of
     guessing for most of such a run. The number of pairs grows from ``first`` to ``pairs`` by a constant factor a step
     over the first part ``growing`` of the steps, and stays there. Sequences hold nothing but pairs and queries
-    (``length = 3 pairs``); shorter ones come in batches of up to ``widest`` times as many, at most the tokens of a
-    batch at the end.
+    (``length = tokens * pairs``); shorter ones come in batches of up to ``widest`` times as many, which hold no more
+    tokens than those at the end.
 
     pairs, vocabulary: at the end, as in :func:`multi_query_recall`. batch: sequences of a step at the end. steps: of
-    the run. task: takes (batch, seed, length, pairs, vocabulary).
+    the run. task: takes (batch, seed, length, pairs, vocabulary). tokens: of a pair and its query.
 
     Raises `ValueError` when ``first`` is not in 1 .. pairs or ``growing`` not in 0 .. 1.
     """
@@ -127,6 +168,7 @@ class Curriculum:
     growing: float = 0.5
     widest: int = 4
     task: Callable[..., Batch] = multi_query_recall
+    tokens: int = 3
 
     def __post_init__(self) -> None:
         if not 1 <= self.first <= self.pairs or not 0.0 <= self.growing <= 1.0:
@@ -147,7 +189,7 @@ class Curriculum:
     def draw(self, batch: int, seed: int, pairs: int | None = None) -> Batch:
         """Sequences of so many pairs; of all of them when None."""
         pairs = self.pairs if pairs is None else pairs
-        return self.task(batch, seed, length=3 * pairs, pairs=pairs, vocabulary=self.vocabulary)
+        return self.task(batch, seed, length=self.tokens * pairs, pairs=pairs, vocabulary=self.vocabulary)
 
 
 def recall_at_distance(
