@@ -23,8 +23,8 @@ from tilewright.train.recall import RecallRecipe, train_recall
 HEADS, WIDTH = 2, 32
 RECALL_VALUES = 4
 """Numbers of a value in a head of the recall models: with few of them the noise of a read decides."""
-LEARNING_RATES = (5e-3, 1e-2, 2e-2)
-SEEDS = (0, 1, 2)
+LEARNING_RATES: tuple[float, ...] = (5e-3, 1e-2, 2e-2)
+SEEDS: tuple[int, ...] = (0, 1, 2)
 TUNING_RATES = (1e-3, 3e-3, 1e-2)
 TEST = 360
 
