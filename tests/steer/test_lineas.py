@@ -208,6 +208,14 @@ def test_prox_of_nothing_and_bad_thresholds():
     assert prox_sparse_group(torch.zeros(4), 0.1, 0.1).tolist() == [0.0] * 4
     with pytest.raises(ValueError, match="t1 = -1"):
         prox_sparse_group(torch.ones(2), -1, 0)
+    with pytest.raises(ValueError, match="metric"):
+        prox_sparse_group(torch.ones(2), 0.1, 0.1, torch.tensor([1.0, 0.0]))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_large_gamma_is_the_identity_under_both_optimizers(optimizer):
+    options = {"source": source(8), "target": target(8), "steps": 5, "optimizer": optimizer}
+    assert steer(tiny_llama(), gamma=1e4, **options).support() == 0.0
 
 
 def test_a_step_size_that_diverges_is_halved():

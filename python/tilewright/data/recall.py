@@ -23,6 +23,8 @@ from torch import Tensor
 IGNORE = -100
 """Label of a position that is not scored (the default ``ignore_index`` of torch's cross-entropy)."""
 BLANK = 0
+ANSWERS = 4
+"""Different values of :func:`key_value_recall`."""
 
 Batch = tuple[Tensor, Tensor]
 
@@ -100,6 +102,94 @@ def multi_query_recall(
     inputs.scatter_(1, places, keys.gather(1, asked))
     labels.scatter_(1, places, newest.gather(1, asked))
     return inputs, labels
+
+
+def key_value_recall(
+    batch: int, seed: int, *, length: int = 64, pairs: int = 24, vocabulary: int = 125, fewest: int | None = None
+) -> Batch:
+    """Recall without binding: one token holds a key and its value, so that no layer must join neighbours first.
+
+    With n = (vocabulary - 5) / 5 keys and four values: token 0 is blank, 1 .. n ask for a key, the next 4 n are the
+    pairs, the last four are the answers. First ``pairs`` pairs of distinct keys, then each key is asked once, at random
+    positions; labels as everywhere here.
+
+    fewest: each batch has so many pairs at least and ``pairs`` at most, drawn from its seed; None: always ``pairs``.
+    Among many pairs the right one hardly shows in the first gradients, so that training starts on batches of few.
+
+    Raises `ValueError` when the keys do not fit the vocabulary or the tokens do not fit ``length``.
+    """
+    keys = keys_of(vocabulary)
+    if not 1 <= pairs <= keys or 2 * pairs > length:
+        raise ValueError(
+            f"pairs={pairs}: {max(keys, 0)} keys fit vocabulary={vocabulary}, and {length // 2} pairs with their "
+            f"queries fit length={length}"
+        )
+    random = torch.Generator().manual_seed(seed)
+    if fewest is not None:
+        pairs = int(torch.randint(min(fewest, pairs), pairs + 1, (), generator=random))
+    key = torch.rand(batch, keys, generator=random).argsort(1)[:, :pairs]
+    value = torch.randint(ANSWERS, (batch, pairs), generator=random)
+    inputs, labels = torch.full((batch, length), BLANK), torch.full((batch, length), IGNORE)
+    inputs[:, :pairs] = 1 + keys + key * ANSWERS + value
+    asked = torch.rand(batch, pairs, generator=random).argsort(1)
+    places = pairs + torch.rand(batch, length - pairs, generator=random).argsort(1)[:, :pairs]
+    inputs.scatter_(1, places, 1 + key.gather(1, asked))
+    labels.scatter_(1, places, 1 + keys * (1 + ANSWERS) + value.gather(1, asked))
+    return inputs, labels
+
+
+def keys_of(vocabulary: int) -> int:
+    """Keys of :func:`key_value_recall` that a vocabulary has room for."""
+    return (vocabulary - 1 - ANSWERS) // (1 + ANSWERS)
+
+
+@dataclass(frozen=True)
+class Curriculum:
+    """Batches of a recall task by step, with few pairs first: :class:`Stream` for runs of some hundred steps.
+
+    Which of many pairs a query asks for hardly shows in the first gradients, so that a model sits at the share of
+    guessing for most of such a run. The number of pairs grows from ``first`` to ``pairs`` by a constant factor a step
+    over the first part ``growing`` of the steps, and stays there. Sequences hold nothing but pairs and queries
+    (``length = tokens * pairs``); shorter ones come in batches of up to ``widest`` times as many, which hold no more
+    tokens than those at the end.
+
+    pairs, vocabulary: at the end, as in :func:`multi_query_recall`. batch: sequences of a step at the end. steps: of
+    the run. task: takes (batch, seed, length, pairs, vocabulary). tokens: of a pair and its query.
+
+    Raises `ValueError` when ``first`` is not in 1 .. pairs or ``growing`` not in 0 .. 1.
+    """
+
+    pairs: int
+    steps: int
+    batch: int = 32
+    vocabulary: int = 64
+    seed: int = 0
+    first: int = 2
+    growing: float = 0.5
+    widest: int = 4
+    task: Callable[..., Batch] = multi_query_recall
+    tokens: int = 3
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.first <= self.pairs or not 0.0 <= self.growing <= 1.0:
+            raise ValueError(
+                f"first={self.first}, growing={self.growing}: 1 to pairs={self.pairs} and 0 to 1 are needed"
+            )
+
+    def pairs_at(self, step: int) -> int:
+        """Of a sequence of this step's batch."""
+        grown = min(1.0, step / (self.growing * self.steps)) if self.growing * self.steps > 0 else 1.0
+        return round(self.first * (self.pairs / self.first) ** grown)
+
+    def __call__(self, step: int) -> Batch:
+        """The batch of one step."""
+        pairs = self.pairs_at(step)
+        return self.draw(self.batch * min(self.widest, self.pairs // pairs), mix(self.seed, step), pairs)
+
+    def draw(self, batch: int, seed: int, pairs: int | None = None) -> Batch:
+        """Sequences of so many pairs; of all of them when None."""
+        pairs = self.pairs if pairs is None else pairs
+        return self.task(batch, seed, length=self.tokens * pairs, pairs=pairs, vocabulary=self.vocabulary)
 
 
 def recall_at_distance(

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from tilewright.data.bytes import VOCABULARY, ByteWindows, byte_text, held_out_windows
-from tilewright.data.recall import BLANK, IGNORE, Batch, Stream, mix, multi_query_recall
+from tilewright.data.recall import ANSWERS, IGNORE, Batch, Stream, key_value_recall, keys_of, mix, multi_query_recall
 from tilewright.nn.hybrid_linear_attention.layout import Placement
 
 Task = Literal["mqar", "kv", "lm"]
@@ -23,7 +23,6 @@ FULL = "full"
 SOFTMAX = "softmax"
 EVALUATION_SEED = 1 << 20
 BINS = 8
-VALUES = 4
 FEWEST = 2
 
 
@@ -33,7 +32,7 @@ class Setting:
 
     Args:
         task: "mqar" (multi-query recall, a token for each key and value), "kv" (recall of pairs of one token, see
-            :func:`key_value_recall`) or "lm" (bytes of text).
+            :func:`tilewright.data.recall.key_value_recall`) or "lm" (bytes of text).
         num_layers, hidden_size, num_heads: of the stack.
         steps, batch, length: of the training, in tokens of `length` times `batch` a step.
         pairs, vocabulary: of the recall tasks.
@@ -164,44 +163,6 @@ def execute(setting: Setting, cell: Cell) -> dict[str, Any]:
     }
 
 
-def key_value_recall(
-    batch: int, seed: int, *, length: int = 64, pairs: int = 24, vocabulary: int = 125, fewest: int | None = None
-) -> Batch:
-    """Recall without binding: one token holds a key and its value, so that no layer must join neighbours first.
-
-    With n = (vocabulary - 5) / 5 keys and four values: token 0 is blank, 1 .. n ask for a key, the next 4 n are the
-    pairs, the last four are the answers. First ``pairs`` pairs of distinct keys, then each key is asked once, at random
-    positions; labels as in ``tilewright.data.recall``.
-
-    fewest: each batch has so many pairs at least and ``pairs`` at most, drawn from its seed; None: always ``pairs``.
-    Among many pairs the right one hardly shows in the first gradients, so that training starts on batches of few.
-
-    Raises `ValueError` when the keys do not fit the vocabulary or the tokens do not fit ``length``.
-    """
-    keys = _keys_of(vocabulary)
-    if not 1 <= pairs <= keys or 2 * pairs > length:
-        raise ValueError(
-            f"pairs={pairs}: {max(keys, 0)} keys fit vocabulary={vocabulary}, and {length // 2} pairs with their "
-            f"queries fit length={length}"
-        )
-    random = torch.Generator().manual_seed(seed)
-    if fewest is not None:
-        pairs = int(torch.randint(min(fewest, pairs), pairs + 1, (), generator=random))
-    key = torch.rand(batch, keys, generator=random).argsort(1)[:, :pairs]
-    value = torch.randint(VALUES, (batch, pairs), generator=random)
-    inputs, labels = torch.full((batch, length), BLANK), torch.full((batch, length), IGNORE)
-    inputs[:, :pairs] = 1 + keys + key * VALUES + value
-    asked = torch.rand(batch, pairs, generator=random).argsort(1)
-    places = pairs + torch.rand(batch, length - pairs, generator=random).argsort(1)[:, :pairs]
-    inputs.scatter_(1, places, 1 + key.gather(1, asked))
-    labels.scatter_(1, places, 1 + keys * (1 + VALUES) + value.gather(1, asked))
-    return inputs, labels
-
-
-def _keys_of(vocabulary: int) -> int:
-    return (vocabulary - 1 - VALUES) // (1 + VALUES)
-
-
 def _recall(setting: Setting, batch: int, seed: int, fewest: int | None = None) -> Stream:
     sizes: dict[str, Any] = {"length": setting.length, "pairs": setting.pairs, "vocabulary": setting.vocabulary}
     if setting.task == "mqar":
@@ -246,8 +207,8 @@ def _keys(setting: Setting, inputs: Tensor) -> Tensor:
     """Tokens by the key that they hold: a pair's token and its query's become one."""
     if setting.task == "mqar":
         return inputs
-    keys = _keys_of(setting.vocabulary)
-    return torch.where(inputs > keys, 1 + (inputs - 1 - keys) // VALUES, inputs)
+    keys = keys_of(setting.vocabulary)
+    return torch.where(inputs > keys, 1 + (inputs - 1 - keys) // ANSWERS, inputs)
 
 
 def distances(inputs: Tensor) -> Tensor:

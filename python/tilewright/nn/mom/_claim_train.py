@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tilewright.claims import Experiment, Row, at_least, at_most
 from tilewright.data.bytes import VOCABULARY, ByteWindows, byte_text, held_out_windows
-from tilewright.data.recall import mix, multi_query_recall
+from tilewright.data.recall import Curriculum, key_value_recall
 from tilewright.nn.delta_rule._claim_tools import cores, in_parallel
 from tilewright.nn.hybrid_linear_attention.configuration import HybridConfig
 from tilewright.nn.hybrid_linear_attention.modeling import HybridForCausalLM
@@ -22,21 +22,20 @@ from tilewright.nn.mom.configuration import MomConfig
 from tilewright.nn.mom.modeling import MomForCausalLM
 from tilewright.nn.mom.routing import mom_route
 from tilewright.train import TrainConfig, Trainer
-from tilewright.train.losses import Loss, token_accuracy, token_loss
+from tilewright.train.losses import Loss, token_loss
+from tilewright.train.recall import RecallRecipe, train_recall
 
 MEMORIES, TOPK = 4, 2
 SEEDS: tuple[int, ...] = (0, 1, 2)
 QUICK_STEPS = 100
 BALANCE = 0.01
-HELD_OUT = 10_007
-"""Seed of the batches that measure; training takes 0, 1, 2."""
 
 
 @dataclass(frozen=True)
 class Task:
     """Model sizes, data and the length of a run.
 
-    expand_v, single_expand_v: V / K of the mixture and of one memory. stages: numbers of pairs, growing with the steps.
+    expand_v, single_expand_v: V / K of the mixture and of one memory. pairs: of a sequence at the end, for recall.
     """
 
     vocabulary: int
@@ -49,17 +48,13 @@ class Task:
     rates: tuple[float, ...]
     width: int = 64
     length: int = 0
-    stages: tuple[int, ...] = ()
-
-    @property
-    def pairs(self) -> int:
-        """Of a sequence at the end."""
-        return self.stages[-1]
+    pairs: int = 0
 
 
 RATES = (2e-3, 5e-3, 1e-2)
-# M + 1 states of V = 4 K against one of V = 20 K; three pairs for each row of a state.
-RECALL = Task(64, 8, 1, 4.0, 20.0, batch=16, steps=800, rates=RATES, stages=(4, 8, 8, 16, 24))
+# M + 1 states of V = K against one of V = 5 K; four values, so that not the width of a value but the rows of keys, of
+# which there are four pairs to each, are what a state runs out of.
+RECALL = Task(165, 8, 1, 1.0, 5.0, batch=32, steps=500, rates=RATES, pairs=32)
 # One memory with V = 5/2 K has at least the active parameters of two routed ones and a shared one.
 LANGUAGE = Task(VOCABULARY, 16, 2, 1.0, 2.5, batch=16, steps=400, rates=RATES, length=128)
 
@@ -146,27 +141,19 @@ def _train(job: Job, batches: Callable[[int], Any]) -> HybridForCausalLM:
     return model.eval()
 
 
-def recall_batches(task: Task, seed: int) -> Callable[[int], Any]:
-    """Multi-query recall whose pairs grow over 7 tenths of the steps; shorter sequences come in larger batches."""
-
-    def batch(step: int) -> tuple[Tensor, Tensor]:
-        stage = min(int(step / (0.7 * task.steps) * len(task.stages)), len(task.stages) - 1)
-        pairs = task.stages[stage]
-        rows = task.batch * min(4, task.pairs // pairs)
-        return multi_query_recall(rows, mix(seed, step), length=3 * pairs, pairs=pairs, vocabulary=task.vocabulary)
-
-    return batch
+def recipe(task: Task) -> RecallRecipe:
+    """Recall of pairs of one token each: no layer must join neighbours, which a router may send to two memories."""
+    sizes = {"pairs": task.pairs, "steps": task.steps, "batch": task.batch, "vocabulary": task.vocabulary}
+    return RecallRecipe(Curriculum(**sizes, task=key_value_recall, tokens=2))
 
 
 def recall(job: Job) -> dict[str, Any]:
     """Train one model on recall: accuracy with all pairs, and the entropy of each router's choices over ln M."""
-    task = job.task
-    model = _train(job, recall_batches(task, job.seed))
-    sizes = {"length": 3 * task.pairs, "pairs": task.pairs, "vocabulary": task.vocabulary}
-    held_out = [multi_query_recall(64, mix(HELD_OUT, i), **sizes) for i in range(4)]
+    model, plan = build(job), recipe(job.task)
+    result = train_recall(model, plan, job.rate, job.seed, loss=_loss(job.balance))
     return {
-        "accuracy": token_accuracy(model, held_out),
-        "entropy": _entropies(model, held_out[0][0]),
+        "accuracy": result.accuracy,
+        "entropy": _entropies(model.eval(), plan.held_out()[0][0]),
         "parameters": sum(p.numel() for p in model.parameters()),
     }
 

@@ -21,7 +21,7 @@ def prox_sparse_group(v: Tensor, t1: float, tg: float, metric: Tensor | None = N
             ``sum_i (c_i s_i / (c_i r + tg))^2 = 1``, s being what the soft threshold left. None: 1.
 
     Raises:
-        ValueError: a threshold is negative.
+        ValueError: a threshold is negative, or the metric not positive.
     """
     if t1 < 0 or tg < 0:
         raise ValueError(f"prox_sparse_group: t1 = {t1}, tg = {tg}, needed >= 0")
@@ -29,6 +29,8 @@ def prox_sparse_group(v: Tensor, t1: float, tg: float, metric: Tensor | None = N
         soft = v.sign() * (v.abs() - t1).clamp_min(0)
         length = float(soft.norm())
         return soft * max(0.0, 1.0 - tg / length) if length > 0 else soft
+    if not bool((metric > 0).all()):
+        raise ValueError(f"prox_sparse_group: metric holds {float(metric.min()):g}, needed > 0")
     soft = v.sign() * (v.abs() - t1 / metric).clamp_min(0)
     if tg == 0.0:
         return soft
