@@ -74,7 +74,8 @@ def loss_rows(experiment: Experiment, runs: list[dict[str, Any]]) -> Iterator[Ro
     """Item 4: the central claim, all maps active; the same with each method at its best strength; the probe's score."""
     many = f"mean of {len(runs)} runs"
     paper = "LinEAS mitigates more than Lin-AcT"
-    at_full, at_best = {}, {}
+    at_full: dict[str, Sequence[float]] = {}
+    at_best: dict[str, Sequence[float]] = {}
     for label in METHODS:
         if label != "LinEAS":
             at_full[label], at_best[label] = zip(*(loss_ratios(run["curves"], label) for run in runs), strict=True)
