@@ -42,8 +42,15 @@ def test_cases_have_unique_names_and_goals_on_methods_that_exist():
     ours |= {cats_decode.named(share) for case in cases() for share in case.get("sparsities", [])}
     ours |= set(capture.methods())
     ours |= {f"{ternary_linear.OURS} {name}" for name in (*ternary_linear.PACKINGS, "auto")}
-    others = {*torch_eager.FORMS, llama_cpp.RUNNER, ik_llama_cpp.RUNNER, "bandwidth", "peak", capture.BARE}
-    others |= {cats_decode.DENSE}
+    others = {
+        *torch_eager.FORMS,
+        llama_cpp.RUNNER,
+        ik_llama_cpp.RUNNER,
+        "bandwidth",
+        "peak",
+        capture.BARE,
+        cats_decode.DENSE,
+    }
     others |= linear_attention.STANDARDS | linear_attention.METHODS
     for case in cases():
         for goal in case.get("goals", []):

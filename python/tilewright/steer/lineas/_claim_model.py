@@ -39,7 +39,7 @@ class Size:
 
 QUICK = Size(8, 16, 16, 40, ("weather-animals",), (0, 1), (0.0, 0.5, 1.0), 128)
 FULL = Size(
-    12, 16, 64, 100, ("weather-animals", "present-past", "plain-exclamatory"), (0, 1), (0.0, 0.25, 0.5, 0.75, 1.0), 512
+    12, 16, 64, 200, ("weather-animals", "present-past", "plain-exclamatory"), (0, 1), (0.0, 0.25, 0.5, 0.75, 1.0), 512
 )
 
 

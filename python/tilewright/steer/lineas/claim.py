@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from tilewright.steer.lineas._claim_model import Bench
     from tilewright.steer.steering import Steering
 
-GAMMAS = (0.1, 0.2, 0.4)
+GAMMAS = (0.2, 0.4)
 METHODS = {
     "LinEAS": ("lineas", {}),
     "Lin-AcT, sequential": ("lin_act", {"sequential": True}),
