@@ -4,8 +4,8 @@ set(TILEWRIGHT_RTL AUTO CACHE STRING "Simulation of the accelerator's RTL; AUTO 
 set_property(CACHE TILEWRIGHT_RTL PROPERTY STRINGS AUTO ON OFF)
 # Matrices of up to 2048 by 4096 either way, heads of up to 256, chunks of 64 tokens.
 set(TILEWRIGHT_RTL_PARAMETERS
-    G=3 T=28 Q=16 P=4 Lanes=16 Banks=1 WeightWords=12800 RowBeatsMax=256 BlocksMax=49 BeatsMax=256 RowsMax=64
-    HeadsMax=32 KvHeadsMax=32 HeadBeatsMax=16 AttentionBeatsMax=128
+    G=3 T=28 Q=16 P=4 Lanes=8 Banks=2 WeightWords=12800 RowBeatsMax=512 BlocksMax=49 BeatsMax=256 RowsMax=64
+    HeadsMax=32 KvHeadsMax=32 HeadBeatsMax=32 AttentionBeatsMax=256
     CACHE STRING "Parameters of the RTL that is simulated")
 
 # The program and its files: from PATH, or the wheel in the Python that builds.

@@ -31,7 +31,8 @@ NUMBERS = ROOT / "python" / "tilewright" / "edge" / "tellme" / "synthesis.json"
 
 @dataclass(frozen=True)
 class Unit:
-    """A module at the design point G = 3, T = 28, Q = 16, P = 4, 16 lanes, unless the parameters say otherwise.
+    """A module at the accelerator's default parameters, (G, T, Q, P) = (3, 28, 16, 4) and 8 lanes among them, unless a
+    study says otherwise. Where a module's own defaults are others, its parameters are named.
 
     Attributes:
         count: how many the accelerator holds that are in no other unit of the table; 0: a part or a study.
@@ -48,25 +49,28 @@ class Unit:
     without: tuple[str, ...] = ()
 
 
+LANES, PORT = {"Lanes": 8}, {"DataBits": 128}
 UNITS: dict[str, Unit] = {
-    "tlmm_core": Unit({"BeatsMax": 256, "BlocksMax": 49}, 1),
+    "tlmm_core": Unit({"BeatsMax": 256, "BlocksMax": 49, "Banks": 2}, 1),
     "weight_buffer": Unit({}, 1),
-    "weight_reader": Unit({}, 1),
+    "weight_reader": Unit(PORT, 1),
     "weight_unpack": Unit({}, 1),
-    "rms_max": Unit({}, 1),
-    "block_fifo": Unit({"Width": 257, "Depth": 256}, 1, quick=True),
-    "quantize": Unit({}, 1),
-    "gearbox to blocks": Unit({"In": 16, "Out": 84}, 1, module="gearbox"),
+    "rms_max": Unit({"Lanes": 8, "RowBeatsMax": 512}, 1),
+    "block_fifo": Unit({"Width": 129, "Depth": 512}, 1, quick=True),
+    "quantize": Unit(LANES, 1),
+    "gearbox to blocks": Unit({"In": 8, "Out": 84}, 1, module="gearbox"),
     "activation_store": Unit({}, 1, quick=True),
-    "gearbox of sums": Unit({"In": 16, "Out": 16, "Width": 32}, 1, module="gearbox"),
-    "dequant_fuse": Unit({"HeadBeatsMax": 16}, 1),
-    "attention": Unit({"BeatsMax": 128}, 1),
-    "axi_reader": Unit({}, 4, quick=True),
-    "axi_writer": Unit({}, 1),
+    "gearbox of sums": Unit({"In": 16, "Out": 8, "Width": 32}, 1, module="gearbox"),
+    "dequant_fuse": Unit({"Lanes": 8, "HeadBeatsMax": 32}, 1),
+    "attention": Unit({"Lanes": 8, "BeatsMax": 256}, 1),
+    "axi_reader": Unit(PORT, 4, quick=True),
+    "axi_writer": Unit(PORT, 1),
     "axi_read_arbiter": Unit({}, 1, quick=True),
     "row_commands": Unit({}, 5, quick=True),
     "axi_lite_registers": Unit({}, 1),
-    "descriptor_unit": Unit({"AttentionBeatsMax": 128}, 1, slang=True),
+    "descriptor_unit": Unit(
+        {"Lanes": 8, "RowBeatsMax": 512, "HeadBeatsMax": 32, "AttentionBeatsMax": 256}, 1, slang=True
+    ),
     "accelerator, between its units": Unit(
         {}, 1, module="accelerator", slang=True,
         without=("tlmm_core", "weight_buffer", "weight_reader", "weight_unpack", "rms_max", "block_fifo", "quantize",
@@ -77,12 +81,12 @@ UNITS: dict[str, Unit] = {
     "tl_table_bank": Unit(quick=True),
     "adder_tree": Unit({"Depth": 5, "Width": 10}),
     "fuse_pair": Unit(),
-    "attention_score": Unit(),
-    "attention_finish": Unit(),
+    "attention_score": Unit(LANES),
+    "attention_finish": Unit({"Lanes": 8, "BeatsMax": 256}),
     "divider": Unit(),
     "half_pack": Unit(),
     "fifo": Unit({"Width": 8, "Depth": 16}),
-    "skid": Unit({"Width": 256}, quick=True),
+    "skid": Unit({"Width": 128}, quick=True),
 }  # fmt: skip
 LANE = {"T": 28, "G": 3}
 STUDIES: dict[str, Unit] = {
@@ -94,7 +98,6 @@ STUDIES: dict[str, Unit] = {
     "tables' sums, G = 2": Unit({"T": 42, "G": 2}, module="tl_precompute"),
     "tables' sums, G = 3": Unit({"T": 28, "G": 3}, module="tl_precompute"),
     "tables' sums, G = 4": Unit({"T": 21, "G": 4}, module="tl_precompute"),
-    "attention, P = 2": Unit({"P": 2, "BeatsMax": 128}, module="attention"),
     "a bank of weights": Unit({"Width": 144, "Words": 4096}, quick=True, module="study_bank"),
 }
 

@@ -2,6 +2,7 @@
 // ternary_matmul, ternary_linear, their packer and their activation quantizer as torch operators, on the CPU.
 #include "torch/ternary_linear.h"
 
+#include "core/memory.h"
 #include "ops/ternary_linear/kernels.h"
 #include "ops/ternary_linear/probe.h"
 #include "ops/ternary_linear/reference.h"
@@ -187,26 +188,42 @@ Tokens quantized(const Tensor& x, int64_t m, int64_t k) {
   return tokens;
 }
 
-// t3w: tables of a few tokens, then the rows, then the next tokens.
-void run_with_tables(Problem problem, const Plan& plan, const ternary_linear::Kernels& kernels) {
-  const int64_t entries = ternary_linear::table_entries(problem.weight.k);
-  const int64_t tokens = problem.m;
-  const Tensor tables = empty_cpu({std::min(tokens, plan.tokens_per_call) * entries}, ScalarType::Short);
-  auto* table = mutable_data<int16_t>(tables);
+// t3w: items of rows [first, last) for all the problem's tokens, a few at a time. The tables are the thread's own: read from
+// another thread's cache they would take longer than made twice.
+void look_up(Problem problem, const Plan& plan, const ternary_linear::Kernels& kernels, int64_t first, int64_t last) {
+  thread_local Scratch memory;
+  const int64_t entries = ternary_linear::table_entries(problem.weight.k), tokens = problem.m;
+  auto* table = memory.get<int16_t>(std::min(tokens, plan.tokens_per_call) * entries);
   problem.tables = table;
   for (int64_t m = 0; m < tokens; m += plan.tokens_per_call) {
     problem.m = std::min(plan.tokens_per_call, tokens - m);
-    torch::stable::parallel_for(0, problem.m, 1, [&](int64_t first, int64_t last) {
-      for (int64_t t = first; t < last; ++t) {
-        kernels.tables(problem.x + t * problem.x_stride, problem.weight.k, table + t * entries);
-      }
-    });
-    torch::stable::parallel_for(0, plan.items, 1,
-                                [&](int64_t first, int64_t last) { kernels.t3w(problem, plan, first, last); });
+    for (int64_t t = 0; t < problem.m; ++t) {
+      kernels.tables(problem.x + t * problem.x_stride, problem.weight.k, table + t * entries);
+    }
+    kernels.t3w(problem, plan, first, last);
     problem.x += problem.m * problem.x_stride;
     problem.sums += problem.m;
-    problem.acc += problem.m * problem.weight.n;
+    problem.acc += problem.m * problem.acc_stride;
   }
+}
+
+// Threads share out the tokens where each has as many as have tables at a time, else the rows.
+void run_with_tables(const Problem& problem, const Plan& plan, const ternary_linear::Kernels& kernels) {
+  const int64_t calls = ceil_div(problem.m, plan.tokens_per_call);
+  if (calls < torch::stable::get_num_threads()) {
+    torch::stable::parallel_for(0, plan.items, 1,
+                                [&](int64_t first, int64_t last) { look_up(problem, plan, kernels, first, last); });
+    return;
+  }
+  torch::stable::parallel_for(0, calls, 1, [&](int64_t first, int64_t last) {
+    const int64_t from = first * plan.tokens_per_call, to = std::min(problem.m, last * plan.tokens_per_call);
+    Problem part = problem;
+    part.m = to - from;
+    part.x += from * problem.x_stride;
+    part.sums += from;
+    part.acc += from * problem.acc_stride;
+    look_up(part, plan, kernels, 0, plan.items);
+  });
 }
 
 void run(const TernaryView& view, const Tokens& tokens, int64_t m, int32_t* acc) {

@@ -13,17 +13,17 @@ module accelerator
     parameter int unsigned T = 28,
     parameter int unsigned Q = 16,
     parameter int unsigned P = 4,
-    parameter int unsigned Lanes = 16,
-    parameter int unsigned Banks = 1,
+    parameter int unsigned Lanes = 8,  // values a cycle of rows; ports have 16 bits for each
+    parameter int unsigned Banks = 2,  // sets of tables; with two the next block's are filled beside the look-up
     parameter int unsigned WeightWords = 12288,
-    parameter int unsigned RowBeatsMax = 256,  // of Lanes values
+    parameter int unsigned RowBeatsMax = 512,  // of Lanes values
     parameter int unsigned BlocksMax = 49,  // of T * G inputs
     parameter int unsigned BeatsMax = 256,  // of Q outputs
     parameter int unsigned RowsMax = 16,  // of a prompt's chunk
     parameter int unsigned HeadsMax = 16,
     parameter int unsigned KvHeadsMax = 16,
-    parameter int unsigned HeadBeatsMax = 16,  // of Lanes values
-    parameter int unsigned AttentionBeatsMax = 128,  // of a row of queries
+    parameter int unsigned HeadBeatsMax = 32,  // of Lanes values
+    parameter int unsigned AttentionBeatsMax = 256,  // of a row of queries
     localparam int unsigned DataBits = 16 * Lanes
 ) (
     input  wire logic                clk_i,

@@ -64,9 +64,12 @@ module attention_score #(
   // What travels beside: valid, first, last, active, fresh, head, exponents.
   localparam int unsigned TagBits = 5 + HeadBits + 8 + 6;
   localparam int unsigned Stages = TreeLatency + 6;
+  logic signed [9:0] shift_sum;
   logic signed [7:0] shift;
   logic [TagBits-1:0] tag[Stages+1];
-  assign shift  = 8'(q_top_i) + 8'(k_top_i) + exponent_i + 8'sd18;
+  assign shift_sum = 10'(q_top_i) + 10'(k_top_i) + 10'(exponent_i) + 10'sd18;
+  // Beyond these nothing but a product's sign is left, or 18 does as much.
+  assign shift = shift_sum < -10'sd64 ? -8'sd64 : shift_sum > 10'sd63 ? 8'sd63 : 8'(shift_sum);
   assign tag[0] = {valid_i, first_i, last_i, active_i, fresh_i, head_i, shift, v_top_i};
   for (genvar stage = 1; stage <= Stages; stage++) begin : gen_tag
     logic [TagBits-1:0] tag_q;

@@ -26,7 +26,7 @@ from tilewright.edge.rtl import RtlSession
 from tilewright.edge.tellme.cycles import Pipelines, layer_counters
 
 pytestmark = pytest.mark.skipif(not hasattr(_host, "Accelerator"), reason="built without Verilator")
-TILING = Tiling(3, 28, 16, 4)
+TILING = Tiling(3, 28, 16, 4, lanes=8)
 PIPELINES = 32
 """Cycles that a counter of a layer may be off besides its 2 %: four or so a matrix, for data and addresses."""
 
@@ -71,7 +71,7 @@ def test_cycles_and_values_are_the_models(rng, width, gates, heads, kv_heads, si
     for count in (tokens, 1):
         before, ids = dict(session.counts), list(range(count))
         np.testing.assert_array_equal(session.hidden(ids).view(np.uint16), true.hidden(ids).view(np.uint16))
-        wanted = layer_counters(model.layers[0], TILING, first, count, pipelines=Pipelines(latency))
+        wanted = layer_counters(model.layers[0], TILING, first, count, banks=2, pipelines=Pipelines(latency))
         for name, cycles in wanted.items():
             found = session.counts[name] - before[name]
             assert abs(found - cycles) < 0.02 * cycles + PIPELINES, f"{name}: {found}, the model says {cycles}"

@@ -17,4 +17,4 @@ from simulate import simulate
 )
 def test_attention(p, lanes, heads, kv_heads, head_beats, tmp_path):
     sizes = {"HeadsMax": heads, "KvHeadsMax": kv_heads, "BeatsMax": heads * head_beats}
-    assert simulate("attention", {"P": p, "Lanes": lanes, **sizes}, tmp_path) == 11
+    assert simulate("attention", {"P": p, "Lanes": lanes, **sizes}, tmp_path) == 12

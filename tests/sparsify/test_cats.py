@@ -36,16 +36,21 @@ from tilewright.sparsify.mlps import Names, gated_mlps
 DATA = batches()
 
 
-def activations(model: Any, data: list[torch.Tensor], layer: int) -> torch.Tensor:
-    """|silu(W_gate x)| of a layer, by a hook of our own."""
+def outputs(module: nn.Module, model: Any, data: list[torch.Tensor]) -> torch.Tensor:
+    """[tokens, M] of a module, by a hook of our own."""
     seen = []
-    mlp = model.model.layers[layer].mlp
-    handle = mlp.gate_proj.register_forward_hook(lambda _m, _i, out: seen.append(torch.nn.functional.silu(out)))
+    handle = module.register_forward_hook(lambda _m, _i, out: seen.append(out.flatten(0, -2)))
     with torch.no_grad():
         for batch in data:
             model(batch)
     handle.remove()
-    return torch.cat([one.flatten() for one in seen]).abs()
+    return torch.cat(seen)
+
+
+def activations(model: Any, data: list[torch.Tensor], layer: int) -> torch.Tensor:
+    """|silu(W_gate x)| of a layer."""
+    gates = outputs(model.model.layers[layer].mlp.gate_proj, model, data)
+    return torch.nn.functional.silu(gates).flatten().abs()
 
 
 @pytest.mark.parametrize("k", [0.0, 0.3, 0.5, 0.9])
@@ -91,6 +96,13 @@ def test_rankings_by_neuron() -> None:
         assert torch.allclose(products, products.mean(), rtol=1e-5)
         values = activations(model, DATA, layer).unflatten(0, (-1, 48))
         assert abs(float((values < normed[name]).double().mean()) - 0.5) < 1e-3
+    up = calibrate_thresholds(model, iter(DATA), 0.5, ranking="up")
+    for layer, name in enumerate(up):
+        u = outputs(model.model.layers[layer].mlp.up_proj, model, DATA)
+        products = up[name] * u.double().square().mean(0).sqrt()
+        assert torch.allclose(products, products.mean(), rtol=1e-5)
+        values = activations(model, DATA, layer).unflatten(0, (-1, 48))
+        assert abs(float((values < up[name]).double().mean()) - 0.5) < 1e-3
     hidden = calibrate_thresholds(model, DATA, 0.5, ranking="output")
     assert hidden.score == "hidden"
     with sparsified(model, thresholded(hidden)) as kept, torch.no_grad():

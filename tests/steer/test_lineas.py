@@ -138,19 +138,21 @@ def test_thresholds_follow_the_step_size_unless_told_otherwise():
     assert ended.support() <= scaled.support()
 
 
+@pytest.mark.parametrize("metric", [None, (1.0,) * 6, (1.0, 0.01, 30.0, 2.0, 0.5, 7.0)])
 @pytest.mark.parametrize(("t1", "tg"), [(0.0, 0.0), (0.3, 0.0), (0.0, 0.7), (0.2, 0.5), (0.4, 9.0)])
-def test_prox_is_the_minimiser(t1, tg):
+def test_prox_is_the_minimiser(t1, tg, metric):
     from scipy.optimize import minimize
 
     v = np.random.default_rng(2).normal(size=6)
-    u = prox_sparse_group(torch.from_numpy(v), t1, tg).numpy()
+    c = np.ones(6) if metric is None else np.array(metric)
+    u = prox_sparse_group(torch.from_numpy(v), t1, tg, None if metric is None else torch.from_numpy(c)).numpy()
 
     def objective(u) -> float:
-        return 0.5 * np.sum((u - v) ** 2) + t1 * np.sum(np.abs(u)) + tg * np.linalg.norm(u)
+        return 0.5 * np.sum(c * (u - v) ** 2) + t1 * np.sum(np.abs(u)) + tg * np.linalg.norm(u)
 
     def smooth(parts) -> float:
         u = parts[:6] - parts[6:]
-        return 0.5 * np.sum((u - v) ** 2) + t1 * np.sum(parts) + tg * np.sqrt(np.sum(u**2) + 1e-18)
+        return 0.5 * np.sum(c * (u - v) ** 2) + t1 * np.sum(parts) + tg * np.sqrt(np.sum(u**2) + 1e-18)
 
     start = np.concatenate([np.maximum(v, 0), np.maximum(-v, 0)])
     least = minimize(
@@ -166,6 +168,14 @@ def test_prox_of_nothing_and_bad_thresholds():
     assert prox_sparse_group(torch.zeros(4), 0.1, 0.1).tolist() == [0.0] * 4
     with pytest.raises(ValueError, match="t1 = -1"):
         prox_sparse_group(torch.ones(2), -1, 0)
+    with pytest.raises(ValueError, match="metric"):
+        prox_sparse_group(torch.ones(2), 0.1, 0.1, torch.tensor([1.0, 0.0]))
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
+def test_a_large_gamma_is_the_identity_under_both_optimizers(optimizer):
+    options = {"source": source(8), "target": target(8), "steps": 5, "optimizer": optimizer}
+    assert steer(tiny_llama(), gamma=1e4, **options).support() == 0.0
 
 
 def test_a_step_size_that_diverges_is_halved():

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import cocotb
 import numpy as np
@@ -181,6 +181,22 @@ async def not_finite_is_taken_as_the_contract_says(dut):
         ports.send([one])
         check(await ports.take(one), one, StatusRegister(), name)
         assert dut.nonfinite_o.value
+
+
+@cocotb.test()
+async def factors_of_every_size_are_taken(dut):
+    """The exponents of the command, at both ends of the models' range and of the port's."""
+    await reset(dut)
+    draw, given = np.random.default_rng(SEED), []
+    for factor in (Factor.of(2.0**-100), Factor.of(2.0**100), Factor(65537, -128), Factor(131071, 127)):
+        given.append(block(draw, P, P + 2, HEADS_MAX, KV_MAX, BEATS_MAX // HEADS_MAX, "ordinary"))
+        given[-1].factor = factor
+    for scale in (2.0**-10, 0.0):
+        given.append(replace(given[0], q=(given[0].q * scale).astype(np.float16)))
+    ports = Ports(dut, "always")
+    ports.send(given)
+    for index, one in enumerate(given):
+        check(await ports.take(one), one, StatusRegister(), f"block {index}")
 
 
 @cocotb.test()

@@ -238,6 +238,30 @@ def model_rows(experiment: Experiment) -> Iterator[Row]:
                    small.prefill_tokens_per_s(128) / PEER_SMOLLM2["prefill_tokens_per_s"], 1.0)  # fmt: skip
 
 
+def rtl_rows(experiment: Experiment) -> Iterator[Row]:
+    """The RTL as it is: its own schedule under the paper's memory and host, its resources as Yosys counts them."""
+    from tilewright.edge.tellme import BITNET_0_73B, PAPER_BUDGET
+    from tilewright.edge.tellme.report import decode_seconds, prompt_seconds, rtl_config
+    from tilewright.edge.tellme.synthesis import total
+
+    config = rtl_config(BITNET_0_73B)
+    t, decode = config.tiling, decode_seconds(config, 64)
+    name = f"RTL at ({t.t}, {t.q}, {t.p}), {t.lanes} lanes, every cycle of its schedule"
+    experiment.values["decode"]["rtl"] = {
+        "weights": decode["weights"], "look-up": decode["rows and look-up"] + decode["descriptors"],
+        "cache": decode["attention"], "head": decode["head (host)"],
+    }  # fmt: skip
+    experiment.values["ttft"]["rtl"] = [sum(prompt_seconds(config, n).values()) for n in (16, 32, 64, 128, 256, 512)]
+    yield at_least(f"{name}: decode, tokens/s", 1 / sum(decode.values()), 25, paper="25")
+    for tokens, most in ((64, 0.45), (128, 0.96)):
+        seconds = sum(prompt_seconds(config, tokens).values())
+        yield at_most(f"the same: TTFT of {tokens}, s", seconds, most, paper=str(most))
+    found, _ = total()
+    for kind, unit in (("lut", "LUTs"), ("dsp", "DSPs"), ("bram", "block RAMs"), ("uram", "UltraRAMs")):
+        most = getattr(PAPER_BUDGET, kind)
+        yield at_most(f"the same: {unit} (Yosys, sum of all units)", getattr(found, kind), most, paper=f"{most:,}")
+
+
 def run(experiment: Experiment) -> Iterator[Row]:
     """The rows; the quick form takes one seed and two layers of the real model."""
     yield from product_rows(experiment)
@@ -246,15 +270,16 @@ def run(experiment: Experiment) -> Iterator[Row]:
     yield from real_rows(experiment)
     yield from logic_rows(experiment)
     yield from model_rows(experiment)
+    yield from rtl_rows(experiment)
 
 
 def plot(values: dict[str, Any], figure: Figure) -> None:
     """Where a decoded token's time goes, and the time to the first token over the prompt."""
     left, right = figure.subplots(1, 2)
-    names = {"paper": "paper's build\n(fitted)", "ours": "our schedule\nsame build", "best": "best build\nsame budget"}
+    names = {"paper": "paper's\n(fitted)", "ours": "our\nschedule", "rtl": "RTL", "best": "best in\nthe budget"}
     labels = {
         "weights": "weights from memory",
-        "look-up": "table look-up",
+        "look-up": "table look-up (RTL: with norms)",
         "cache": "KV cache",
         "rows": "norms",
         "head": "LM head (host)",
@@ -266,14 +291,14 @@ def plot(values: dict[str, Any], figure: Figure) -> None:
             size = values["decode"][key].get(part, 0.0) * 1e3
             left.bar(at, size, bottom=bottom, color=colours[part], label=label if at == 0 else None)
             bottom += size
-        left.annotate(f"{1e3 / bottom:.1f} tok/s", (at, bottom), ha="center", va="bottom")
+        left.annotate(f"{1e3 / bottom:.1f}/s", (at, bottom), ha="center", va="bottom")
     left.set_xticks(range(len(names)), list(names.values()))
-    left.set_ylabel("ms for a token, 64 of context")
-    left.set_ylim(0, 52)
-    left.legend(fontsize="small", ncols=2, loc="upper right")
+    left.set_ylabel("ms for a token (and tokens a second), 64 of context")
+    left.set_ylim(0, 64)
+    left.legend(fontsize="small", loc="upper right")
     tokens = [16, 32, 64, 128, 256, 512]
-    for key, marker in (("paper", "o-"), ("ours", "s-"), ("best", "^-")):
-        right.plot(tokens, values["ttft"][key], marker, label=names[key].replace("\n(", " (").replace("\n", ", "))
+    for key, marker in (("paper", "o-"), ("ours", "s-"), ("rtl", "d-"), ("best", "^-")):
+        right.plot(tokens, values["ttft"][key], marker, label=names[key].replace("\n", " "))
     right.plot([64, 128], [0.45, 0.96], "kx", markersize=10, label="published")
     right.set_xscale("log", base=2)
     right.set_xticks(tokens, [str(n) for n in tokens])

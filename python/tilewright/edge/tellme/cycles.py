@@ -127,15 +127,29 @@ class LinearCycles:
     rows: int
 
 
-def sweep_cycles(linear: Linear, tiling: Tiling, banks: int) -> int:
-    """Of a row in `tlmm_core`: a block's tables, then its look-ups; with two sets of tables beside each other. The last
-    block's sums leave as fast as the gearbox takes them."""
+@dataclass(frozen=True)
+class SweepCycles:
+    """Of a row in `tlmm_core`. looked_up: until its last look-up; summed: as if sums took no time from there to leave,
+    until the last one leaves: later where the gearbox takes them slower than they are looked up."""
+
+    looked_up: int
+    summed: int
+
+
+def sweep_cycles(linear: Linear, tiling: Tiling, banks: int) -> SweepCycles:
+    """A block's tables, then its look-ups; with two sets of tables beside each other."""
     weights = linear.weights
     beats, blocks = -(-weights.outputs // tiling.q), tiling.blocks(weights.inputs)
-    leaving = max(beats, -(-weights.outputs // tiling.lanes))
     if banks == 1:
-        return blocks * tiling.codes + (blocks - 1) * beats + leaving
-    return tiling.codes + (blocks - 1) * max(beats, tiling.codes) + leaving
+        before = blocks * tiling.codes + (blocks - 1) * beats
+    else:
+        before = tiling.codes + (blocks - 1) * max(beats, tiling.codes)
+    leaving = max(beats, -(-weights.outputs // tiling.lanes))
+    # A look-up waits for the place of the sum that is SUMS before it, which comes back when that one has left: the
+    # pipeline and a register after its look-up, and what all before it took.
+    back = _halves(tiling.t) + 4
+    ahead = leaving * (SUMS + 1) // beats - back - 1
+    return SweepCycles(before + max(beats, leaving - ahead), before + leaving)
 
 
 def linear_cycles(
@@ -145,7 +159,7 @@ def linear_cycles(
     *,
     enters: bool,
     side_beats: int = 0,
-    banks: int = 1,
+    banks: int = 2,
     pipelines: Pipelines | None = None,
 ) -> LinearCycles:
     """Of ``tokens`` rows.
@@ -162,16 +176,17 @@ def linear_cycles(
     looked_up = taken = 0
     for row in range(tokens):
         entered = first + row * period
-        looked_up = max(entered + 3, looked_up + 2 if row else 0) - 1 + sweep
-        sums = looked_up + tree + 4
+        begun = max(entered + 3, looked_up + 2 if row else 0) - 1
+        looked_up, sums = begun + sweep.looked_up, begun + sweep.summed + tree + 4
         side = 0
         if side_beats:
             before = 0 if enters else row * side_beats
             side = entered + pipelines.first_beat + pipelines.stream(before + side_beats) + beats - side_beats - 1
         taken = max(sums, side, taken + ROW_FACTOR + beats - 1 if row else 0)
         # What waits for the side holds up the look-up but for the sums that have a place.
-        if beats > SUMS:
-            looked_up = max(looked_up, taken - tree - 4 - SUMS)
+        places = max(SUMS, SUMS * tiling.q // tiling.lanes)
+        if beats > places:
+            looked_up = max(looked_up, taken - tree - 4 - places)
     rows = taken + FUSE + pipelines.answered(beats)
     entering = first + (tokens - 1) * period if enters else 0
     return LinearCycles(load_cycles(linear, tiling, pipelines), entering, rows - (first if enters else 0), rows)
@@ -216,7 +231,7 @@ ENTERS = ("q", "o", "gate", "down")
 
 
 def layer_counters(
-    layer: Layer, tiling: Tiling, first: int, tokens: int, *, banks: int = 1, pipelines: Pipelines | None = None
+    layer: Layer, tiling: Tiling, first: int, tokens: int, *, banks: int = 2, pipelines: Pipelines | None = None
 ) -> dict[str, int]:
     """What the accelerator's counters say after a layer of ``tokens`` behind ``first`` positions: cycles, load, enter,
     sweep, attend. A cycle in which rows are entered and multiplied counts in both."""
@@ -236,7 +251,7 @@ def layer_counters(
 
 
 def layer_cycles(
-    layer: Layer, tiling: Tiling, first: int, tokens: int, *, banks: int = 1, pipelines: Pipelines | None = None
+    layer: Layer, tiling: Tiling, first: int, tokens: int, *, banks: int = 2, pipelines: Pipelines | None = None
 ) -> dict[str, int]:
     """Cycles of a layer for a chunk of tokens by part: descriptors, load, rows, attend; their sum is the run's."""
     pipelines = pipelines or Pipelines()

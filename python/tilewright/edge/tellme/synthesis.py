@@ -70,14 +70,7 @@ def command() -> str:
     return str(_document()["synthesis"])
 
 
-def total(queries: int = 4) -> tuple[Resources, int]:
-    """The accelerator at its default parameters, the sum of its units; and its flip-flops.
-
-    Args:
-        queries: P, of prefill attention: 4, the default, or 2.
-    """
-    held = [(one, one.count) for one in units() if one.count and (queries == 4 or one.name != "attention")]
-    if queries != 4:
-        held.append((study(f"attention, P = {queries}"), 1))
-    sums = {key: sum(getattr(one, key) * n for one, n in held) for key in ("lut", "dsp", "bram", "uram", "ff")}
+def total() -> tuple[Resources, int]:
+    """The accelerator at its default parameters, the sum of its units; and its flip-flops."""
+    sums = {key: sum(getattr(one, key) * one.count for one in units()) for key in ("lut", "dsp", "bram", "uram", "ff")}
     return Resources(sums["lut"], sums["dsp"], sums["bram"], sums["uram"]), int(sums["ff"])

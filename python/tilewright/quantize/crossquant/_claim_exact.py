@@ -27,7 +27,7 @@ def heavy_tailed(seed: int, tokens: int = 256, width: int = 512) -> Tensor:
 def identity_rows(experiment: Experiment) -> Iterator[Row]:
     """Item 1, each the worst of three heavy-tailed matrices."""
     experiment.say("identities on heavy-tailed matrices")
-    beyond, tighter, apart, tokens, channels = [], [], [], 0, 0
+    beyond, tighter, apart, off, tokens, channels = [], [], [], [], 0, 0
     for seed in SEEDS:
         x = heavy_tailed(seed)
         _, row, col = crossquant(x)
@@ -36,11 +36,14 @@ def identity_rows(experiment: Experiment) -> Iterator[Row]:
         tighter.append(float((crossquant(x, 8, 0.15, c, "tight")[1] / row).max()))
         w = torch.randn(96, x.shape[1], generator=torch.Generator().manual_seed(seed + 9))
         layer = CrossQuantLinear(w, None, column_factors(c))
-        # The same codes multiplied in float64, from scales that the layer did not compute.
-        rows = x / column_factors(c)
-        step = rows.abs().amax(1, keepdim=True).double() / 127
+        # The layer's codes multiplied in float64, with scales that it did not compute, and those codes beside the exact
+        # quotients: where one is nearly halfway either neighbour may be taken.
+        rows = x.double() / column_factors(c).double()
+        step = rows.abs().amax(1, keepdim=True) / 127
+        codes = quantize_rows(x, 8, layer.inverse)[0].double()
+        off.append(float((codes - rows / step).abs().max()))
         what = layer.codes.double() * layer.weight_scale.double()
-        y = ((rows / step.float()).round().double() * step) @ what.T
+        y = (codes * step) @ what.T
         apart.append(float((layer(x) - y).abs().max() / y.abs().max()))
         q1, q0 = crossquant(x, 8, 1.0)[0], crossquant(x, 8, 0.0)[0]
         tokens += int((q1 != (x / (x.abs().amax(1, keepdim=True) / 127)).round()).sum())
@@ -48,6 +51,8 @@ def identity_rows(experiment: Experiment) -> Iterator[Row]:
     yield at_most("dynamic: largest |x| over Qmax steps (nothing clips)", max(beyond), 1 + 1e-5, paper="1")
     yield at_most("tight: largest row scale over t^alpha", max(tighter), 1 + 1e-5, paper="1")
     yield at_most("integer layer against float64 on the same grid, relative", max(apart), 1e-5)
+    yield at_most("its codes against float64, in codes (half a step, and six float32 roundings of up to 127)", max(off),
+                  0.5 + 127 * 6 * 2**-24, paper="1/2")  # fmt: skip
     yield at_most("alpha = 1: codes that differ from per token", tokens, 0, paper="0")
     yield at_most("alpha = 0: codes that differ from per channel", channels, 0, paper="0")
 

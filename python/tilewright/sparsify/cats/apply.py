@@ -30,7 +30,7 @@ def apply_cats(
     if thresholds.score != "gate":
         raise ValueError(
             f"thresholds compare the score {thresholds.score!r}, which is known only after the up projection; CATS "
-            "needs score 'gate' (ranking 'activation' or 'norm')"
+            "needs score 'gate' (ranking 'activation', 'norm' or 'up')"
         )
     if getattr(model, _ORIGINALS, None):
         raise ValueError("the model has CATS thresholds already; remove_cats(model) first")

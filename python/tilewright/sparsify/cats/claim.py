@@ -105,14 +105,19 @@ def quality_rows(experiment: Experiment, bench: Bench) -> Iterator[Row]:
     grid = (0.5, 0.7) if experiment.quick else SPARSITIES
     texts = 1 if experiment.quick else 2
     for which in range(texts):
-        scores, normed = bench.scores(which=which), bench.scores("norm", which)
+        scores, normed, upped = (bench.scores(ranking, which) for ranking in ("activation", "norm", "up"))
         suffix = "" if which == 0 else ", second calibration text"
         for k in grid:
             experiment.say(f"perplexity, sparsity {k}{suffix}")
             cats = put(f"CATS{suffix}", k, bench.dropped_by(scores, k))
             fat = put(f"global threshold{suffix}", k, bench.dropped_by(scores, k, everywhere=True))
             norm = put(f"CATS, norm-weighted{suffix}", k, bench.dropped_by(normed, k))
-            yield from _compared(experiment, k, cats, fat, norm, swapped, suffix)
+            up = put(f"CATS, up-weighted{suffix}", k, bench.dropped_by(upped, k))
+            up_fat = put(f"global threshold, up-weighted{suffix}", k, bench.dropped_by(upped, k, everywhere=True))
+            yield from _compared(k, cats, fat, swapped, suffix)
+            yield at_most(f"k = {k}{suffix}: weighted by up activations over CATS", up / cats, 1.0)
+            yield at_most(f"k = {k}{suffix}: the same over its global threshold", up / up_fat, 1.0, paper="below 1")
+            yield Row(f"k = {k}{suffix}: weighted by norms over CATS", "", norm / cats, "reported", True)
     first = ratios["CATS"]
     if not experiment.quick:
         oracle = bench.scores("output")
@@ -138,11 +143,8 @@ def quality_rows(experiment: Experiment, bench: Bench) -> Iterator[Row]:
     yield experiment.in_full(at_most("k = 0.5: perplexity ratio", first["0.5"], 1.35, paper="1.01 (7B)"))
 
 
-def _compared(
-    experiment: Experiment, k: float, cats: float, fat: float, norm: float, swapped: float, suffix: str
-) -> Iterator[Row]:
+def _compared(k: float, cats: float, fat: float, swapped: float, suffix: str) -> Iterator[Row]:
     yield at_most(f"k = {k}{suffix}: CATS over global threshold", cats / fat, 1.0, paper="below 1")
-    yield experiment.in_full(at_most(f"k = {k}{suffix}: norm-weighted over CATS", norm / cats, 1.0))
     if k <= 0.7:
         yield at_most(f"k = {k}{suffix}: CATS over ReLU swap", cats / swapped, 0.1, paper="0.71 (7B, perplexity)")
     yield Row(f"k = {k}{suffix}: perplexity ratio of CATS", "", cats, "reported", True)
@@ -199,8 +201,8 @@ def plot(values: dict[str, Any], figure: Figure) -> None:
     """Left: perplexity ratio by sparsity. Right: sparsity of each layer on the held-out text."""
     left, right = figure.subplots(1, 2, width_ratios=(1.3, 1))
     forms = {
-        "CATS": "o-", "CATS, norm-weighted": "s-", "global threshold": "^--", "top-k a token": "v:",
-        "output size (reads up)": "d-", "random mask, seed 0": "x--",
+        "CATS": "o-", "CATS, norm-weighted": "s-", "CATS, up-weighted": "P-", "global threshold": "^--",
+        "top-k a token": "v:", "output size (reads up)": "d-", "random mask, seed 0": "x--",
     }  # fmt: skip
     for form, style in forms.items():
         if found := values["ratios"].get(form):

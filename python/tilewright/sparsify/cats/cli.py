@@ -21,7 +21,7 @@ def calibrate(
     model: Model,
     output: Annotated[Path, typer.Option("-o", "--output", help="File of the thresholds: .json or .safetensors.")],
     sparsity: Annotated[float, typer.Option("--sparsity", help="Share of neurons to drop.")] = 0.5,
-    ranking: Annotated[str, typer.Option("--ranking", help="activation, norm, or output.")] = "activation",
+    ranking: Annotated[str, typer.Option("--ranking", help="activation, norm, up, or output.")] = "activation",
     text: Text = "speeches",
     batches: Annotated[int, typer.Option("--batches", min=1, help="Sequences.")] = 8,
     length: Annotated[int, typer.Option("--length", min=16, help="Tokens of each.")] = 512,

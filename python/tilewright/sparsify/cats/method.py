@@ -19,22 +19,22 @@ from tilewright.sparsify.thresholds import Thresholds
 class CATSConfig:
     """Settings of CATS.
 
-    sparsity: share in [0, 1) of gate activations to drop, the same in every layer. ranking: "activation" (the
-    paper's) or
-    "norm" (weighted by the norm of the neuron's column of W_down). method: "exact" or "hist".
+    sparsity: share in [0, 1) of gate activations to drop, the same in every layer. ranking: "activation" (the paper's),
+    "norm" (weighted by the norm of the neuron's column of W_down) or "up" (by the root mean square of its up
+    activation). method: "exact" or "hist".
 
     Raises:
         ValueError: a value is none of its kind.
     """
 
     sparsity: float = 0.5
-    ranking: Literal["activation", "norm"] = "activation"
+    ranking: Literal["activation", "norm", "up"] = "activation"
     method: Literal["exact", "hist"] = "hist"
 
     def __post_init__(self) -> None:
         check_share(self.sparsity)
-        if self.ranking not in ("activation", "norm"):
-            raise ValueError(f"CATSConfig: ranking = {self.ranking!r}, needed 'activation' or 'norm'")
+        if self.ranking not in ("activation", "norm", "up"):
+            raise ValueError(f"CATSConfig: ranking = {self.ranking!r}, needed 'activation', 'norm' or 'up'")
         if self.method not in METHODS:
             raise ValueError(f"CATSConfig: method = {self.method!r}, needed 'exact' or 'hist'")
 

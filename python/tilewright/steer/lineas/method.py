@@ -42,6 +42,7 @@ class LinEASConfig:
             (all of them where there are no more).
         optimizer: "sgd", the paper's; or "adam", which gives every coordinate a step of its own size: activations of
             some models differ by orders between coordinates, and the largest then decides the step that all can take.
+            Its proximal step is the one in the metric of those sizes, so that gamma means the same under both.
         gamma: weight of the regulariser ``lambda_1 ||.||_1 + lambda_g sqrt(C) ||.||_2`` on w - 1 and on b; 0: none.
         schedule: "cosine" or "constant".
         normalize: of the loss, see :func:`distributional_losses`.
@@ -129,7 +130,7 @@ class Training:
         self.layers: dict[str, float] = {}
         self.scale, self.halvings = 1.0, 0
         self.random = torch.Generator().manual_seed(config.seed)
-        self._good = self._copy()
+        self._good = self._starts = self._copy()
         self._moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in self._good]
 
     @property
@@ -195,10 +196,18 @@ class Training:
         for (mean, square), g in zip(self._moments, gradients, strict=True):
             mean.lerp_(g, 1 - _ADAM_DECAYS[0])
             square.lerp_(g * g, 1 - _ADAM_DECAYS[1])
-            count = len(self.history)
-            first, second = (1 - decay**count for decay in _ADAM_DECAYS)
-            found.append(mean / first / ((square / second).sqrt() + _ADAM_EPS))
+        first = 1 - _ADAM_DECAYS[0] ** len(self.history)
+        for (mean, _), metric in zip(self._moments, self._metrics(), strict=True):
+            assert metric is not None
+            found.append(mean / first / metric)
         return found
+
+    def _metrics(self) -> list[Tensor | None]:
+        """What each parameter's step is divided by; None: nothing."""
+        if self.config.optimizer == "sgd":
+            return [None] * len(self._moments)
+        second = 1 - _ADAM_DECAYS[1] ** max(len(self.history), 1)
+        return [(square / second).sqrt() + _ADAM_EPS for _, square in self._moments]
 
     def _losses(self, run: Collector) -> dict[str, Tensor]:
         source, target = self.problem.source, self.target
@@ -220,10 +229,9 @@ class Training:
             return
         t = c.gamma * (lr if c.prox_lr else 1.0)
         with torch.no_grad():
-            for name, w in self.w.items():
-                tg = t * c.lambda_g * math.sqrt(len(w))
-                w.copy_(1.0 + prox_sparse_group(w - 1.0, t * c.lambda_1, tg))
-                self.b[name].copy_(prox_sparse_group(self.b[name], t * c.lambda_1, tg))
+            for parameter, start, metric in zip(self.parameters, self._starts, self._metrics(), strict=True):
+                tg = t * c.lambda_g * math.sqrt(len(parameter))
+                parameter.copy_(start + prox_sparse_group(parameter - start, t * c.lambda_1, tg, metric))
 
     def _copy(self) -> list[Tensor]:
         return [p.detach().clone() for p in self.parameters]
