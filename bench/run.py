@@ -22,7 +22,7 @@ from typing import Any
 BENCH = Path(__file__).resolve().parent
 OPERATORS = (
     "linear", "ternary_linear", "attention", "linear_attention", "local_linear_attention", "sparse_gated_mlp",
-    "capture",
+    "capture", "cats_decode",
 )  # fmt: skip
 QUICK_SIZES = {
     "m": 8, "n": 64, "k": 128, "tokens": 64, "queries": 64, "layers": 2, "prompt": 32, "decode": 4, "shortest": 64,

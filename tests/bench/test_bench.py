@@ -33,15 +33,24 @@ def cases():
 def test_cases_have_unique_names_and_goals_on_methods_that_exist():
     from bench.peers import ik_llama_cpp, llama_cpp, torch_eager
 
-    from bench import capture, linear, linear_attention, ternary_linear
+    from bench import capture, cats_decode, linear, linear_attention, ternary_linear
 
     names = [case["name"] for case in cases()]
     assert len(names) == len(set(names))
     ours = {*linear.OURS, *linear_attention.METHODS, "tilewright FP8", "tilewright INT8", "tilewright ternary"}
     ours |= {f"sparse_gated_mlp {100 * share:.0f} %" for case in cases() for share in case.get("sparsities", [])}
+    ours |= {cats_decode.named(share) for case in cases() for share in case.get("sparsities", [])}
     ours |= set(capture.methods())
     ours |= {f"{ternary_linear.OURS} {name}" for name in (*ternary_linear.PACKINGS, "auto")}
-    others = {*torch_eager.FORMS, llama_cpp.RUNNER, ik_llama_cpp.RUNNER, "bandwidth", "peak", capture.BARE}
+    others = {
+        *torch_eager.FORMS,
+        llama_cpp.RUNNER,
+        ik_llama_cpp.RUNNER,
+        "bandwidth",
+        "peak",
+        capture.BARE,
+        cats_decode.DENSE,
+    }
     others |= linear_attention.STANDARDS | linear_attention.METHODS
     for case in cases():
         for goal in case.get("goals", []):

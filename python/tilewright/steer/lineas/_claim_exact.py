@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -90,21 +91,28 @@ def prox_rows() -> Iterator[Row]:
 
     random = np.random.default_rng(2)
     worst = 0.0
-    for t1, tg in ((0.3, 0.0), (0.0, 0.7), (0.2, 0.5), (0.4, 9.0)):
+    thresholds, metrics = ((0.3, 0.0), (0.0, 0.7), (0.2, 0.5), (0.4, 9.0)), (np.ones(6), np.geomspace(0.03, 30.0, 6))
+    for (t1, tg), c in itertools.product(thresholds, metrics):
         v = random.normal(size=6)
 
-        def objective(parts: np.ndarray, v: np.ndarray = v, t1: float = t1, tg: float = tg) -> float:
+        def objective(
+            parts: np.ndarray, v: np.ndarray = v, c: np.ndarray = c, t1: float = t1, tg: float = tg
+        ) -> tuple[float, np.ndarray]:
             # u = p - q with p, q >= 0 makes the first norm smooth; the second is guarded where it is not.
             u = parts[:6] - parts[6:]
-            return 0.5 * np.sum((u - v) ** 2) + t1 * np.sum(parts) + tg * np.sqrt(np.sum(u**2) + 1e-18)
+            length = np.sqrt(np.sum(u**2) + 1e-18)
+            slope = c * (u - v) + tg * u / length
+            value = 0.5 * np.sum(c * (u - v) ** 2) + t1 * np.sum(parts) + tg * length
+            return value, np.concatenate([slope + t1, t1 - slope])
 
         start = np.concatenate([np.maximum(v, 0), np.maximum(-v, 0)])
-        options = {"maxiter": 4000, "ftol": 1e-16, "gtol": 1e-10}
-        least = minimize(objective, start, bounds=[(0, None)] * 12, method="L-BFGS-B", options=options)
-        u = prox_sparse_group(torch.from_numpy(v), t1, tg).numpy()
-        value = 0.5 * np.sum((u - v) ** 2) + t1 * np.sum(np.abs(u)) + tg * np.linalg.norm(u)
+        options = {"maxiter": 20000, "maxfun": 100000, "ftol": 1e-16, "gtol": 1e-12}
+        least = minimize(objective, start, jac=True, bounds=[(0, None)] * 12, method="L-BFGS-B", options=options)
+        metric = None if (c == 1.0).all() else torch.from_numpy(c)
+        u = prox_sparse_group(torch.from_numpy(v), t1, tg, metric).numpy()
+        value = 0.5 * np.sum(c * (u - v) ** 2) + t1 * np.sum(np.abs(u)) + tg * np.linalg.norm(u)
         worst = max(worst, value - float(least.fun))
-    yield at_most("proximal step: objective above a numerical minimum", worst, 1e-6)
+    yield at_most("proximal step, plain and in a metric: objective above a numerical minimum", worst, 1e-6)
     rows = torch.randn(16, 8, generator=torch.Generator().manual_seed(3))
     problem = Problem.of(OneLayer(rows), [[i] for i in range(8)], [[i] for i in range(8, 16)], modules="place")
     found = fit(problem, LinEASConfig(steps=20, gamma=100.0), progress=False)

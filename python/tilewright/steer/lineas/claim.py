@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from tilewright.claims import Claim, Experiment, Row, at_least, at_most
@@ -63,25 +64,29 @@ def one_run(bench: Bench, name: str, seed: int) -> dict[str, Any]:
     return {"pair": name, "seed": seed, "fitted": fitted, "evaluation": evaluation, "curves": curves}
 
 
+def loss_ratios(curves: dict[str, dict[str, list[float]]], label: str) -> tuple[float, float]:
+    """Held-out loss of LinEAS over a method's: at strength 1, and each at the strength that is best for it."""
+    own, other = curves["LinEAS"]["loss"], curves[label]["loss"]
+    return own[-1] / other[-1], min(own) / min(other)
+
+
 def loss_rows(experiment: Experiment, runs: list[dict[str, Any]]) -> Iterator[Row]:
-    """Item 4: the central claim, LinEAS at strength 1 against each baseline at its best strength; the probe's score."""
-    ratios: dict[str, list[float]] = {}
-    for run in runs:
-        own = run["curves"]["LinEAS"]["loss"][-1]
-        for label in METHODS:
-            if label != "LinEAS":
-                ratios.setdefault(label, []).append(own / min(run["curves"][label]["loss"]))
-        ratios.setdefault("unsteered", []).append(own / run["curves"]["LinEAS"]["loss"][0])
-    experiment.values["ratios"] = ratios
+    """Item 4: the central claim, all maps active; the same with each method at its best strength; the probe's score."""
     many = f"mean of {len(runs)} runs"
     paper = "LinEAS mitigates more than Lin-AcT"
-    for label in ("Lin-AcT, sequential", "Lin-AcT, at once"):
-        mean = sum(ratios[label]) / len(runs)
-        name = f"held-out loss, LinEAS over {label} (best strength), {many}"
-        yield experiment.in_full(at_most(name, mean, 0.9, paper=paper))
-    for label in ("DiffMean", "unsteered"):
-        mean = sum(ratios[label]) / len(runs)
-        yield Row(f"held-out loss, LinEAS over {label}, {many}", "", mean, "reported", True)
+    at_full, at_best = {}, {}
+    for label in METHODS:
+        if label != "LinEAS":
+            at_full[label], at_best[label] = zip(*(loss_ratios(run["curves"], label) for run in runs), strict=True)
+    at_full["unsteered"] = [run["curves"]["LinEAS"]["loss"][-1] / run["curves"]["LinEAS"]["loss"][0] for run in runs]
+    experiment.values |= {"ratios": at_full, "ratios at the best strengths": at_best}
+    for label, ratios in at_full.items():
+        row = at_most(f"held-out loss, LinEAS over {label}, {many}", sum(ratios) / len(runs), 0.9, paper=paper)
+        judged = label.startswith("Lin-AcT")
+        yield experiment.in_full(row) if judged else replace(row, paper="", must="reported", holds=True)
+    for label, ratios in at_best.items():
+        mean = sum(ratios) / len(runs)
+        yield Row(f"the same over {label}, each at its best strength of those tried", "", mean, "reported", True)
     strengths = experiment.values["strengths"]
     scores = [sum(run["curves"]["LinEAS"]["score"][i] for run in runs) / len(runs) for i in range(len(strengths))]
     experiment.values["scores"] = scores
