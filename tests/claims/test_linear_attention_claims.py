@@ -118,7 +118,7 @@ def test_tuning_takes_the_best_rate_and_keeps_its_seeds(monkeypatch):
     contest = _claim_tasks.CONTESTS["mqar"]
     found = _claim_tasks.tuned(contest.runs((1e-3, 1e-2)), 3, workers=1)
     assert {name: [(o["rate"], o["seed"]) for o in outcomes] for name, outcomes in found.items()} == {
-        name: [(1e-2, 0), (1e-2, 1), (1e-2, 2)] for name in (contest.first, contest.second)
+        name: [(1e-2, 0), (1e-2, 1), (1e-2, 2)] for name in (contest.first, contest.second, contest.beside)
     }
     assert _claim_tasks.score(found[contest.first][0], 1) == 0.9
 
@@ -194,3 +194,34 @@ def test_blocks_of_the_layer_are_the_layer():
     x = torch.randn(2, 13, 16)
     assert torch.allclose(layer(x)[0], blocked(x)[0], atol=1e-6)
     assert lightning_claim.BLOCKS == (16, 64, 256)
+
+
+def test_contests_of_recall_give_every_mixer_one_state():
+    contest = _claim_tasks.CONTESTS["mqar"]
+    mixers = [_claim_tasks.MIXERS[name](contest.run.heads.options()) for name in contest.runs()]
+    assert len(mixers) == 3
+    assert {(m.head_k_dim, m.head_v_dim, m.num_heads) for m in mixers} == {(24, 4, 1)}
+
+
+def test_recall_of_hedgehog_has_more_keys_than_features_of_elu():
+    from tilewright.linearize.hedgehog import _claim_small
+
+    model = _claim_small.Recall("elu", 64)
+    tokens, _ = multi_query_recall(2, 0, length=12, pairs=4)
+    assert model(tokens).shape == (2, 12, 64)
+    attention = model.blocks[0].attention
+    assert _claim_small.HEADS * attention.phi_k.feature_size < 64 // 2 - 1
+    assert (
+        _claim_small.Recall("hedgehog", 64).blocks[0].attention.phi_k.feature_size == 2 * _claim_small.RECALL_SIZES[0]
+    )
+
+
+def test_recall_of_mixtures_has_one_state_to_compare_with():
+    from tilewright.nn.mom import _claim_train
+
+    task = _claim_train.RECALL
+    mixture = (_claim_train.MEMORIES + 1) * task.head_dim * task.head_dim * task.expand_v
+    assert mixture == task.head_dim * task.head_dim * task.single_expand_v
+    inputs, labels = _claim_train.recipe(task).held_out(1, 3)[0]
+    assert inputs.shape == (3, 2 * task.pairs)
+    assert ((labels != IGNORE).sum(1) == task.pairs).all()

@@ -21,8 +21,11 @@ from tilewright.linearize.hedgehog.module import FeatureAttention, softmax_teach
 from tilewright.train.recall import RecallRecipe, train_recall
 
 HEADS, WIDTH = 2, 32
-RECALL_VALUES = 4
-"""Numbers of a value in a head of the recall models: with few of them the noise of a read decides."""
+RECALL_SIZES = (8, 4)
+"""Numbers of a key and of a value in a head of the recall models.
+
+1 + ELU then has fewer features than there are keys, and with few values the noise of a read decides.
+"""
 LEARNING_RATES: tuple[float, ...] = (5e-3, 1e-2, 2e-2)
 SEEDS: tuple[int, ...] = (0, 1, 2)
 TUNING_RATES = (1e-3, 3e-3, 1e-2)
@@ -32,19 +35,21 @@ TEST = 360
 class Block(nn.Module):
     """Pre-norm attention and MLP; causal blocks mix each token with the one before it first (a convolution of 2).
 
-    values: numbers of a value in a head, as many as of a key unless given.
+    head: numbers of a key and of a value in a head, the width over the heads for both unless given.
     """
 
-    def __init__(self, feature_map: str, causal: bool, width: int, heads: int, values: int | None = None) -> None:
+    def __init__(
+        self, feature_map: str, causal: bool, width: int, heads: int, head: tuple[int, int] | None = None
+    ) -> None:
         super().__init__()
         self.heads = heads
         self.norms = nn.ModuleList(nn.LayerNorm(width) for _ in range(2))
-        read = heads * (width // heads if values is None else values)
-        self.sizes = (width, width, read)
-        self.projections, self.out = nn.Linear(width, sum(self.sizes)), nn.Linear(read, width)
+        key, value = (width // heads, width // heads) if head is None else head
+        self.sizes = (heads * key, heads * key, heads * value)
+        self.projections, self.out = nn.Linear(width, sum(self.sizes)), nn.Linear(heads * value, width)
         self.shift = nn.Parameter(torch.zeros(sum(self.sizes))) if causal else None
         config = HedgehogConfig(feature_map)
-        self.attention = FeatureAttention(width // heads, heads, config=config, causal=causal)
+        self.attention = FeatureAttention(key, heads, config=config, causal=causal)
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -82,7 +87,7 @@ class Recall(nn.Module):
     def __init__(self, feature_map: str, vocabulary: int, width: int = WIDTH, heads: int = HEADS) -> None:
         super().__init__()
         self.embedding = nn.Embedding(vocabulary, width)
-        self.blocks = nn.ModuleList(Block(feature_map, True, width, heads, RECALL_VALUES) for _ in range(2))
+        self.blocks = nn.ModuleList(Block(feature_map, True, width, heads, RECALL_SIZES) for _ in range(2))
         self.norm, self.head = nn.LayerNorm(width), nn.Linear(width, vocabulary)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -197,7 +202,7 @@ def _shuffled(images: Tensor, labels: Tensor, seed: int) -> Callable[[int], tupl
 def recall_rows(experiment: Experiment) -> Iterator[Row]:
     """Item 6: multi-query recall from scratch, each map at its best of three learning rates."""
     experiment.say("recall from scratch")
-    data, rates, seeds = Curriculum(pairs=24, steps=500, batch=32), LEARNING_RATES, SEEDS
+    data, rates, seeds = Curriculum(pairs=24, steps=600, batch=32), LEARNING_RATES, SEEDS
     if experiment.quick:
         data, rates, seeds = Curriculum(pairs=4, steps=150, batch=32, vocabulary=16), LEARNING_RATES[1:2], SEEDS[:1]
     recipe = RecallRecipe(data)

@@ -52,9 +52,9 @@ class Task:
 
 
 RATES = (2e-3, 5e-3, 1e-2)
-# M + 1 states of V = K against one of V = 5 K; four values, so that not the width of a value but the rows of keys, of
-# which there are four pairs to each, are what a state runs out of.
-RECALL = Task(165, 8, 1, 1.0, 5.0, batch=32, steps=500, rates=RATES, pairs=32)
+# M + 1 states of V = K against one of V = 5 K; four values and eight pairs for each row of a state, so that no
+# competitor answers all queries.
+RECALL = Task(165, 4, 1, 1.0, 5.0, batch=32, steps=500, rates=(5e-3, 1e-2, 2e-2), pairs=32)
 # One memory with V = 5/2 K has at least the active parameters of two routed ones and a shared one.
 LANGUAGE = Task(VOCABULARY, 16, 2, 1.0, 2.5, batch=16, steps=400, rates=RATES, length=128)
 
