@@ -219,7 +219,7 @@ class Search:
         for row, parent in enumerate(parents):
             if units is not None and int(units.unit[row]) >= 0:
                 node, unit, point = int(units.node[row]), int(units.unit[row]), float(units.point[row])
-                children += parent.cut_input(unit, point) if node == 0 else parent.cut_unit(node, unit, point)
+                children += parent.cut_input(unit, point) if node == 0 else parent.cut_unit(node, unit, point, (self.short or {}).get(node))
                 continue
             only = units is not None and self.settings.branching.only is not None
             radius = 0.0 if only else float((parent.x_U - parent.x_L)[axis[row]]) / 2
@@ -242,7 +242,7 @@ class Search:
         before = torch.stack([child.lower for child in children])
         with torch.no_grad():
             known = {i: interval for i, interval in batch.bounds.items() if i != 0}
-            bounds, empty = bound_nodes(self.graph, batch.region, crown=fresh or settings.refresh, known=known)
+            bounds, empty = bound_nodes(self.graph, batch.cut, crown=fresh or settings.refresh, known=known)
             bounds = {i: bounds[i] for i in self.graph.pre}
             slopes = slopes_of(self.graph, bounds)
             plain = backward(

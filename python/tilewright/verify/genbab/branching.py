@@ -37,6 +37,12 @@ class Shortcuts:
     upper: Tensor
     upper_bias: Tensor
 
+    def half_space(self, unit: int, sign: float, point: float) -> tuple[Tensor, float]:
+        """(normal, offset) of normal . x >= offset, which every x with sign (z_unit - point) >= 0 meets."""
+        if sign > 0:
+            return self.upper[unit], point - float(self.upper_bias[unit])
+        return -self.lower[unit], float(self.lower_bias[unit]) - point
+
 
 def shortcuts(graph: Graph, bounds: Bounds, region: Region, slopes: dict[int, SlopeMap]) -> dict[int, Shortcuts]:
     """For each node that feeds a nonlinear one, by one more backward pass at the root (batch 1)."""
