@@ -167,7 +167,7 @@ class Search:
         return Outcome(status, self.lower_bound, witness, self.visited, reason, self.trace)
 
     def _shortcuts(self) -> dict[int, Shortcuts]:
-        if self.settings.split == "neuron" and self.settings.branching.score == "bbps":
+        if self.settings.split == "neuron" and (self.settings.refresh or self.settings.branching.score == "bbps"):
             domain = self.heap[0][2]
             bounds = {i: (l[None], u[None]) for i, (l, u) in domain.bounds.items()}
             return shortcuts(self.graph, bounds, self.region, slopes_of(self.graph, bounds))

@@ -52,7 +52,9 @@ class Region:
         assert self.offsets is not None
         gain = a.new_zeros(a.shape[:2])
         for normal, offset in zip(self.normals.unbind(1), self.offsets.unbind(1), strict=True):
-            beta = best_multiplier(a.detach(), normal, offset, self.x_L, self.x_U)
+            beta = best_multiplier(
+                a.detach(), normal.unsqueeze(1), offset.unsqueeze(1), self.x_L.unsqueeze(1), self.x_U.unsqueeze(1)
+            )
             a = a - beta.unsqueeze(-1) * normal.unsqueeze(1)
             gain = gain + beta * offset.unsqueeze(1)
         return a, gain
@@ -105,20 +107,19 @@ class Region:
 
 
 def best_multiplier(a: Tensor, normal: Tensor, offset: Tensor, x_L: Tensor, x_U: Tensor) -> Tensor:
-    """The beta >= 0 [B, S] that maximises min over the box of (a - beta normal) . x + beta offset, for rows a [B, S, n].
+    """The beta >= 0 that maximises min over the box of (a - beta normal) . x + beta offset, for rows a [..., n].
 
-    The minimum is concave and piecewise linear in beta with a bend at each a_i / normal_i, where its slope falls by
-    |normal_i| times the width of the box: the bends in ascending order are walked until the slope is not positive. Where
-    it stays positive the half-space misses the box, and the last bend is as good as any.
+    All arguments broadcast against a, offset without the last axis. The minimum is concave and piecewise linear in beta
+    with a bend at each a_i / normal_i, where its slope falls by |normal_i| times the width of the box: the bends in
+    ascending order are walked until the slope is not positive. Where it stays positive the half-space misses the box,
+    and the last bend is as good as any.
     """
-    g = normal.unsqueeze(1)
-    bend = a / g
+    bend = a / normal
     ahead = (bend > 0) & bend.isfinite()
-    fall = torch.where(ahead, (g * (x_U - x_L).unsqueeze(1)).abs(), torch.zeros_like(a))
-    at = torch.where(a >= 0, x_L.unsqueeze(1), x_U.unsqueeze(1))
+    fall = torch.where(ahead, (normal * (x_U - x_L)).abs(), torch.zeros_like(a))
     # Where a_i is 0 the end that the first step of beta will choose counts.
-    at = torch.where((a == 0) & (g > 0), x_U.unsqueeze(1), at)
-    slope = offset.unsqueeze(1) - (g * at).sum(-1)
+    at = torch.where((a > 0) | ((a == 0) & (normal < 0)), x_L, x_U)
+    slope = offset - (normal * at).sum(-1)
     bend, order = torch.where(ahead, bend, torch.full_like(bend, torch.inf)).sort(-1)
     below = slope.unsqueeze(-1) - fall.gather(-1, order).cumsum(-1)
     stop = (below > 0).sum(-1, keepdim=True)
