@@ -83,24 +83,28 @@ def _violation(fn: Unary, k: Tensor, b: Tensor, l: Tensor, u: Tensor, grid: int)
     return worst
 
 
-def _area_ratio(fn: Unary, l: Tensor, u: Tensor, grid: int = 1601) -> float:
+def _area_ratio(fn: Unary, l: Tensor, u: Tensor, grid: int = 401) -> float:
     """Area of the default lines over that between the envelopes' supports at the midpoint, from a fine grid."""
     from tilewright.verify.genbab.split_table import area
 
     wide = u - l > 0.1
     l, u = l[wide], u[wide]
+    middle = (l + u) / 2
     t = torch.linspace(0, 1, grid, dtype=torch.float64)[:, None]
-    x = torch.minimum(l + t * (u - l), u)
-    y, m = fn.f(x), grid // 2
+    # Envelopes touch f in kinks, which no grid need contain.
+    kinks = [torch.minimum(torch.maximum(torch.full_like(l, x), l), u) for x in fn.kinks]
+    left, right = (
+        torch.stack([*(a + t * (b - a)), *(x.clamp(a, b) for x in kinks)]) for a, b in ((l, middle), (middle, u))
+    )
     ends = []
     for sign in (1.0, -1.0):
-        g = sign * y
-        # The support at the midpoint: the lowest chord over it, found by its steepest line from each left point.
-        best = g[m].clone()
-        left_w, right_w = (x[m] - x[:m]), (x[m + 1 :] - x[m])
-        for i in range(0, m, 8):
-            chord = (g[i] * right_w + g[m + 1 :] * left_w[i]) / (left_w[i] + right_w)
-            best = torch.minimum(best, chord.amin(0))
+        y_left, y_right, best = sign * fn.f(left), sign * fn.f(right), sign * fn.f(middle)
+        # The support at the midpoint: the lowest chord over it.
+        for x, y in zip(left, y_left, strict=True):
+            before, after = middle - x, right - middle
+            width = before + after
+            chord = (y * after + y_right * before) / torch.where(width > 0, width, torch.ones_like(width))
+            best = torch.minimum(best, torch.where(width > 0, chord, torch.full_like(width, math.inf)).amin(0))
         ends.append(sign * best)
     hull = (ends[1] - ends[0]) * (u - l)
     ours = area(fn, l, u)
