@@ -32,8 +32,8 @@ class Settings:
 
     split: "neuron" cuts units before nonlinearities (input axes when none is left, unless the branching names what to
         cut), "input" only input axes.
-    refresh: whether intermediate bounds are computed anew in every subdomain, or stay the root's but for the cut unit
-        and what interval arithmetic makes of it.
+    refresh: whether intermediate bounds are computed anew in every subdomain, over the part of the box that its cut
+        units leave, or stay the root's but for the cut unit and what interval arithmetic makes of it.
     batch_size: subdomains cut a round. max_domains: subdomains bounded in all.
     """
 
@@ -42,7 +42,7 @@ class Settings:
     timeout: float = 60.0
     batch_size: int = 64
     max_domains: int = 1 << 30
-    refresh: bool = False
+    refresh: bool = True
     tolerance: float = TOLERANCE
     root: Schedule = ROOT
     branch: Schedule = BRANCH

@@ -111,21 +111,21 @@ def best_multiplier(a: Tensor, normal: Tensor, offset: Tensor, x_L: Tensor, x_U:
 
     All arguments broadcast against a, offset without the last axis. The minimum is concave and piecewise linear in beta
     with a bend at each a_i / normal_i, where its slope falls by |normal_i| times the width of the box: the bends in
-    ascending order are walked until the slope is not positive. Where it stays positive the half-space misses the box,
-    and the last bend is as good as any.
+    ascending order are walked until the slope is not positive. Where it stays positive the half-space misses the box;
+    nothing is made of that.
     """
+    width = normal.abs() * (x_U - x_L)
     bend = a / normal
-    ahead = (bend > 0) & bend.isfinite()
-    fall = torch.where(ahead, (normal * (x_U - x_L)).abs(), torch.zeros_like(a))
-    # Where a_i is 0 the end that the first step of beta will choose counts.
-    at = torch.where((a > 0) | ((a == 0) & (normal < 0)), x_L, x_U)
-    slope = offset - (normal * at).sum(-1)
-    bend, order = torch.where(ahead, bend, torch.full_like(bend, torch.inf)).sort(-1)
-    below = slope.unsqueeze(-1) - fall.gather(-1, order).cumsum(-1)
-    stop = (below > 0).sum(-1, keepdim=True)
-    count = ahead.sum(-1, keepdim=True)
-    found = bend.gather(-1, torch.minimum(stop, count - 1).clamp(min=0)).squeeze(-1)
-    return torch.where((slope > 0) & found.isfinite(), found, torch.zeros_like(found))
+    # Only bends ahead of 0 count; where normal_i is 0 the quotient is infinite or NaN and the fall nothing.
+    fall = torch.where(bend > 0, width, torch.zeros_like(a))
+    slope = offset + fall.sum(-1) - (normal * (x_L + x_U) + width).sum(-1) / 2
+    beta = torch.zeros_like(slope)
+    active = slope > 0
+    bend, order = torch.where(bend > 0, bend, torch.full_like(bend, torch.inf))[active].sort(-1)
+    below = slope[active].unsqueeze(-1) - fall[active].gather(-1, order).cumsum(-1)
+    stop = (below > 0).sum(-1, keepdim=True).clamp(max=a.shape[-1] - 1)
+    beta[active] = bend.gather(-1, stop).squeeze(-1)
+    return torch.where(beta.isfinite(), beta, torch.zeros_like(beta))
 
 
 def box_region(x_L: Tensor, x_U: Tensor, dtype: torch.dtype, name: str = "x_L, x_U") -> Region:
