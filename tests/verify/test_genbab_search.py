@@ -55,16 +55,8 @@ HARD = {
 }
 
 
-NEURONS = pytest.mark.xfail(
-    run=False, reason="splitting units of smooth functions gains too little yet; a minute is not enough"
-)
-
-
 @pytest.mark.parametrize("name", HARD)
-@pytest.mark.parametrize(
-    "options",
-    [{"split": "input"}, *(pytest.param({"branching": b}, marks=NEURONS) for b in ("bbps", "babsr", "width"))],
-)
+@pytest.mark.parametrize("options", [{"split": "input"}, {"branching": "bbps"}, {"branching": "width"}])
 def test_branching_proves_what_bounding_alone_does_not(name, options):
     net, n = HARD[name]
     x_L, x_U = -0.8 * torch.ones(n, dtype=torch.float64), 0.8 * torch.ones(n, dtype=torch.float64)
@@ -100,6 +92,11 @@ def test_bounds_of_every_subdomain_hold_on_its_own_samples():
         for one in domain.constraints:
             inside &= one.sign * (values[one.node][:, one.unit] - one.point) >= 0
         covered |= inside
+        for node, (l, u) in domain.bounds.items():
+            z = values[node][inside]
+            assert ((z >= l - 1e-8) & (z <= u + 1e-8)).all()
+        for one in domain.constraints:
+            assert (x[inside] @ one.normal >= one.offset - 1e-8).all()
         assert (values[-1][inside, 0] >= float(domain.lower[0]) - 1e-8).all()
     assert covered.all()
 

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import math
 import statistics
@@ -177,8 +176,7 @@ def settings(size: Size, how: Branching) -> Settings:
 def branched(root: Search, how: Branching) -> tuple[Outcome, float]:
     """A search from the root's subdomains."""
     search = Search(root.graph, root.region, root.prop, replace(root.settings, branching=how), root.confirm)
-    for margin, _, domain in root.heap:
-        heapq.heappush(search.heap, (margin, next(search.order), domain))
+    search.adopt(root)
     start = time.perf_counter()
     return search.run(), time.perf_counter() - start
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tilewright.verify.genbab import attack
-from tilewright.verify.genbab.bounds import Trace, as_parameters, as_slopes, backward, bound_nodes, slopes_of
+from tilewright.verify.genbab.bounds import Bounds, Trace, as_parameters, as_slopes, backward, bound_nodes, slopes_of
 from tilewright.verify.genbab.branching import Branching, Shortcuts, decide, input_decision, shortcuts
 from tilewright.verify.genbab.domains import Batch, Domain, stack, unstack
 from tilewright.verify.genbab.graph import Graph
@@ -100,6 +100,7 @@ class Search:
         self.settled = math.inf
         self.stuck = math.inf
         self.trace: list[tuple[float, int, float]] = []
+        self.first: Bounds = {}
         self.short: dict[int, Shortcuts] | None = None
         self.seen: Callable[[Tensor], object] = torch.numel
 
@@ -115,6 +116,7 @@ class Search:
             raise ArithmeticError("the bounds of the whole input set contradict each other; please report this model")
         lower = solution.lower.reshape(k, r) + self.prop.d
         bounds = {i: (solution.bounds[i][0][0], solution.bounds[i][1][0]) for i in self.graph.pre}
+        self.first = bounds
         found = as_slopes(solution.alphas, slopes_of(self.graph, solution.bounds))
         for clause in range(k):
             rows = slice(clause * r, (clause + 1) * r)
@@ -123,6 +125,12 @@ class Search:
             self._file(Domain(clause, *box, bounds, alphas, lower[clause]))
         self.note()
         return solution
+
+    def adopt(self, other: Search) -> None:
+        """Begin where another search of the same problem is."""
+        self.first = other.first
+        for margin, _, domain in other.heap:
+            heapq.heappush(self.heap, (margin, next(self.order), domain))
 
     def _file(self, domain: Domain) -> None:
         """Keep a subdomain for later, or count it as done; a margin that is NaN is never done."""
@@ -145,7 +153,6 @@ class Search:
 
     def run(self) -> Outcome:
         """Search to the end; the root must have been bounded."""
-        self.short = None
         while self.heap:
             if self.heap[0][0] > self.enough():
                 break
@@ -167,9 +174,9 @@ class Search:
         return Outcome(status, self.lower_bound, witness, self.visited, reason, self.trace)
 
     def _shortcuts(self) -> dict[int, Shortcuts]:
+        """Linear bounds of units over the whole set: subdomains take half-spaces from them, so they must hold in all."""
         if self.settings.split == "neuron" and (self.settings.refresh or self.settings.branching.score == "bbps"):
-            domain = self.heap[0][2]
-            bounds = {i: (l[None], u[None]) for i, (l, u) in domain.bounds.items()}
+            bounds = {i: (l[None], u[None]) for i, (l, u) in self.first.items()}
             return shortcuts(self.graph, bounds, self.region, slopes_of(self.graph, bounds))
         return {}
 
