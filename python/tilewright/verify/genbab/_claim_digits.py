@@ -81,11 +81,12 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[order[:1500]], y[order[:1500]], x[order[1500:]], y[order[1500:]]
 
 
-def trained(
-    activation: str, seed: int, data: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> tuple[Classifier, float]:
-    """A classifier trained with Adam on images that one signed gradient step made worse, and its accuracy on the test
-    part. Plainly trained nets are broken by attacks at radii where bounds are still tight; nothing is left to branch."""
+def trained(activation: str, seed: int, data: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Classifier, float]:
+    """A classifier trained with Adam, and its accuracy on the test part.
+
+    It trains on images that one signed gradient step made worse: attacks break plainly trained nets at radii where
+    bounds are still tight, and nothing is left to branch on.
+    """
     torch.manual_seed(seed)
     net = Classifier(activation).double()
     x, y, test_x, test_y = data

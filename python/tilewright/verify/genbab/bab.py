@@ -174,7 +174,7 @@ class Search:
         return Outcome(status, self.lower_bound, witness, self.visited, reason, self.trace)
 
     def _shortcuts(self) -> dict[int, Shortcuts]:
-        """Linear bounds of units over the whole set: subdomains take half-spaces from them, so they must hold in all."""
+        """Linear bounds of units over the whole set: every subdomain may take half-spaces from them."""
         if self.settings.split == "neuron" and (self.settings.refresh or self.settings.branching.score == "bbps"):
             bounds = {i: (l[None], u[None]) for i, (l, u) in self.first.items()}
             return shortcuts(self.graph, bounds, self.region, slopes_of(self.graph, bounds))
@@ -226,7 +226,8 @@ class Search:
         for row, parent in enumerate(parents):
             if units is not None and int(units.unit[row]) >= 0:
                 node, unit, point = int(units.node[row]), int(units.unit[row]), float(units.point[row])
-                children += parent.cut_input(unit, point) if node == 0 else parent.cut_unit(node, unit, point, (self.short or {}).get(node))
+                short = (self.short or {}).get(node)
+                children += parent.cut_input(unit, point) if node == 0 else parent.cut_unit(node, unit, point, short)
                 continue
             only = units is not None and self.settings.branching.only is not None
             radius = 0.0 if only else float((parent.x_U - parent.x_L)[axis[row]]) / 2

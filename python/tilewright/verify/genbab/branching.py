@@ -19,7 +19,6 @@ from tilewright.verify.genbab.region import Region, best_multiplier
 from tilewright.verify.genbab.split_table import points as table_points
 from tilewright.verify.genbab.unary import Unary
 
-HS = True
 MIN_WIDTH = 1e-2
 """Units of smooth functions narrower than this are left alone."""
 
@@ -38,11 +37,14 @@ class Shortcuts:
     upper: Tensor
     upper_bias: Tensor
 
-    def half_space(self, unit: int, sign: float, point: float) -> tuple[Tensor, float]:
-        """(normal, offset) of normal . x >= offset, which every x with sign (z_unit - point) >= 0 meets."""
+    def half_space(self, unit: int, sign: float, point: float) -> tuple[Tensor | None, float]:
+        """(normal, offset) of normal . x >= offset, which every x with sign (z_unit - point) >= 0 meets; no normal
+        where the unit has no finite line."""
         if sign > 0:
-            return self.upper[unit], point - float(self.upper_bias[unit])
-        return -self.lower[unit], float(self.lower_bias[unit]) - point
+            normal, offset = self.upper[unit], point - float(self.upper_bias[unit])
+        else:
+            normal, offset = -self.lower[unit], float(self.lower_bias[unit]) - point
+        return (normal, offset) if bool(normal.isfinite().all()) and math.isfinite(offset) else (None, 0.0)
 
 
 def shortcuts(graph: Graph, bounds: Bounds, region: Region, slopes: dict[int, SlopeMap]) -> dict[int, Shortcuts]:
@@ -250,7 +252,7 @@ def _lift(
         before = some.minimum(row[at]).unsqueeze(2)
         offset = point[at] - short.upper_bias if sign > 0 else short.lower_bias - point[at]
         box = (t[:, None, None] for t in (some.x_L, some.x_U))
-        beta = best_multiplier(total, normal, offset.unsqueeze(1), *box) if HS else torch.zeros_like(bias)
+        beta = best_multiplier(total, normal, offset.unsqueeze(1), *box)
         total = total - beta.unsqueeze(-1) * normal
         after = some.minimum(total.flatten(1, 2)).reshape(len(at), rows, n) + beta * offset.unsqueeze(1)
         parts.append(after - before + changed_bias - bias)

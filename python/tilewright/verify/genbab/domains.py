@@ -109,7 +109,8 @@ def stack(graph: Graph, domains: Sequence[Domain], root: Region, prop: Property)
     }
     alphas = {i: torch.stack([d.alphas[i] for d in domains], dim=1) for i in first.alphas}
     clause = torch.tensor([d.clause for d in domains])
-    return Batch(region, _with_half_spaces(region, domains), bounds, prop.c[clause], prop.d[clause], alphas, _splits(graph, domains))
+    cut = _with_half_spaces(region, domains)
+    return Batch(region, cut, bounds, prop.c[clause], prop.d[clause], alphas, _splits(graph, domains))
 
 
 def _with_half_spaces(region: Region, domains: Sequence[Domain]) -> Region:
