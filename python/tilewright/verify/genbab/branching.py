@@ -19,7 +19,7 @@ from tilewright.verify.genbab.region import Region, best_multiplier
 from tilewright.verify.genbab.split_table import points as table_points
 from tilewright.verify.genbab.unary import Unary
 
-MIN_WIDTH = 1e-2
+MIN_WIDTH = 1e-4
 """Units of smooth functions narrower than this are left alone."""
 
 SCORE_ENTRIES = 1 << 22

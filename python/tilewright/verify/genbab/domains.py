@@ -15,8 +15,8 @@ from tilewright.verify.genbab.graph import Graph
 from tilewright.verify.genbab.properties import Property
 from tilewright.verify.genbab.region import Region
 
-HALF_SPACES = 4
-"""How many of a subdomain's half-spaces its bounds use."""
+HALF_SPACES, HALF_SPACE_ENTRIES = 4, 256
+"""How many of a subdomain's half-spaces its bounds use: this many, or more where they have few entries in all."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -115,7 +115,8 @@ def stack(graph: Graph, domains: Sequence[Domain], root: Region, prop: Property)
 
 def _with_half_spaces(region: Region, domains: Sequence[Domain]) -> Region:
     """The boxes cut with the half-spaces of the domains' latest constraints, latest first."""
-    lists = [[c for c in reversed(d.constraints) if c.normal is not None][:HALF_SPACES] for d in domains]
+    most = max(HALF_SPACES, HALF_SPACE_ENTRIES // region.x_L.shape[1])
+    lists = [[c for c in reversed(d.constraints) if c.normal is not None][:most] for d in domains]
     width = max(map(len, lists))
     if not width:
         return region
