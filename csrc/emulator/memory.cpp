@@ -169,6 +169,7 @@ void read_cluster(void* to, const void* shared, size_t bytes, int rank) {
   }
   check_alignment(shared, bytes, kWhat);
   Block& source = *cluster.blocks[rank];
+  if (source.alive == 0) kernel_error("%s: block %d of the cluster has returned", kWhat, rank);
   const uint32_t offset = shared_offset(this_block(), shared, bytes, kWhat);
   read_shared(source, offset, static_cast<uint32_t>(bytes), kWhat);
   std::memcpy(to, source.shared.base + offset, bytes);

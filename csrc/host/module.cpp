@@ -146,8 +146,8 @@ std::string ternary_linear_plan(int64_t m, int64_t n, int64_t k, int64_t packing
 
 // Symmetric weights with bfloat16 scales and no code of -8.
 std::string int4_linear_device_plan(int64_t m, int64_t n, int64_t k, int64_t group, int multiprocessors) {
-  const format::Int4HopperView weight = format::int4_hopper_layout(n, k, group, format::ScaleType::kBFloat16,
-                                                                   format::OffsetKind::kSymmetric, true);
+  const format::Int4HopperView weight =
+      format::int4_hopper_layout(n, k, group, format::ScaleType::kBFloat16, format::OffsetKind::kSymmetric, true);
   return int4_linear::describe(int4_linear::choose_device_plan(m, weight, false, multiprocessors));
 }
 
@@ -198,8 +198,8 @@ PYBIND11_MODULE(_host, m) {
   m.def("ternary_linear_plan", &ternary_linear_plan, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("packing"));
   m.def("ternary_linear_device_plan", &ternary_linear_device_plan, py::arg("m"), py::arg("n"), py::arg("k"),
         py::arg("multiprocessors"));
-  m.def("int4_linear_device_plan", &int4_linear_device_plan, py::arg("m"), py::arg("n"), py::arg("k"),
-        py::arg("group"), py::arg("multiprocessors"));
+  m.def("int4_linear_device_plan", &int4_linear_device_plan, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("group"),
+        py::arg("multiprocessors"));
   m.def("int4_linear_plan", &int4_linear_plan, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("group"));
   m.def("read_bandwidth", &read_bandwidth, py::arg("buffer"), py::arg("threads"), py::arg("seconds") = 0.5,
         "Bytes a second of a plain read of the whole buffer");

@@ -126,7 +126,16 @@ def test_fold_mode_rounds_each_weight_to_e4m3(device: Any, group: int, tokens: i
     check(device, torch.randn(tokens, 288), weight, torch.randn(150), fold=True)
 
 
-STREAMS = [(12, 65, 12800), (3, 70, 300), (8, 600, 4000), (16, 130, 900), (1, 2100, 130), (5, 16, 100), (9, 20, 2600)]
+STREAMS = [
+    (12, 65, 12800),
+    (3, 70, 300),
+    (3, 40, 12800),
+    (12, 600, 8000),
+    (16, 130, 900),
+    (1, 2100, 130),
+    (5, 16, 100),
+    (9, 20, 2600),
+]
 
 
 @pytest.mark.parametrize(("tokens", "rows", "columns"), STREAMS)

@@ -14,7 +14,7 @@ from tilewright.formats import PackedTernary, pack_ternary
 
 # (tokens, rows, columns); what plan each takes with the emulator's four multiprocessors is asserted below.
 SMALL = [(1, 70, 300), (2, 64, 128), (3, 130, 130), (8, 33, 1000), (9, 70, 300), (16, 48, 129), (1, 1, 1), (5, 16, 31)]
-SMALL += [(2, 20, 8300), (9, 20, 4300), (3, 700, 130), (12, 600, 4000), (3, 2100, 130)]  # clusters, panels, waves
+SMALL += [(2, 20, 8300), (9, 20, 4300), (3, 700, 130), (3, 300, 130), (2, 128, 260)]  # phases, panels, clusters
 LARGE = [(17, 70, 300), (40, 130, 640), (70, 257, 260), (130, 300, 140), (33, 1, 17), (129, 129, 1100), (64, 500, 130)]
 REAL = [
     *((m, n, k) for m in (1, 2, 8, 16, 32, 128, 512) for n, k in ((2560, 2560), (2560, 6912), (576, 1536))),
@@ -25,10 +25,12 @@ REAL = [
     (1000, 3201, 1111),
 ]
 TILES = {
-    "x1 panels=1 ",
-    "x2 panels=",
-    "x4 panels=",
-    "clusters=8x1",
+    "small rows=16 ",
+    "small rows=32",
+    "small rows=64",
+    "small rows=128",
+    "cluster=1 ",
+    "cluster=8",
     "tokens=32",
     "tokens=64",
     "rows=128 tokens=128",

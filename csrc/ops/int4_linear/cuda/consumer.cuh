@@ -219,7 +219,8 @@ TILEWRIGHT_DEVICE void decode_chunk(uint32_t (&a)[4][4], const Words& words, con
 
 // A block of a chunk by the tokens [kPieceTokens half, kPieceTokens (half + 1)).
 template <class C>
-TILEWRIGHT_DEVICE void issue_piece(float (&part)[C::kPieceRegisters], uint32_t (&a)[4][4], const char* tokens, int half) {
+TILEWRIGHT_DEVICE void issue_piece(float (&part)[C::kPieceRegisters], uint32_t (&a)[4][4], const char* tokens,
+                                   int half) {
   const hopper::Descriptor first = C::Tokens::k_major(tokens, C::kPieceTokens * half, 0);
   hopper::wgmma_fence();
 #pragma unroll

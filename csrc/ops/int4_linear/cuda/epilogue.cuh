@@ -213,8 +213,7 @@ TILEWRIGHT_DEVICE void finish_segment(const MatrixParams& p, const Shared<C>& sh
 template <class C>
 TILEWRIGHT_DEVICE bool hand_over(const Shared<C>& shared, int consumer, float (&total)[C::kRegisters]) {
   constexpr int kWritten = kHandOverBarrier, kTaken = kHandOverBarrier + 1, kBoth = 128 * kConsumers;
-  float* handed =
-      reinterpret_cast<float*>(shared.staging() + epilogue_bytes(C::kTokens)) + threadIdx.x % 128 * 4;
+  float* handed = reinterpret_cast<float*>(shared.staging() + epilogue_bytes(C::kTokens)) + threadIdx.x % 128 * 4;
   if (consumer == 1) store_piece<C>(handed, total);
   hopper::named_sync(kWritten, kBoth);
   if (consumer == 0) {

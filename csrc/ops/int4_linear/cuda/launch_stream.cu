@@ -4,9 +4,9 @@
 
 namespace tilewright::int4_linear {
 
-void multiply_stream(const MatrixProblem& problem, const DevicePlan& plan, hopper::Stream stream) {
+void multiply_stream(const MatrixProblem& problem, const DevicePlan& plan, hopper::Stream on) {
   const format::Int4HopperView& weight = problem.weight;
-  const StreamParams params{
+  const stream::Params params{
       .cut = plan.stream,
       .chunks = problem.blob + Int4Hopper::kPayloadOffset,
       .per_tensor_scale =
@@ -25,7 +25,13 @@ void multiply_stream(const MatrixProblem& problem, const DevicePlan& plan, hoppe
       .y_type = problem.y_type,
       .weights_first = problem.overlap,
   };
-  weight_stream::launch<StreamFormat>(params, problem.m, stream);
+  const hopper::Grid grid{.blocks = {plan.stream.blocks(), 1, 1},
+                          .threads = stream::kThreads,
+                          .cluster = plan.stream.splits,
+                          .shared_bytes = plan.stream.shared_bytes,
+                          .stream = on,
+                          .overlap = true};
+  hopper::launch(problem.m <= 8 ? stream::int4_fp8_stream_kernel<1> : stream::int4_fp8_stream_kernel<2>, grid, params);
 }
 
 }  // namespace tilewright::int4_linear

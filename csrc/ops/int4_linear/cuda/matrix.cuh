@@ -26,7 +26,8 @@ struct Config {
   static constexpr int kRegisters = N / 2;  // of one 64 x N accumulator
   static constexpr bool kTurns = takes_turns(N);
   static constexpr int kTileBlocks = tile_blocks(N, Blocks);
-  static constexpr int kPieceTokens = N / 2;  // of the products that are issued together where a consumer has its own rows
+  static constexpr int kPieceTokens =
+      N / 2;  // of the products that are issued together where a consumer has its own rows
   static constexpr int kPieceRegisters = kPieceTokens / 2;
   static constexpr int kBatch = Fine ? 1 : N <= 16 ? 4 : 2;  // chunks that a consumer that takes turns has at once
   static constexpr int kCluster = cluster_blocks(Blocks);
@@ -176,8 +177,8 @@ TILEWRIGHT_DEVICE void load_tokens(const MatrixParams& p, const Shared<C>& share
   } else {
     constexpr int kPart = C::kTokens / C::kCluster;
     const int first = rank_in_cluster<C>() * kPart;
-    hopper::load_tile_multicast(shared.tokens_of(stage) + first * Int4Hopper::kCols, p.x, full,
-                                (1 << C::kCluster) - 1, at.k * Int4Hopper::kCols, token + first);
+    hopper::load_tile_multicast(shared.tokens_of(stage) + first * Int4Hopper::kCols, p.x, full, (1 << C::kCluster) - 1,
+                                at.k * Int4Hopper::kCols, token + first);
   }
   if constexpr (C::kForm == Form::kUnsigned) {
     const int subs = Int4Hopper::kCols / p.sub;

@@ -12,7 +12,7 @@
 #include <string>
 
 #include "format/int4_hopper.h"
-#include "ops/common/weight_stream.h"
+#include "ops/int4_linear/cuda/stream.h"
 
 namespace tilewright::int4_linear {
 
@@ -21,7 +21,8 @@ inline constexpr int kConsumers = 2;  // warpgroups that multiply; one more load
 inline constexpr int kMatrixThreads = 128 * (kConsumers + 1);
 inline constexpr int kMaxStages = 48;
 inline constexpr int kBarrierBytes = 1024;  // of shared memory, before the stages
-inline constexpr int kNarrowPitch = 144;  // bytes of a token's 64 rows of 16 bits in the staging: eight in a row share no bank
+inline constexpr int kNarrowPitch =
+    144;  // bytes of a token's 64 rows of 16 bits in the staging: eight in a row share no bank
 inline constexpr int kWideTokens = 32;  // tokens that the epilogue turns around at once where rows of y are not so
 inline constexpr int kWidePitch = 272;  // bytes of a token's 64 rows there, as floats
 
@@ -37,16 +38,14 @@ constexpr int tile_blocks(int token_tile, int group_blocks) {
 constexpr int cluster_blocks(int group_blocks) { return group_blocks == 2 ? 2 : 1; }
 // Shared memory behind the stages: each consumer's staging for the epilogue, what a consumer hands over, the tokens' scales.
 constexpr int epilogue_bytes(int token_tile) {
-  const int narrow = token_tile * kNarrowPitch, wide = (token_tile < kWideTokens ? token_tile : kWideTokens) * kWidePitch;
+  const int narrow = token_tile * kNarrowPitch,
+            wide = (token_tile < kWideTokens ? token_tile : kWideTokens) * kWidePitch;
   return narrow > wide ? narrow : wide;
 }
 constexpr int staging_bytes(int token_tile) {
   const int epilogue = epilogue_bytes(token_tile), handed = 64 * token_tile * 4;
   return (takes_turns(token_tile) ? epilogue + handed : kConsumers * epilogue) + kConsumers * token_tile * 4;
 }
-
-inline constexpr int kStreamAhead = 4;  // units that a warp of stream.cuh has on the way
-inline constexpr int kStreamUnitBytes = 1024 + 32 * 4;  // of each in shared memory: codes, and both scales for every lane
 
 // Signed: sign-and-magnitude codes. Unsigned: codes 0..15 and a correction by the sums of x. Fold: e4m3(q * scale).
 enum class Form : uint8_t { kSigned = 0, kUnsigned = 1, kFold = 2 };
@@ -92,7 +91,7 @@ constexpr bool segment_of(const Work& work, int block, int index, Segment& segme
 struct DevicePlan {
   Form form;
   bool fine;  // scales change within 128 columns: the partial sum is taken up every 32, or 16
-  weight_stream::Cut stream;  // where it fits, stream.cuh takes the product and nothing below holds
+  stream::Cut stream;  // where it fits, stream.cuh takes the product and nothing below holds
   int token_tile;  // tokens of a tile: N of the instruction
   int group_blocks;  // 64-row blocks that a consumer warpgroup multiplies by the same tokens
   int token_tiles, row_tiles;
@@ -180,12 +179,10 @@ inline double complete(DevicePlan& plan, int64_t m, const format::Int4HopperView
 }
 
 // The kernel for few tokens takes signed codes with one scale of 16 bits a row and chunk.
-inline weight_stream::Cut choose_stream(const DevicePlan& plan, int64_t m, const format::Int4HopperView& weight,
-                                        int multiprocessors) {
-  constexpr int kUnitBytes = 16 * 66, kTokenBytes = 8 * format::Int4Hopper::kCols * 2;
-  constexpr int kRingBytes = weight_stream::kWarps * kStreamAhead * kStreamUnitBytes;
+inline stream::Cut choose_stream(const DevicePlan& plan, int64_t m, const format::Int4HopperView& weight,
+                                 int multiprocessors) {
   if (plan.form != Form::kSigned || plan.fine || format::scale_bytes(weight.scale_type) != 2) return {};
-  return weight_stream::choose_cut({m, weight.n, weight.k, kUnitBytes, kTokenBytes, kRingBytes}, multiprocessors);
+  return stream::choose_cut(m, weight.n, weight.k, multiprocessors);
 }
 
 }  // namespace detail

@@ -80,4 +80,15 @@ TILEWRIGHT_DEVICE void store_pair(const Problem& p, const RowPair& pair, int64_t
   }
 }
 
+// The same for an element that is known only now.
+TILEWRIGHT_DEVICE void store_pair(const Problem& p, const RowPair& pair, int64_t token, int32_t first, int32_t second) {
+  const float token_scale = p.out.element == Element::kInt32 ? 0.0f : p.out.token_scales[token];
+  switch (p.out.element) {
+    case Element::kInt32: return store_pair<Element::kInt32>(p, pair, token, token_scale, first, second);
+    case Element::kFloat: return store_pair<Element::kFloat>(p, pair, token, token_scale, first, second);
+    case Element::kBFloat16: return store_pair<Element::kBFloat16>(p, pair, token, token_scale, first, second);
+    case Element::kHalf: return store_pair<Element::kHalf>(p, pair, token, token_scale, first, second);
+  }
+}
+
 }  // namespace tilewright::ternary_linear::cuda

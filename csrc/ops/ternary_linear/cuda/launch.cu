@@ -27,6 +27,26 @@ hopper::TensorMap tokens_map(const Problem& problem, uint32_t rows) {
   return hopper::make_tensor_map<int8_t>(problem.x, 2, sizes, strides, box, hopper::Swizzle::k128);
 }
 
+void launch_small(const Problem& problem, const DevicePlan& plan, bool follows, hopper::Stream stream) {
+  const bool one = problem.m <= 8;
+  const uint32_t rows = one ? 8 : 16;
+  const SmallParams params{
+      .problem = problem,
+      .tokens = tokens_map(problem, rows),
+      .panels = plan.panels,
+      .phase_chunks = one ? kSmallPhaseChunks : kSmallPhaseChunks / 2,
+      .cluster = plan.cluster,
+      .weights_first = follows,
+  };
+  const hopper::Grid grid{.blocks = {plan.blocks},
+                          .threads = kSmallWarps * 32,
+                          .cluster = plan.cluster,
+                          .shared_bytes = plan.shared_bytes,
+                          .stream = stream,
+                          .overlap = true};
+  hopper::launch(one ? small_kernel<1> : small_kernel<2>, grid, params);
+}
+
 template <int kTokens, int kSubtiles>
 void launch_large(const Problem& problem, const DevicePlan& plan, bool follows, hopper::Stream stream) {
   const LargeParams params{
@@ -54,11 +74,10 @@ DevicePlan plan_on_device(int64_t m, int64_t n, int64_t k) {
 
 void launch_matmul(const Problem& problem, const DevicePlan& plan, bool follows, hopper::Stream stream) {
   if (problem.m == 0 || problem.n == 0) return;
-  if (plan.stream.fits) {
-    for (int64_t first = 0; first < problem.m; first += weight_stream::kMostTokens) {
-      const int64_t count = std::min<int64_t>(problem.m - first, weight_stream::kMostTokens);
-      weight_stream::launch<SmallFormat>({plan.stream, slice(problem, first, count), follows && first == 0}, count,
-                                         stream);
+  if (plan.small) {
+    for (int64_t first = 0; first < problem.m; first += kMostSmallTokens) {
+      const int64_t count = problem.m - first < kMostSmallTokens ? problem.m - first : kMostSmallTokens;
+      launch_small(slice(problem, first, count), plan, follows && first == 0, stream);
     }
     return;
   }

@@ -9,6 +9,35 @@ namespace {
 
 using format::TernaryMma2;
 
+int small_shared_bytes(int64_t m, int64_t k) {
+  const int64_t groups = m <= 8 ? 1 : 2;
+  const int64_t chunks = std::min<int64_t>(TernaryMma2::chunks(k), kSmallPhaseChunks / groups);
+  return static_cast<int>(kSmallHeaderBytes + chunks * TernaryMma2::kColsPerChunk * 8 * groups);
+}
+
+// Largest cluster that every CUDA device of this kind takes; fewer blocks than that have no common traffic to save.
+constexpr int kMostCluster = 8;
+constexpr int kSmallBlocks = 2;   // that a multiprocessor has room for
+
+DevicePlan small_plan(int64_t m, int64_t n, int64_t k, int multiprocessors) {
+  DevicePlan plan{};
+  plan.small = true;
+  plan.splits = 1;
+  // As few rows a block as leave all blocks on the device at once.
+  plan.panels = 1;
+  while (plan.panels < kSmallWarps &&
+         ceil_div(n, TernaryMma2::kRowsPerPanel * plan.panels) > kSmallBlocks * multiprocessors) {
+    plan.panels *= 2;
+  }
+  plan.row_tiles = ceil_div(n, TernaryMma2::kRowsPerPanel * plan.panels);
+  plan.cluster = 1;
+  while (plan.cluster < kMostCluster && plan.cluster * 2 <= plan.row_tiles) plan.cluster *= 2;
+  plan.token_tiles = 1;
+  plan.blocks = round_up(plan.row_tiles, plan.cluster);
+  plan.shared_bytes = small_shared_bytes(std::min<int64_t>(m, kMostSmallTokens), k);
+  return plan;
+}
+
 struct Shape {
   int tokens, subtiles;
 };
@@ -36,7 +65,9 @@ DevicePlan large_plan(int64_t m, int64_t n, int64_t k, int multiprocessors) {
       const double cost = large_cost(shape, row_tiles * token_tiles, chunks, splits, multiprocessors);
       if (best.blocks != 0 && cost >= best_cost) continue;
       best_cost = cost;
-      best = {.stream = {},
+      best = {.small = false,
+              .panels = 0,
+              .cluster = 1,
               .tile_tokens = shape.tokens,
               .subtiles = shape.subtiles,
               .splits = splits,
@@ -53,29 +84,18 @@ DevicePlan large_plan(int64_t m, int64_t n, int64_t k, int multiprocessors) {
 }  // namespace
 
 DevicePlan choose_device_plan(int64_t m, int64_t n, int64_t k, int multiprocessors) {
-  constexpr int kTokenBytes = 8 * TernaryMma2::kColsPerChunk;
-  constexpr int kRingBytes = weight_stream::kWarps * kStreamAhead * TernaryMma2::kBytesPerPanel;
-  // Without columns the other kernel would have nothing to wait for; this one writes what sums of nothing become.
-  const int64_t tokens = k == 0 ? std::min<int64_t>(m, weight_stream::kMostTokens) : m;
-  const weight_stream::Cut cut =
-      weight_stream::choose_cut({tokens, n, k, TernaryMma2::kBytesPerPanel, kTokenBytes, kRingBytes}, multiprocessors);
-  if (!cut.fits) return large_plan(m, n, k, multiprocessors);
-  DevicePlan plan{};
-  plan.stream = cut;
-  plan.splits = 1;
-  return plan;
+  // Without columns there is nothing to copy; the small kernel then writes what zero sums become.
+  return m <= kMostSmallTokens || k == 0 ? small_plan(m, n, k, multiprocessors) : large_plan(m, n, k, multiprocessors);
 }
 
 std::string describe(const DevicePlan& plan) {
   std::ostringstream text;
-  if (plan.stream.fits) {
-    text << "stream clusters=" << plan.stream.clusters << "x" << plan.stream.splits
-         << " panels=" << plan.stream.panels_of_block << " blocks=" << plan.stream.blocks()
-         << " shared=" << plan.stream.shared_bytes;
-    return text.str();
+  if (plan.small) {
+    text << "small rows=" << plan.panels * TernaryMma2::kRowsPerPanel << " cluster=" << plan.cluster;
+  } else {
+    text << "large rows=" << plan.tile_rows() << " tokens=" << plan.tile_tokens << " splits=" << plan.splits
+         << " stages=" << large_stages(plan.tile_tokens, plan.subtiles);
   }
-  text << "large rows=" << plan.tile_rows() << " tokens=" << plan.tile_tokens << " splits=" << plan.splits
-       << " stages=" << large_stages(plan.tile_tokens, plan.subtiles);
   text << " tiles=" << plan.tiles() << " blocks=" << plan.blocks << " shared=" << plan.shared_bytes;
   return text.str();
 }

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// How a product of few tokens is cut for a GPU where it is bound by reading the weights; weight_stream.cuh is the kernel.
-// Pure: numbers in, numbers out.
+// How a product of few tokens, bound by reading the weights, is cut for a GPU; stream.cuh is the kernel. Pure: numbers in,
+// numbers out.
 //
 // Weights come in units of 16 rows, a panel, by 128 columns, a tile. A cluster of blocks has some panels, each of its blocks
 // a part of their tiles; a block's warps have equal runs of its units.
@@ -10,14 +10,17 @@
 #include <cstdint>
 
 #include "core/memory.h"
+#include "format/int4_hopper.h"
 
-namespace tilewright::weight_stream {
+namespace tilewright::int4_linear::stream {
 
 inline constexpr int kWarps = 16;
 inline constexpr int kThreads = 32 * kWarps;
 inline constexpr int kPanelRows = 16;
-inline constexpr int kTileColumns = 128;
 inline constexpr int kMostTokens = 16;
+inline constexpr int kAhead = 4;  // units that a warp has on the way
+inline constexpr int kUnitBytes = 1024 + 32 * 4;  // of each in shared memory: codes, and both scales for every lane
+inline constexpr int kTileBytes = 8 * format::Int4Hopper::kCols * 2;  // of 8 tokens by a tile in shared memory
 inline constexpr int kMostPanels = 32;  // of a block: their sums are kept to the end
 inline constexpr int kMostShared = 232448;  // bytes of a block
 inline constexpr int64_t kMostRows = int64_t{1} << 19;  // products of shares stay within 32 bits
@@ -38,47 +41,43 @@ struct Cut {
   constexpr int slots() const { return kWarps + panels_of_block - 1 + (splits > 1 ? panels_of_block : 0); }
 };
 
-struct Problem {
-  int64_t tokens, rows, columns;
-  int unit_bytes;  // of weights
-  int token_bytes;  // of 8 tokens by a tile, in shared memory
-  int ring_bytes;   // of the units that a block has on the way, there too
-};
-
 namespace detail {
 
-// Microseconds, near enough to choose between cuts: a multiprocessor takes in 31 bytes of weights in a nanosecond and 20 of
-// tokens, which lie in the second-level cache and are rearranged; a block starts and ends in one microsecond, and a cluster meets in 0.7.
-inline double complete(Cut& cut, const Problem& problem, int splits, int multiprocessors) {
+// Microseconds on an H200, near enough to choose between cuts, fitted to what was measured: a multiprocessor takes in 31
+// bytes of weights in a nanosecond, 21 with more than 8 tokens, and rearranges 20 bytes of tokens; the rest is the same for
+// all but what a cluster costs.
+inline double complete(Cut& cut, int64_t tokens, int splits, int multiprocessors) {
   // Of an H100's 132 multiprocessors, 30 clusters of four find a place at once, and 66 of two.
   const int together = std::max(1, splits > 2 ? multiprocessors * 10 / 11 / splits : multiprocessors / splits);
   const int waves = static_cast<int>(ceil_div(cut.panels, together * kMostPanels));
   cut.splits = splits;
   cut.clusters = std::min(cut.panels, waves * together);
   cut.panels_of_block = static_cast<int>(ceil_div(cut.panels, cut.clusters));
-  const int groups = problem.tokens <= 8 ? 1 : 2;
-  const int64_t bytes = problem.ring_bytes + int64_t{cut.tiles_of_block()} * problem.token_bytes * groups +
+  const int groups = tokens <= 8 ? 1 : 2;
+  const int64_t bytes = kWarps * kAhead * kUnitBytes + int64_t{cut.tiles_of_block()} * kTileBytes * groups +
                         int64_t{cut.slots()} * kPanelRows * 8 * groups * 4;
   cut.shared_bytes = static_cast<int>(std::min<int64_t>(bytes, kMostShared));
-  cut.fits = bytes <= kMostShared && splits <= std::max(cut.tiles, 1);
-  const double weights = static_cast<double>(cut.panels_of_block) * cut.tiles_of_block() * problem.unit_bytes;
-  const double tokens = static_cast<double>(cut.tiles_of_block()) * static_cast<double>(problem.tokens) * kTileColumns;
-  return waves * (1.0 + weights / 31e3 + tokens / 20e3 + (splits > 1 ? 0.7 : 0.0));
+  cut.fits = bytes <= kMostShared && splits <= cut.tiles;
+  const double weights = 1056.0 * cut.panels_of_block * cut.tiles_of_block();
+  const double columns = static_cast<double>(cut.tiles_of_block()) * format::Int4Hopper::kCols;
+  return waves * (weights / (groups == 1 ? 31e3 : 21e3) + columns * static_cast<double>(tokens) / 20e3) +
+         (splits == 1   ? 0.0
+          : splits == 2 ? 3.5
+                        : 8.0);
 }
 
 }  // namespace detail
 
 // The cut that takes least time; it does not fit where there are too many tokens, rows or columns for any.
-inline Cut choose_cut(const Problem& problem, int multiprocessors) {
+inline Cut choose_cut(int64_t tokens, int64_t rows, int64_t columns, int multiprocessors) {
   Cut best{};
-  if (problem.tokens > kMostTokens || problem.rows > kMostRows) return best;
+  if (tokens > kMostTokens || rows > kMostRows || rows == 0) return best;
   double least = 0.0;
   for (int splits = 1; splits <= 4; splits *= 2) {
     Cut cut{};
-    cut.tiles = static_cast<int>(ceil_div(problem.columns, kTileColumns));
-    cut.panels = static_cast<int>(ceil_div(problem.rows, kPanelRows));
-    if (cut.panels == 0) return best;
-    const double time = detail::complete(cut, problem, splits, multiprocessors);
+    cut.tiles = static_cast<int>(ceil_div(columns, format::Int4Hopper::kCols));
+    cut.panels = static_cast<int>(ceil_div(rows, kPanelRows));
+    const double time = detail::complete(cut, tokens, splits, multiprocessors);
     if (!cut.fits || (best.fits && time >= least)) continue;
     least = time;
     best = cut;
@@ -86,4 +85,4 @@ inline Cut choose_cut(const Problem& problem, int multiprocessors) {
   return best;
 }
 
-}  // namespace tilewright::weight_stream
+}  // namespace tilewright::int4_linear::stream
