@@ -35,6 +35,12 @@ def names_by_place(library: Path) -> dict[int, str]:
     return found
 
 
+def with_symbols(library: Path) -> Path:
+    """The library as it was linked: installation may have stripped the one that ran."""
+    built = sorted((ROOT / "build").glob(f"cp*/{library.name}"), key=lambda path: path.stat().st_mtime)
+    return built[-1] if built else library
+
+
 def launches(notes: str, short: dict[str, dict[int, str]]) -> dict[str, list[dict[str, int]]]:
     """Shapes of blocks by kernel, each kernel's most shared memory last."""
     found = defaultdict(set)
@@ -61,7 +67,7 @@ def main() -> None:
         text = notes.read_text(encoding="utf-8")
     libraries = {line.rsplit(" ", 4)[0] for line in text.splitlines()}
     names = {
-        path: {place: short(name) for place, name in names_by_place(Path(path)).items()}
+        path: {place: short(name) for place, name in names_by_place(with_symbols(Path(path))).items()}
         for path in libraries
         if path.endswith("libtilewright_emulator.so")
     }

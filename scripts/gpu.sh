@@ -21,10 +21,17 @@ native() {
   local package=python/tilewright suffix
   suffix=$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_config_var("EXT_SUFFIX"))')
   rm -rf "$package/lib" && mkdir "$package/lib" && tar xzf build/bundle/lib.tgz -C "$package/lib"
-  g++ -std=c++20 -O0 -fPIC -shared -fvisibility=hidden -march=x86-64-v2 -Icsrc \
-    -I"$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
-    -I"$("$PYTHON" -c 'import pybind11; print(pybind11.get_include())')" \
-    csrc/host/module.cpp build/bundle/host.a -o "$package/_host$suffix"
+  local source objects=() compilers=()
+  for source in csrc/host/module.cpp csrc/host/hls.cpp; do
+    objects+=("build/bundle/$(basename "$source" .cpp).o")
+    g++ -std=c++20 -O0 -fPIC -fvisibility=hidden -march=x86-64-v2 -Icsrc -Ihls/include \
+      -I"$("$PYTHON" -c 'import sysconfig; print(sysconfig.get_path("include"))')" \
+      -I"$("$PYTHON" -c 'import pybind11; print(pybind11.get_include())')" -c "$source" -o "${objects[-1]}" &
+    compilers+=($!)
+  done
+  wait "${compilers[@]}"
+  g++ -shared -o "$package/_host$suffix" "${objects[@]}" build/bundle/host.a
+  "$PYTHON" -c 'import tilewright._host'
 }
 
 files() { ls tests/cuda/test_*"$KERNELS"*.py; }

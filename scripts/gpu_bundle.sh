@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 # The native libraries, built here, for a GPU machine that has another Python and cannot build them in good time:
 # build/bundle holds the two operator libraries, which serve every Python, and the objects of the small pybind11 module,
-# whose one Python-dependent source scripts/gpu.sh compiles there.
+# whose Python-dependent sources scripts/gpu.sh compiles there.
 #   scripts/gpu_bundle.sh [BUILD FOLDER]
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -13,6 +13,12 @@ inline void named_arrive(int id, int threads) { emulator::named_arrive(id, threa
 inline void fence_async_shared() { emulator::fence_async_shared(); }
 inline int cluster_rank() { return emulator::cluster_rank(); }
 inline void cluster_sync() { emulator::cluster_sync(); }
+template <class T>
+T load_cluster(const T* shared, int block) {
+  T value;
+  emulator::read_cluster(&value, shared, sizeof(value), block);
+  return value;
+}
 
 template <int N>
 void raise_registers() {

@@ -160,6 +160,21 @@ void check_access(const void* pointer, size_t bytes, bool writes, const char* wh
 void check_read(const void* pointer, size_t bytes, const char* what) { check_access(pointer, bytes, false, what); }
 void check_write(void* pointer, size_t bytes, const char* what) { check_access(pointer, bytes, true, what); }
 
+void read_cluster(void* to, const void* shared, size_t bytes, int rank) {
+  const Unwatched inside;
+  constexpr const char* kWhat = "load_cluster";
+  const Cluster& cluster = *this_block().cluster;
+  if (rank < 0 || rank >= static_cast<int>(cluster.blocks.size())) {
+    kernel_error("%s: block %d of a cluster of %zu", kWhat, rank, cluster.blocks.size());
+  }
+  check_alignment(shared, bytes, kWhat);
+  Block& source = *cluster.blocks[rank];
+  if (source.alive == 0) kernel_error("%s: block %d of the cluster has returned", kWhat, rank);
+  const uint32_t offset = shared_offset(this_block(), shared, bytes, kWhat);
+  read_shared(source, offset, static_cast<uint32_t>(bytes), kWhat);
+  std::memcpy(to, source.shared.base + offset, bytes);
+}
+
 void check_alignment(const void* pointer, size_t bytes, const char* what) {
   if (reinterpret_cast<uintptr_t>(pointer) % bytes == 0) return;
   kernel_error("%s at the misaligned address %p; a multiple of %zu is needed", what, pointer, bytes);

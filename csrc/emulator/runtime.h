@@ -59,6 +59,7 @@ void registers_written(void* registers, size_t bytes);  // by an instruction, wh
 void check_read(const void* pointer, size_t bytes, const char* what);
 void check_write(void* pointer, size_t bytes, const char* what);
 void check_alignment(const void* pointer, size_t bytes, const char* what);
+void read_cluster(void* to, const void* shared, size_t bytes, int block);  // the same place of another block
 void check_global(const void* pointer, const char* what);  // 16 bytes, global only
 
 void check_atomic(void* pointer, size_t bytes);

@@ -25,6 +25,10 @@ inline void unpack_f16x2(uint32_t word, float& low, float& high) {
   low = emulator::f16_to_float(static_cast<uint16_t>(word));
   high = emulator::f16_to_float(static_cast<uint16_t>(word >> 16));
 }
+inline uint32_t e4m3x2_to_f16x2(uint16_t codes) {
+  return pack_f16x2(emulator::e4m3_to_float(static_cast<uint8_t>(codes)),
+                    emulator::e4m3_to_float(static_cast<uint8_t>(codes >> 8)));
+}
 inline void unpack_e4m3x4(uint32_t word, float (&values)[4]) {
   for (int i = 0; i < 4; ++i) values[i] = emulator::e4m3_to_float(static_cast<uint8_t>(word >> (8 * i)));
 }

@@ -97,6 +97,23 @@ TILEWRIGHT_DEVICE void cluster_sync() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// What lies at the same place of another block's shared memory; that block must have written it before a cluster_sync(), and
+// must not leave before the next.
+TILEWRIGHT_DEVICE int32_t load_cluster(const int32_t* shared, int block) {
+  int32_t value;
+  asm volatile(
+      "{\n.reg .b32 remote;\n"
+      "mapa.shared::cluster.u32 remote, %1, %2;\n"
+      "ld.shared::cluster.b32 %0, [remote];\n}"
+      : "=r"(value)
+      : "r"(shared_address(shared)), "r"(block)
+      : "memory");
+  return value;
+}
+TILEWRIGHT_DEVICE float load_cluster(const float* shared, int block) {
+  return __int_as_float(load_cluster(reinterpret_cast<const int32_t*>(shared), block));
+}
+
 // A warpgroup gives registers back or takes more; N is a multiple of 8. Every warp of the group calls it.
 template <int N>
 TILEWRIGHT_DEVICE void raise_registers() {

@@ -62,17 +62,17 @@ TILEWRIGHT_DEVICE void unpack_f16x2(uint32_t word, float& low, float& high) {
   low = to_float(f16{static_cast<uint16_t>(word)});
   high = to_float(f16{static_cast<uint16_t>(word >> 16)});
 }
+TILEWRIGHT_DEVICE uint32_t e4m3x2_to_f16x2(uint16_t codes) {
+  uint32_t halves;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(halves) : "h"(codes));
+  return halves;
+}
 TILEWRIGHT_DEVICE void unpack_e4m3x4(uint32_t word, float (&values)[4]) {
-  uint32_t low, high;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(low) : "h"(static_cast<uint16_t>(word)));
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(high) : "h"(static_cast<uint16_t>(word >> 16)));
-  unpack_f16x2(low, values[0], values[1]);
-  unpack_f16x2(high, values[2], values[3]);
+  unpack_f16x2(e4m3x2_to_f16x2(static_cast<uint16_t>(word)), values[0], values[1]);
+  unpack_f16x2(e4m3x2_to_f16x2(static_cast<uint16_t>(word >> 16)), values[2], values[3]);
 }
 TILEWRIGHT_DEVICE float to_float(e4m3 value) {
-  uint32_t pair;
-  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(pair) : "h"(static_cast<uint16_t>(value.bits)));
-  return to_float(f16{static_cast<uint16_t>(pair)});
+  return to_float(f16{static_cast<uint16_t>(e4m3x2_to_f16x2(value.bits))});
 }
 
 // The nearest value that the matrix units see unchanged; without it they drop the low 13 bits.

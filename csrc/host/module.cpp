@@ -11,6 +11,7 @@
 #include "isa/isa.h"
 #include "microbench/microbench.h"
 #include "ops/int4_fp8_attention/plan.h"
+#include "ops/int4_linear/cuda/plan.h"
 #include "ops/int4_linear/plan.h"
 #include "ops/local_linear_attention/plan.h"
 #include "ops/sparse_gated_mlp/plan.h"
@@ -143,6 +144,13 @@ std::string ternary_linear_plan(int64_t m, int64_t n, int64_t k, int64_t packing
   return ternary_linear::describe(ternary_linear::choose_plan(m, view));
 }
 
+// Symmetric weights with bfloat16 scales and no code of -8.
+std::string int4_linear_device_plan(int64_t m, int64_t n, int64_t k, int64_t group, int multiprocessors) {
+  const format::Int4HopperView weight =
+      format::int4_hopper_layout(n, k, group, format::ScaleType::kBFloat16, format::OffsetKind::kSymmetric, true);
+  return int4_linear::describe(int4_linear::choose_device_plan(m, weight, false, multiprocessors));
+}
+
 std::string ternary_linear_device_plan(int64_t m, int64_t n, int64_t k, int multiprocessors) {
   return ternary_linear::describe(ternary_linear::choose_device_plan(m, n, k, multiprocessors));
 }
@@ -189,6 +197,8 @@ PYBIND11_MODULE(_host, m) {
         py::arg("active"), py::arg("element_bytes") = 4, py::arg("threads") = 1);
   m.def("ternary_linear_plan", &ternary_linear_plan, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("packing"));
   m.def("ternary_linear_device_plan", &ternary_linear_device_plan, py::arg("m"), py::arg("n"), py::arg("k"),
+        py::arg("multiprocessors"));
+  m.def("int4_linear_device_plan", &int4_linear_device_plan, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("group"),
         py::arg("multiprocessors"));
   m.def("int4_linear_plan", &int4_linear_plan, py::arg("m"), py::arg("n"), py::arg("k"), py::arg("group"));
   m.def("read_bandwidth", &read_bandwidth, py::arg("buffer"), py::arg("threads"), py::arg("seconds") = 0.5,

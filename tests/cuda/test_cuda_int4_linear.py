@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tilewright import ops
+from tilewright import _host, ops
 from tilewright.formats import Int4Weight, PackedInt4, pack_codes, quantize_int4
 from tilewright.nn import W4A8Linear
 from tilewright.testing import UNIT_ROUNDOFF, assert_within
@@ -112,7 +112,6 @@ def test_scales_of_every_type(device: Any, dtype: torch.dtype, offset: str) -> N
 
 @pytest.mark.parametrize("tokens", [1, 4, 5, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 300])
 def test_every_tile_of_tokens(device: Any, tokens: int) -> None:
-    """In the emulator, 129 tokens by 300 rows make clusters with tiles of 256 rows, and 300 tokens tiles of 128."""
     rows, columns = (1000, 4096) if not device.is_emulator else (200, 1300) if tokens <= 64 else (300, 256)
     weight = random_weight(rows, columns, 128)
     for seed in device.seeds if tokens in (1, 17, 129) else (0,):
@@ -127,12 +126,49 @@ def test_fold_mode_rounds_each_weight_to_e4m3(device: Any, group: int, tokens: i
     check(device, torch.randn(tokens, 288), weight, torch.randn(150), fold=True)
 
 
-@pytest.mark.parametrize(("tokens", "rows", "columns"), [(12, 65, 12800), (140, 130, 2560)])
+STREAMS = [
+    (12, 65, 12800),
+    (3, 70, 300),
+    (3, 40, 12800),
+    (12, 600, 8000),
+    (16, 130, 900),
+    (1, 2100, 130),
+    (5, 16, 100),
+    (9, 20, 2600),
+]
+
+
+@pytest.mark.parametrize(("tokens", "rows", "columns"), STREAMS)
+def test_few_tokens_in_every_cut(device: Any, tokens: int, rows: int, columns: int) -> None:
+    """Clusters of 1, 2 and 4 blocks, panels shared by warps, several panels a warp, more blocks than fit at once."""
+    weight, bias = random_weight(rows, columns, 128), torch.randn(rows)
+    want = None
+    for seed in device.seeds:
+        device.seed(seed)
+        x = torch.randn(tokens, columns, generator=torch.Generator().manual_seed(1))
+        got = check(device, x, weight, bias)
+        assert want is None or torch.equal(got, want)
+        want = got
+
+
+def test_the_sizes_above_take_every_kernel() -> None:
+    plans = [_host.int4_linear_device_plan(*size, 128, 4) for size in STREAMS]
+    parts = {"x1 panels=1 ", "x2 panels=", "x4 panels=", "clusters=8x1"}
+    assert not [part for part in parts if not any(part in plan for plan in plans)], plans
+    for tokens, tile in ((17, "64x32"), (33, "64x64"), (65, "128x128"), (129, "256x128"), (300, "128x128")):
+        rows, columns = (200, 1300) if tokens <= 64 else (300, 256)
+        assert f"tile={tile} " in _host.int4_linear_device_plan(tokens, rows, columns, 128, 4), tokens
+
+
+@pytest.mark.parametrize(("tokens", "rows", "columns"), [(40, 65, 6400), (140, 70, 2560), (200, 300, 1280)])
 def test_tiles_split_along_k_give_the_same_bits_in_every_order(
     device: Any, tokens: int, rows: int, columns: int
 ) -> None:
     """Few rows and many columns: every multiprocessor takes a part of K, and whoever ends last adds the parts."""
     columns = columns if device.is_emulator else 8 * columns
+    plan = _host.int4_linear_device_plan(tokens, rows, columns, 128, 4 if device.is_emulator else 132)
+    assert "split_tiles=" in plan, plan
+    assert "split_tiles=0" not in plan, plan
     weight, x = random_weight(rows, columns, 128), torch.randn(tokens, columns)
     want = check(device, x, weight)
     packed = on(device, weight)

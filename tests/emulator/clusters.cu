@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Blocks of a cluster: multicast copies and barriers of other blocks.
+// Blocks of a cluster: multicast copies, barriers and shared memory of other blocks.
 #include "cases.h"
 
 namespace tilewright::emulator_tests {
@@ -77,6 +77,38 @@ bool run_odd_cluster() {
   return true;
 }
 
+enum class Peek { kRight, kNoClusterSync, kWrongRank, kUnwritten };
+
+struct PeekParams {
+  float* to;  // [blocks][threads]
+};
+
+// Each block reads what the next one of its cluster of four wrote.
+template <Peek F>
+__global__ void __launch_bounds__(64, 1) peek(const __grid_constant__ PeekParams p) {
+  auto* const values = reinterpret_cast<float*>(shared_memory());
+  const int t = static_cast<int>(threadIdx.x), block = static_cast<int>(blockIdx.x), rank = cluster_rank();
+  if (F != Peek::kUnwritten || rank != 2) values[t] = static_cast<float>(block * 64 + t);
+  if (F == Peek::kNoClusterSync) {
+    __syncthreads();
+  } else {
+    cluster_sync();
+  }
+  p.to[block * 64 + t] = load_cluster(values + t, F == Peek::kWrongRank ? 4 : (rank + 1) % 4);
+  cluster_sync();
+}
+
+template <Peek F>
+bool run_peek() {
+  Global<float> to(8 * 64);
+  launch(peek<F>, Grid{.blocks = {8}, .threads = 64, .cluster = 4, .shared_bytes = 256}, PeekParams{to.data()});
+  for (int i = 0; i < 8 * 64; ++i) {
+    const int block = i / 64, next = block / 4 * 4 + (block + 1) % 4;
+    if (to[i] != static_cast<float>(next * 64 + i % 64)) return false;
+  }
+  return true;
+}
+
 }  // namespace
 
 std::vector<Case> cluster_cases() {
@@ -87,6 +119,10 @@ std::vector<Case> cluster_cases() {
       {"cluster, only half of the bytes announced", "more bytes came to the barrier|while an asynchronous copy into it",
        run_cast<Cast::kOnlyOwnBytes>},
       {"cluster, multicast to a block that is not there", "of a cluster of 2", run_cast<Cast::kWrongRank>},
+      {"cluster, another block's shared memory", "", run_peek<Peek::kRight>},
+      {"the same without cluster_sync", "which nothing has written|no barrier between", run_peek<Peek::kNoClusterSync>},
+      {"the same of a block that is not there", "of a cluster of 4", run_peek<Peek::kWrongRank>},
+      {"the same where nothing was written", "which nothing has written", run_peek<Peek::kUnwritten>},
       {"three blocks in clusters of two", "no whole number of clusters", run_odd_cluster},
   };
 }

@@ -47,10 +47,8 @@ Int4HopperView view_of(const Tensor& weight, const Tensor& beside, int64_t n, in
   return view;
 }
 
-// Rounded, or as they were given where the kernel rounds them.
 struct Tokens {
   Tensor codes, scales, sums;
-  std::optional<Tensor> given = std::nullopt;
 };
 
 // What the layer before makes of x; see QuantizeProblem.
@@ -106,6 +104,9 @@ void multiply(const Tokens& tokens, const Tensor& weight, const Int4HopperView& 
   int4_linear::MatrixProblem problem{.weight = view,
                                      .blob = data<uint8_t>(weight),
                                      .m = y.numel() / view.n,
+                                     .codes = data<uint8_t>(tokens.codes),
+                                     .scales = data<float>(tokens.scales),
+                                     .sums = data<float>(tokens.sums),
                                      .bias = b.has_value() ? data<char>(*b) : nullptr,
                                      .bias_type = b.has_value() ? number_of(*b, op, "bias") : Number::kFloat32,
                                      .residual = r.has_value() ? data<char>(*r) : nullptr,
@@ -115,24 +116,16 @@ void multiply(const Tokens& tokens, const Tensor& weight, const Int4HopperView& 
                                      .counters = mutable_data<int32_t>(counters),
                                      .overlap = overlap};
   problem.sums_stride = round_up(problem.m, 128);
-  if (tokens.given.has_value()) {
-    problem.x = data<char>(*tokens.given);
-    problem.x_type = number_of(*tokens.given, op, "x");
-  } else {
-    problem.codes = data<uint8_t>(tokens.codes);
-    problem.scales = data<float>(tokens.scales);
-    problem.sums = data<float>(tokens.sums);
-  }
   int4_linear::multiply(problem, plan, stream_of(weight));
 }
 
-DevicePlan plan_of(int64_t m, const Int4HopperView& view, bool fold, bool rounds, const char* op) {
+DevicePlan plan_of(int64_t m, const Int4HopperView& view, bool fold, const char* op) {
   require(!fold || view.offset_kind == format::OffsetKind::kSymmetric, op,
           ": mode='fold' needs a symmetric weight; use mode='exact' for weights with minima or zero points");
   require(
       !fold || view.signed_codes, op,
       ": mode='fold' on a GPU needs codes in -7..7, and this weight has a -8; use mode='exact', or quantize it again");
-  return int4_linear::choose_device_plan(m, view, fold, rounds, int4_linear::multiprocessors());
+  return int4_linear::choose_device_plan(m, view, fold, int4_linear::multiprocessors());
 }
 
 bool needs_sums(const DevicePlan& plan) { return plan.form == int4_linear::Form::kUnsigned; }
@@ -152,16 +145,11 @@ Tensor int4_fp8_linear(const Tensor& x, const Tensor& weight, const std::optiona
   std::vector<int64_t> sizes(input.sizes().begin(), input.sizes().end());
   sizes.back() = view.n;
   const Tensor y = empty_on(input, sizes, input.scalar_type());
-  const DevicePlan plan = plan_of(m, view, fold, true, kOp);
+  const DevicePlan plan = plan_of(m, view, fold, kOp);
   if (m > 0 && view.n > 0) {
     const Tensor counters = empty_on(input, {plan.counters()}, ScalarType::Int);
-    if (plan.resident) {
-      multiply({.codes = {}, .scales = {}, .sums = {}, .given = input}, weight, view, bias, residual, y, counters, plan,
-               false, kOp);
-    } else {
-      const Tokens tokens = quantize(input, {}, m, k, needs_sums(plan) ? view.sub : 0, counters, kOp);
-      multiply(tokens, weight, view, bias, residual, y, counters, plan, true, kOp);
-    }
+    const Tokens tokens = quantize(input, {}, m, k, needs_sums(plan) ? view.sub : 0, counters, kOp);
+    multiply(tokens, weight, view, bias, residual, y, counters, plan, true, kOp);
   }
   return torch::stable::to(y, x.scalar_type());
 }
@@ -219,14 +207,14 @@ void int4_fp8_linear_quantized(const Tensor& codes, const Tensor& scales, const 
   require_size(y, 0, m, kOp, "y", "M");
   require(codes.is_contiguous() && scales.is_contiguous() && sums.is_contiguous() && y.is_contiguous(), kOp,
           ": codes, scales, sums and y must be contiguous");
-  const DevicePlan plan = plan_of(m, view, fold, false, kOp);
+  const DevicePlan plan = plan_of(m, view, fold, kOp);
   const int64_t rows = view.tiles * view.subs();
   require(!needs_sums(plan) || sums.numel() == rows * round_up(m, 128), kOp, ": sums has ", sums.numel(),
           " elements, but this weight needs those of every ", view.sub,
           " columns; quantize the tokens with quantize_tokens(x, weight)");
   if (m == 0 || view.n == 0) return;
   const Tensor counters = zeros_on(codes, {plan.counters()}, ScalarType::Int);
-  multiply({codes, scales, sums, std::nullopt}, weight, view, bias, residual, y, counters, plan, false, kOp);
+  multiply({codes, scales, sums}, weight, view, bias, residual, y, counters, plan, false, kOp);
 }
 
 }  // namespace

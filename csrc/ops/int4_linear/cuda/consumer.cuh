@@ -107,23 +107,38 @@ TILEWRIGHT_DEVICE void decode(uint32_t (&a)[4], const Words& words, int step, co
   }
 }
 
-// total += scale * part, in float32: after at most 128 columns, so that the short sums of the matrix unit stay short.
+// total += scale * part, in float32: after at most 128 columns, so that the short sums of the matrix unit stay short. The
+// part is that of the tokens from place * Count on, two registers for each.
+template <class C, int Count>
+TILEWRIGHT_DEVICE void add_part(float (&total)[C::kRegisters], const float (&part)[Count], const Pair& scale,
+                                int place = 0) {
+#pragma unroll
+  for (int i = 0; i < Count; ++i) {
+    float& sum = total[place * Count + i];
+    if constexpr (C::kForm == Form::kFold) {
+      sum += part[i];
+    } else {
+      sum = fmaf(part[i], i / 2 % 2 != 0 ? scale.high : scale.low, sum);
+    }
+  }
+}
+
+// What the codes of x add up to, times the offsets of unsigned weights.
+template <class C>
+TILEWRIGHT_DEVICE void add_offsets(float (&total)[C::kRegisters], const Pair& offset, const float* sums, int thread) {
+  if constexpr (C::kForm == Form::kUnsigned) {
+#pragma unroll
+    for (int i = 0; i < C::kRegisters; ++i) {
+      total[i] = fmaf(sums[hopper::accumulator_col(thread, i)], i / 2 % 2 != 0 ? offset.high : offset.low, total[i]);
+    }
+  }
+}
+
 template <class C>
 TILEWRIGHT_DEVICE void take_up(float (&total)[C::kRegisters], const float (&part)[C::kRegisters], const Scale& scale,
                                const float* sums, int thread) {
-#pragma unroll
-  for (int i = 0; i < C::kRegisters; ++i) {
-    const bool high = i / 2 % 2 != 0;
-    if constexpr (C::kForm == Form::kFold) {
-      total[i] += part[i];
-    } else {
-      total[i] = fmaf(part[i], high ? scale.scale.high : scale.scale.low, total[i]);
-    }
-    if constexpr (C::kForm == Form::kUnsigned) {
-      const float sum = sums[hopper::accumulator_col(thread, i)];
-      total[i] = fmaf(sum, high ? scale.offset.high : scale.offset.low, total[i]);
-    }
-  }
+  add_part<C>(total, part, scale.scale);
+  add_offsets<C>(total, scale.offset, sums, thread);
 }
 
 // One product of 32 columns (or of the half of them that the operand leaves) and its scale.
@@ -175,111 +190,111 @@ TILEWRIGHT_DEVICE void release(const Shared<C>& shared, int stage) {
   __syncwarp();
   const int lane = static_cast<int>(threadIdx.x) % 32;
   if constexpr (C::kCluster == 1) {
-    if (lane == 0) hopper::arrive(shared.empty[stage]);
+    if (lane == 0) hopper::arrive(shared.empty(stage));
   } else {
-    if (lane < C::kCluster) hopper::arrive_cluster(shared.empty[stage], lane);  // whoever writes here waits for all
+    if (lane < C::kCluster) hopper::arrive_cluster(shared.empty(stage), lane);  // whoever writes here waits for all
   }
 }
 
 // --- Many tokens: each consumer has rows of its own.
 //
-// Left to themselves the consumers fall into step: both multiply, each at half the rate, then both add, and the matrix unit
-// waits. So they multiply by turns. One passes the turn on when two of its four products are done: the other's are there
-// when the last one ends, and the first adds up its partial sums and decodes its next words beside them.
+// Products are issued a piece at a time: 64 rows by half of the tile's tokens, four instructions. A piece is on its way while
+// the sums of the one before are added up and the next words decoded. Only between two chunks does a consumer leave the
+// matrix unit alone, to the other one: the compiler does not follow products that are under way around a loop.
 
-// A consumer's turns: it waits for `phase` of its barrier, which the other's four warps end.
-struct Turns {
-  int consumer;
-  uint32_t phase;
-
-  // The first turn is that of the first consumer, whose barrier's phase before the first one counts as over.
-  TILEWRIGHT_DEVICE explicit Turns(int c) : consumer(c), phase(c == 0 ? 1 : 0) {}
-};
-
-// A wait that loops, not a named barrier: the compiler moves no sums past it into the time that the matrix unit is held.
+// The register operands of 128 columns, from words and (fold) the scale.
 template <class C>
-TILEWRIGHT_DEVICE void take_turn(const Shared<C>& shared, Turns& turns) {
-  if constexpr (!C::kOrdered) return;
-  hopper::wait(shared.turn[turns.consumer], turns.phase);
-  turns.phase ^= 1;
-}
-template <class C>
-TILEWRIGHT_DEVICE void pass_turn(const Shared<C>& shared, const Turns& turns) {
-  if constexpr (!C::kOrdered) return;
-  __syncwarp();
-  if (threadIdx.x % 32 == 0) hopper::arrive(shared.turn[1 - turns.consumer]);
-}
-
-// What a chunk's products need: register operands of its steps [first, last), from words and (fold) the scale.
-template <class C, int First, int Last>
-TILEWRIGHT_DEVICE void decode_steps(uint32_t (&a)[4][4], const Words& words, const Scale& scale) {
+TILEWRIGHT_DEVICE void decode_chunk(uint32_t (&a)[4][4], const Words& words, const Scale& scale) {
   Table tables[2] = {};
   if constexpr (C::kForm == Form::kFold) {
     tables[0] = fold_table(scale.scale.low);
     tables[1] = fold_table(scale.scale.high);
   }
 #pragma unroll
-  for (int step = First; step < Last; ++step) {
+  for (int step = 0; step < 4; ++step) {
     decode<C>(a[step], words, step, tables);
     hopper::keep(a[step]);
   }
 }
 
-// The four products of a chunk, in two groups.
+// A block of a chunk by the tokens [kPieceTokens half, kPieceTokens (half + 1)).
 template <class C>
-TILEWRIGHT_DEVICE void issue_products(float (&part)[C::kRegisters], uint32_t (&a)[4][4], const char* tokens) {
-  const hopper::Descriptor first = C::Tokens::k_major(tokens, 0, 0);
+TILEWRIGHT_DEVICE void issue_piece(float (&part)[C::kPieceRegisters], uint32_t (&a)[4][4], const char* tokens,
+                                   int half) {
+  const hopper::Descriptor first = C::Tokens::k_major(tokens, C::kPieceTokens * half, 0);
   hopper::wgmma_fence();
 #pragma unroll
-  for (int step = 0; step < 4; ++step) {
-    C::Product::run(part, a[step], first.advanced(32 * step), step != 0);
-    if (step == C::kEarly - 1 || step == 3) hopper::wgmma_commit();
+  for (int step = 0; step < 4; ++step) C::Piece::run(part, a[step], first.advanced(32 * step), step != 0);
+  hopper::wgmma_commit();
+}
+
+// What a consumer holds while it walks along K: operands and scales of its blocks, and partial sums of two pieces.
+template <class C>
+struct Walk {
+  uint32_t a[C::kBlocks][4][4];
+  Scale scale[C::kBlocks];
+  float part[2][C::kPieceRegisters];
+};
+
+// One chunk. Block 0's operands are there, and at the end those of the chunk in stage `ahead`. Of the blocks, `here` exist;
+// the last of those stands in for one that does not.
+template <class C>
+TILEWRIGHT_DEVICE void multiply_chunk(const MatrixParams& p, const Shared<C>& shared, const Ring& ring,
+                                      const Ring& ahead, Walk<C>& walk, int consumer, int here,
+                                      float (&totals)[C::kBlocks][C::kRegisters]) {
+  const int thread = static_cast<int>(threadIdx.x) % 128;
+  const char* tokens = shared.tokens_of(ring.stage);
+  issue_piece<C>(walk.part[0], walk.a[0], tokens, 0);
+#pragma unroll
+  for (int b = 0; b < C::kBlocks; ++b) {
+    const bool last = b + 1 == C::kBlocks;
+    const int next = last ? 0 : b + 1;
+    issue_piece<C>(walk.part[1], walk.a[b], tokens, 1);
+    add_offsets<C>(totals[b], walk.scale[b].offset, shared.sums_of(ring.stage), thread);
+    if (last) hopper::wait(shared.full(ahead.stage), ahead.phase);
+    hopper::wgmma_wait<1>();
+    hopper::keep(walk.part[0]);
+    Words words;  // not before: until here all registers are taken
+    const Pair scale = walk.scale[b].scale;
+    const char* chunk =
+        shared.chunk_of(p, last ? ahead.stage : ring.stage, consumer * C::kBlocks + min(next, here - 1));
+    load_words(words, chunk, thread);
+    walk.scale[next] = load_scale<C>(p, chunk, 0, thread);
+    add_part<C>(totals[b], walk.part[0], scale, 0);
+    if (next != b) decode_chunk<C>(walk.a[next], words, walk.scale[next]);
+    if (last) {
+      hopper::wgmma_wait<0>();
+    } else {
+      issue_piece<C>(walk.part[0], walk.a[next], tokens, 0);
+      hopper::wgmma_wait<1>();
+    }
+    hopper::keep(walk.part[1]);
+#pragma unroll
+    for (int step = 0; step < 4; ++step) hopper::keep(walk.a[b][step]);  // read until here
+    if (next == b) decode_chunk<C>(walk.a[next], words, walk.scale[next]);
+    add_part<C>(totals[b], walk.part[1], scale, 1);
   }
 }
 
 // A segment of weights whose 128 columns share a scale: the totals of a consumer's blocks over the columns
-// [128 first, 128 last). Of the blocks, `here` exist, at least one; the last of those stands in for one that does not.
+// [128 first, 128 last). What is issued and waited for depends on no condition, or the compiler would wait for everything
+// everywhere: the last chunk is followed by its own words once more.
 template <class C>
 TILEWRIGHT_DEVICE void multiply_rows(const MatrixParams& p, const Shared<C>& shared, const Segment& segment, Ring ring,
-                                     float (&totals)[C::kBlocks][C::kRegisters], Turns& turns, int here) {
+                                     float (&totals)[C::kBlocks][C::kRegisters], int consumer, int here) {
   const int thread = static_cast<int>(threadIdx.x) % 128;
-  const int to_next = here > 1 ? p.slot_bytes : 0;
+  Walk<C> walk;
   Words words;
-  Scale ahead_scale;
-  uint32_t a[4][4];
-  float part[C::kRegisters];
-  const auto load_chunk = [&](int stage, int b) {
-    const char* chunk = shared.chunk_of(p, stage, turns.consumer * C::kBlocks) + b * to_next;
-    load_words(words, chunk, thread);
-    ahead_scale = load_scale<C>(p, chunk, 0, thread);
-  };
-  hopper::wait(shared.full[ring.stage], ring.phase);
-  load_chunk(ring.stage, 0);
-  decode_steps<C, 0, 4>(a, words, ahead_scale);
-  for (int k = segment.first; k < segment.last; ++k) {
+  hopper::wait(shared.full(ring.stage), ring.phase);
+  const char* chunk = shared.chunk_of(p, ring.stage, consumer * C::kBlocks);
+  load_words(words, chunk, thread);
+  walk.scale[0] = load_scale<C>(p, chunk, 0, thread);
+  decode_chunk<C>(walk.a[0], words, walk.scale[0]);
+#pragma unroll 1
+  for (int left = segment.last - segment.first; left > 0; --left) {
     Ring ahead = ring;
-    ahead.advance(p.stages);
-#pragma unroll
-    for (int b = 0; b < C::kBlocks; ++b) {
-      const Scale scale = ahead_scale;
-      take_turn(shared, turns);
-      issue_products<C>(part, a, shared.tokens_of(ring.stage, k));
-      if (b + 1 < C::kBlocks) {
-        load_chunk(ring.stage, b + 1);
-      } else if (k + 1 < segment.last) {
-        hopper::wait(shared.full[ahead.stage], ahead.phase);
-        load_chunk(ahead.stage, 0);
-      }
-      hopper::wgmma_wait<1>();
-      pass_turn(shared, turns);
-#pragma unroll
-      for (int step = 0; step < C::kEarly; ++step) hopper::keep(a[step]);  // read until here
-      decode_steps<C, 0, C::kEarly>(a, words, ahead_scale);
-      hopper::wgmma_wait<0>();
-      hopper::keep(part);
-      decode_steps<C, C::kEarly, 4>(a, words, ahead_scale);
-      take_up<C>(totals[b], part, scale, shared.sums_of(ring.stage), thread);
-    }
+    if (left > 1) ahead.advance(p.stages);
+    multiply_chunk<C>(p, shared, ring, ahead, walk, consumer, here, totals);
     release(shared, ring.stage);
     ring = ahead;
   }
@@ -292,24 +307,19 @@ TILEWRIGHT_DEVICE void multiply_fine_rows(const MatrixParams& p, const Shared<C>
   const int thread = static_cast<int>(threadIdx.x) % 128;
   for (int k = segment.first; k < segment.last; ++k, ring.advance(p.stages)) {
     Words words;
-    hopper::wait(shared.full[ring.stage], ring.phase);
+    hopper::wait(shared.full(ring.stage), ring.phase);
     const char* chunk = shared.chunk_of(p, ring.stage, consumer);
     load_words(words, chunk, thread);
-    multiply_fine<C>(p, chunk, shared.tokens_of(ring.stage, k), shared.sums_of(ring.stage), total, words, thread);
+    multiply_fine<C>(p, chunk, shared.tokens_of(ring.stage), shared.sums_of(ring.stage), total, words, thread);
     release(shared, ring.stage);
   }
 }
 
 // A segment of which this consumer has no rows.
 template <class C>
-TILEWRIGHT_DEVICE void pass_segment(const MatrixParams& p, const Shared<C>& shared, const Segment& segment, Ring ring,
-                                    Turns& turns) {
+TILEWRIGHT_DEVICE void pass_segment(const MatrixParams& p, const Shared<C>& shared, const Segment& segment, Ring ring) {
   for (int k = segment.first; k < segment.last; ++k) {
-    for (int b = 0; b < C::kBlocks; ++b) {
-      take_turn(shared, turns);
-      pass_turn(shared, turns);
-    }
-    hopper::wait(shared.full[ring.stage], ring.phase);
+    hopper::wait(shared.full(ring.stage), ring.phase);
     release(shared, ring.stage);
     ring.advance(p.stages);
   }
@@ -339,20 +349,18 @@ TILEWRIGHT_DEVICE void multiply_batch(const MatrixParams& p, const Shared<C>& sh
   Ring at = ring;
 #pragma unroll
   for (int j = 0; j < Count; ++j, at.advance(p.stages)) {
-    hopper::wait(shared.full[at.stage], at.phase);
+    hopper::wait(shared.full(at.stage), at.phase);
     load_words(words[j], shared.chunk_of(p, at.stage, 0), thread);
     scales[j] = load_scale<C>(p, shared.chunk_of(p, at.stage, 0), 0, thread);
     sums[j] = shared.sums_of(at.stage);
   }
 #pragma unroll
-  for (int j = 0; j < Count; ++j) {
-    decode_steps<C, 0, 4>(a[j], words[j], scales[j]);
-  }
+  for (int j = 0; j < Count; ++j) decode_chunk<C>(a[j], words[j], scales[j]);
   hopper::wgmma_fence();
   at = ring;
 #pragma unroll
   for (int j = 0; j < Count; ++j, at.advance(p.stages)) {
-    const hopper::Descriptor tokens = C::Tokens::k_major(shared.tokens_of(at.stage, k + j), 0, 0);
+    const hopper::Descriptor tokens = C::Tokens::k_major(shared.tokens_of(at.stage), 0, 0);
 #pragma unroll
     for (int step = 0; step < 4; ++step) C::Product::run(parts[j], a[j][step], tokens.advanced(32 * step), step != 0);
     hopper::wgmma_commit();
@@ -368,9 +376,9 @@ TILEWRIGHT_DEVICE void multiply_one(const MatrixParams& p, const Shared<C>& shar
                                     float (&total)[C::kRegisters], int thread) {
   if constexpr (C::kFine) {
     Words words;
-    hopper::wait(shared.full[ring.stage], ring.phase);
+    hopper::wait(shared.full(ring.stage), ring.phase);
     load_words(words, shared.chunk_of(p, ring.stage, 0), thread);
-    multiply_fine<C>(p, shared.chunk_of(p, ring.stage, 0), shared.tokens_of(ring.stage, k), shared.sums_of(ring.stage),
+    multiply_fine<C>(p, shared.chunk_of(p, ring.stage, 0), shared.tokens_of(ring.stage), shared.sums_of(ring.stage),
                      total, words, thread);
     release(shared, ring.stage);
   } else {
@@ -382,7 +390,7 @@ TILEWRIGHT_DEVICE void multiply_one(const MatrixParams& p, const Shared<C>& shar
 template <class C>
 TILEWRIGHT_DEVICE void let_pass(const MatrixParams& p, const Shared<C>& shared, Ring at, int count) {
   for (int j = 0; j < count; ++j, at.advance(p.stages)) {
-    hopper::wait(shared.full[at.stage], at.phase);
+    hopper::wait(shared.full(at.stage), at.phase);
     release(shared, at.stage);
   }
 }

@@ -2,7 +2,8 @@
 // From a consumer's totals to y: joining the pieces of a split tile, scales of tokens, bias, and rows of features.
 #pragma once
 
-#include "ops/int4_linear/cuda/resident.cuh"
+#include "ops/int4_linear/cuda/consumer.cuh"
+#include "ops/int4_linear/cuda/numbers.cuh"
 
 namespace tilewright::int4_linear {
 
@@ -29,18 +30,17 @@ TILEWRIGHT_DEVICE void store_piece(float* piece, const float (&total)[C::kRegist
   }
 }
 
-// Registers [first, first + Count) of the sum of all pieces, in the order of K, whoever adds them.
-template <class C, int Count>
-TILEWRIGHT_DEVICE void sum_pieces(const MatrixParams& p, int tile, int consumer, int b, int first,
-                                  float (&sum)[Count]) {
+// The sum of all pieces, in the order of K, whoever adds them.
+template <class C>
+TILEWRIGHT_DEVICE void sum_pieces(const MatrixParams& p, int tile, int consumer, int b, float (&sum)[C::kRegisters]) {
 #pragma unroll
-  for (int i = 0; i < Count; ++i) sum[i] = 0.0f;
+  for (int i = 0; i < C::kRegisters; ++i) sum[i] = 0.0f;
   const int last_block = p.work.last_block(tile);
 #pragma unroll 1
   for (int block = p.work.first_block(tile); block <= last_block; ++block) {
-    const float* piece = piece_at<C>(p, block, tile, consumer, b) + first / 4 * kQuad;
+    const float* piece = piece_at<C>(p, block, tile, consumer, b);
 #pragma unroll
-    for (int i = 0; i < Count; i += 4) {
+    for (int i = 0; i < C::kRegisters; i += 4) {
       const hopper::U128 quad = hopper::load_16(piece + i / 4 * kQuad);
       sum[i] += hopper::bits_float(quad.x);
       sum[i + 1] += hopper::bits_float(quad.y);
@@ -62,176 +62,150 @@ TILEWRIGHT_DEVICE bool join(const MatrixParams& p, const Shared<C>& shared, int 
   __threadfence();
   consumer_sync(consumer);
   const int counter = (tile * C::kCluster + rank_in_cluster<C>()) * kConsumers + consumer;
-  if (threadIdx.x % 128 == 0) shared.joined[consumer] = atomicAdd(p.counters + counter, 1);
+  if (threadIdx.x % 128 == 0) shared.joined(consumer) = atomicAdd(p.counters + counter, 1);
   consumer_sync(consumer);
-  if (shared.joined[consumer] != p.work.last_block(tile) - p.work.first_block(tile)) return false;
+  if (shared.joined(consumer) != p.work.last_block(tile) - p.work.first_block(tile)) return false;
   __threadfence();
   return true;
 }
 
 // --- y.
 
-TILEWRIGHT_DEVICE float load_number(const void* base, int64_t index, Number type) {
-  if (type == Number::kFloat32) return static_cast<const float*>(base)[index];
-  const uint16_t bits = static_cast<const uint16_t*>(base)[index];
-  return type == Number::kBFloat16 ? hopper::to_float(hopper::bf16{bits}) : hopper::to_float(hopper::f16{bits});
-}
-
-TILEWRIGHT_DEVICE void store_number(void* base, int64_t index, Number type, float value) {
-  if (type == Number::kFloat32) {
-    static_cast<float*>(base)[index] = value;
-  } else if (type == Number::kBFloat16) {
-    static_cast<hopper::bf16*>(base)[index] = hopper::from_float<hopper::bf16>(value);
-  } else {
-    static_cast<hopper::f16*>(base)[index] = hopper::from_float<hopper::f16>(value);
-  }
-}
-
 // Where the rows of a block go.
 struct Target {
-  int tile, consumer, b;
-  const float* scales;     // of the tokens of the tile
+  int thread, consumer;
+  const float* scales;     // of the tokens of the tile, with all that is the same for every row
   int64_t token, feature;  // the first of each
-  float factor;
-  bool joined;             // the sums are those of the pieces, not the totals at hand
 };
 
-TILEWRIGHT_DEVICE void store_quad(void* y, int64_t at, Number type, float v0, float v1, float v2, float v3) {
-  if (type == Number::kFloat32) {
-    hopper::store_16(static_cast<float*>(y) + at,
-                     {hopper::float_bits(v0), hopper::float_bits(v1), hopper::float_bits(v2), hopper::float_bits(v3)});
-    return;
-  }
-  const bool bf16 = type == Number::kBFloat16;
-  const uint2 words = {bf16 ? hopper::pack_bf16x2(v0, v1) : hopper::pack_f16x2(v0, v1),
-                       bf16 ? hopper::pack_bf16x2(v2, v3) : hopper::pack_f16x2(v2, v3)};
-  *reinterpret_cast<uint2*>(static_cast<uint16_t*>(y) + at) = words;
-}
-
-TILEWRIGHT_DEVICE void add_quad(const void* from, int64_t at, Number type, float (&v)[4]) {
-  float w[4];
-  if (type == Number::kFloat32) {
-    const hopper::U128 quad = hopper::load_16(static_cast<const float*>(from) + at);
-    w[0] = hopper::bits_float(quad.x), w[1] = hopper::bits_float(quad.y);
-    w[2] = hopper::bits_float(quad.z), w[3] = hopper::bits_float(quad.w);
-  } else {
-    const uint2 words = *reinterpret_cast<const uint2*>(static_cast<const uint16_t*>(from) + at);
-    if (type == Number::kBFloat16) {
-      hopper::unpack_bf16x2(words.x, w[0], w[1]);
-      hopper::unpack_bf16x2(words.y, w[2], w[3]);
-    } else {
-      hopper::unpack_f16x2(words.x, w[0], w[1]);
-      hopper::unpack_f16x2(words.y, w[2], w[3]);
-    }
-  }
-#pragma unroll
-  for (int i = 0; i < 4; ++i) v[i] += w[i];
-}
-
-// Some tokens of a tile, from the staging [token][64 features] to y: sixteen threads write the 64 features of a token. The
-// code of this is there for every turn of the accumulators, so it is kept short.
+// Rows of 16-bit numbers, 8 at a time, between memory and the staging [token][64 features].
 template <class C>
-TILEWRIGHT_DEVICE void write_rows(const MatrixParams& p, const float* staging, const Target& to, int turn,
-                                  const float (&bias)[4]) {
-  const int thread = static_cast<int>(threadIdx.x) % 128;
-  const int64_t feature = to.feature + thread % 16 * 4;
-  const int64_t first_token = to.token + turn * C::kStagingTokens;
-#pragma unroll
-  for (int j = 0; j < C::kStagingTokens / 8; ++j) {
-    const int t = thread / 16 + 8 * j;
-    const hopper::U128 sums = hopper::load_16(staging + t * kStagingPitch + thread % 16 * 4);
-    const float scale = to.scales[turn * C::kStagingTokens + t];
-    float v[4] = {hopper::bits_float(sums.x), hopper::bits_float(sums.y), hopper::bits_float(sums.z),
-                  hopper::bits_float(sums.w)};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) v[i] = v[i] * to.factor * scale + bias[i];
-    const int64_t at = (first_token + t) * p.n + feature;
-    if (first_token + t < p.m && feature < p.n) {
-      if (p.residual != nullptr) add_quad(p.residual, at, p.y_type, v);
-      store_quad(p.y, at, p.y_type, v[0], v[1], v[2], v[3]);
+TILEWRIGHT_DEVICE void store_rows(const MatrixParams& p, const char* staging, const Target& to) {
+  const int thread = to.thread;
+  const int64_t feature = to.feature + thread % 8 * 8;
+  if (feature >= p.n) return;
+#pragma unroll 2
+  for (int t = thread / 8; t < C::kTokens && to.token + t < p.m; t += 16) {
+    hopper::store_16(static_cast<uint16_t*>(p.y) + (to.token + t) * p.n + feature,
+                     hopper::load_16(staging + t * kNarrowPitch + thread % 8 * 16));
+  }
+}
+template <class C>
+TILEWRIGHT_DEVICE void load_residual(const MatrixParams& p, char* staging, const Target& to) {
+  const int thread = to.thread;
+  const int64_t feature = to.feature + thread % 8 * 8;
+#pragma unroll 2
+  for (int t = thread / 8; t < C::kTokens; t += 16) {
+    hopper::U128 values{0, 0, 0, 0};
+    if (feature < p.n && to.token + t < p.m) {
+      values = hopper::load_16(static_cast<const uint16_t*>(p.residual) + (to.token + t) * p.n + feature);
     }
+    hopper::store_16(staging + t * kNarrowPitch + thread % 8 * 16, values);
   }
 }
 
-// The same for rows of y that are not aligned to four features: one by one.
+// The accumulators hold features by tokens, y is tokens by features: 8 x 8 matrices are turned on their way to shared memory,
+// and those of the residual on their way from there.
 template <class C>
-TILEWRIGHT_DEVICE void write_ragged_rows(const MatrixParams& p, const float* staging, const Target& to, int turn) {
-  const int64_t first_token = to.token + turn * C::kStagingTokens;
-#pragma unroll 1
-  for (int i = static_cast<int>(threadIdx.x) % 128; i < C::kStagingTokens * 64; i += 128) {
-    const int t = i / 64;
-    const int64_t token = first_token + t, feature = to.feature + i % 64;
-    if (token >= p.m || feature >= p.n) continue;
+TILEWRIGHT_DEVICE void write_narrow(const MatrixParams& p, char* staging, const Target& to,
+                                    const float (&total)[C::kRegisters]) {
+  const int thread = to.thread, lane = thread % 32;
+  const int row = hopper::accumulator_row(thread, 0);
+  float bias[2];
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const int64_t feature = to.feature + row + 8 * h;
+    bias[h] = p.bias != nullptr && feature < p.n ? load_number(p.bias, feature, p.bias_type) : 0.0f;
+  }
+  consumer_sync(to.consumer);
+  if (p.residual != nullptr) {
+    load_residual<C>(p, staging, to);
+    consumer_sync(to.consumer);
+  }
+  // Lanes 8 i to 8 i + 7 address the tokens of matrix i: features 16 w to + 7, to + 15, and the same of the next 8 tokens.
+  char* at = staging + (lane / 16 * 8 + lane % 8) * kNarrowPitch + thread / 32 * 32 + lane / 8 % 2 * 16;
+#pragma unroll
+  for (int i = 0; i < C::kRegisters; i += 8, at += 16 * kNarrowPitch) {
+    uint32_t words[4] = {};
+    if (p.residual != nullptr) hopper::ldmatrix_x4_transposed(words, at);
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+      const int first = i + 2 * j;
+      const float* scale = to.scales + hopper::accumulator_col(thread, first);
+      float low = 0.0f, high = 0.0f;
+      if (p.residual != nullptr) unpack_pair(words[j], p.y_type, low, high);
+      low += fmaf(total[first], scale[0], bias[j % 2]);
+      high += fmaf(total[first + 1], scale[1], bias[j % 2]);
+      words[j] = pack_pair(low, high, p.y_type);
+    }
+    hopper::stmatrix_x4_transposed(at, words);
+  }
+  consumer_sync(to.consumer);
+  store_rows<C>(p, staging, to);
+}
+
+// Any y, one number at a time, through a staging of floats.
+template <class C>
+TILEWRIGHT_DEVICE void write_wide(const MatrixParams& p, char* staging, const Target& to,
+                                  const float (&total)[C::kRegisters]) {
+  constexpr int kTurnTokens = C::kTokens < kWideTokens ? C::kTokens : kWideTokens, kPitch = kWidePitch / 4;
+  const int thread = to.thread;
+  auto* sums = reinterpret_cast<float*>(staging);
+#pragma unroll
+  for (int turn = 0; turn < C::kTokens / kTurnTokens; ++turn) {
+    consumer_sync(to.consumer);
+#pragma unroll
+    for (int i = 0; i < kTurnTokens / 2; ++i) {
+      sums[hopper::accumulator_col(thread, i) * kPitch + hopper::accumulator_row(thread, i)] =
+          total[turn * kTurnTokens / 2 + i];
+    }
+    consumer_sync(to.consumer);
+    const int64_t feature = to.feature + thread % 64;
+    if (feature >= p.n) continue;
     const float bias = p.bias == nullptr ? 0.0f : load_number(p.bias, feature, p.bias_type);
-    const float scale = to.scales[turn * C::kStagingTokens + t];
-    float value = staging[t * kStagingPitch + i % 64] * to.factor * scale + bias;
-    if (p.residual != nullptr) value += load_number(p.residual, token * p.n + feature, p.y_type);
-    store_number(p.y, token * p.n + feature, p.y_type, value);
-  }
-}
-
-// The accumulators hold features by tokens, y is tokens by features: a turn through shared memory, some tokens at a time.
-template <class C>
-TILEWRIGHT_DEVICE void write_block(const MatrixParams& p, float* staging, const Target& to,
-                                   const float (&total)[C::kRegisters]) {
-  const int thread = static_cast<int>(threadIdx.x) % 128;
-  constexpr int kPerTurn = C::kStagingTokens / 2;   // registers
-  float bias[4] = {0.0f, 0.0f, 0.0f, 0.0f};
-  for (int i = 0; i < 4; ++i) {
-    const int64_t feature = to.feature + thread % 16 * 4 + i;
-    if (p.bias != nullptr && feature < p.n) bias[i] = load_number(p.bias, feature, p.bias_type);
-  }
-#pragma unroll
-  for (int turn = 0; turn < C::kTokens / C::kStagingTokens; ++turn) {
-    const int64_t token = to.token + turn * C::kStagingTokens;
-    if (token < p.m) {
-      float values[kPerTurn];
-      if (to.joined) {
-        sum_pieces<C>(p, to.tile, to.consumer, to.b, turn * kPerTurn, values);
-      } else {
-#pragma unroll
-        for (int i = 0; i < kPerTurn; ++i) values[i] = total[turn * kPerTurn + i];
-      }
-      consumer_sync(to.consumer);
-#pragma unroll
-      for (int i = 0; i < kPerTurn; ++i) {
-        const int row = hopper::accumulator_row(thread, i), col = hopper::accumulator_col(thread, i);
-        staging[col * kStagingPitch + row] = values[i];
-      }
-      consumer_sync(to.consumer);
-      if (p.n % 4 == 0) {
-        write_rows<C>(p, staging, to, turn, bias);
-      } else {
-        write_ragged_rows<C>(p, staging, to, turn);
-      }
+#pragma unroll 1
+    for (int t = thread / 64; t < kTurnTokens && to.token + turn * kTurnTokens + t < p.m; t += 2) {
+      const int64_t place = (to.token + turn * kTurnTokens + t) * p.n + feature;
+      float value = fmaf(sums[t * kPitch + thread % 64], to.scales[turn * kTurnTokens + t], bias);
+      if (p.residual != nullptr) value += load_number(p.residual, place, p.y_type);
+      store_number(p.y, place, p.y_type, value);
     }
   }
 }
 
 // --- A segment from its first column to y.
 
+// The first of a consumer's 64-row blocks; there is none where the rows end before.
+template <class C>
+TILEWRIGHT_DEVICE int first_block_of(const MatrixParams& p, int tile, int consumer) {
+  return first_row_block<C>(p, tile) + (C::kTurns ? 0 : consumer * C::kBlocks);
+}
+
 template <class C>
 TILEWRIGHT_DEVICE void finish_segment(const MatrixParams& p, const Shared<C>& shared, const Segment& segment,
-                                      int consumer, const float (&totals)[C::kBlocks][C::kRegisters]) {
-  const int first = first_row_block<C>(p, segment.tile) + (C::kTurns ? 0 : consumer * C::kBlocks);
+                                      int consumer, float (&totals)[C::kBlocks][C::kRegisters]) {
+  const int first = first_block_of<C>(p, segment.tile, consumer);
   const int here = min(C::kBlocks, p.row_blocks - first);
   const bool whole = segment.first == 0 && segment.last == p.work.k_tiles;
   if (!whole && !join<C>(p, shared, segment.tile, consumer, here, totals)) return;
-  float* staging = shared.staging + (C::kTurns ? 0 : consumer * C::kStagingTokens * kStagingPitch);
+  uint32_t thread[1] = {threadIdx.x % 128};
+  hopper::keep(thread);  // what follows from it is worked out here, not kept in registers beside the products
   const int64_t token = static_cast<int64_t>(segment.tile % p.token_tiles) * C::kTokens;
-  float* scales = shared.scales + consumer * C::kTokens;
-  if constexpr (!C::kResident) {
-    consumer_sync(consumer);  // those of the tile before are no longer read
-    const int thread = static_cast<int>(threadIdx.x) % 128;
-    if (thread < C::kTokens) scales[thread] = token + thread < p.m ? p.x_scales[token + thread] : 0.0f;
-  }
   const float unit = C::kForm == Form::kFold ? 1.0f : static_cast<float>(1 << Int4Hopper::kExponent);
   const float factor = unit * (1.0f / *p.per_tensor_scale);
+  float* scales = shared.scales(consumer);
+  consumer_sync(consumer);  // those of the tile before are no longer read
+  if (thread[0] < C::kTokens) {
+    scales[thread[0]] = token + thread[0] < p.m ? p.x_scales[token + thread[0]] * factor : 0.0f;
+  }
+  char* staging = shared.staging() + (C::kTurns ? 0 : consumer * epilogue_bytes(C::kTokens));
 #pragma unroll
   for (int b = 0; b < C::kBlocks; ++b) {
-    const int64_t feature = static_cast<int64_t>(first + b) * Int4Hopper::kRows;
-    if (b < here)
-      write_block<C>(p, staging, {segment.tile, consumer, b, scales, token, feature, factor, !whole}, totals[b]);
+    if (b >= here) continue;
+    if (!whole) sum_pieces<C>(p, segment.tile, consumer, b, totals[b]);
+    const Target to{static_cast<int>(thread[0]), consumer, scales, token,
+                    static_cast<int64_t>(first + b) * Int4Hopper::kRows};
+    p.narrow ? write_narrow<C>(p, staging, to, totals[b]) : write_wide<C>(p, staging, to, totals[b]);
   }
 }
 
@@ -239,7 +213,7 @@ TILEWRIGHT_DEVICE void finish_segment(const MatrixParams& p, const Shared<C>& sh
 template <class C>
 TILEWRIGHT_DEVICE bool hand_over(const Shared<C>& shared, int consumer, float (&total)[C::kRegisters]) {
   constexpr int kWritten = kHandOverBarrier, kTaken = kHandOverBarrier + 1, kBoth = 128 * kConsumers;
-  float* handed = shared.staging + C::kStagingTokens * kStagingPitch + threadIdx.x % 128 * 4;
+  float* handed = reinterpret_cast<float*>(shared.staging() + epilogue_bytes(C::kTokens)) + threadIdx.x % 128 * 4;
   if (consumer == 1) store_piece<C>(handed, total);
   hopper::named_sync(kWritten, kBoth);
   if (consumer == 0) {
@@ -254,14 +228,11 @@ template <class C>
 TILEWRIGHT_DEVICE void consume(const MatrixParams& p, const Shared<C>& shared, int consumer) {
   const int block = cluster_index<C>();
   Segment segment{};
-  bool waited = !p.overlap;
-  if constexpr (C::kResident) round_tokens(p, shared);
-  Turns turns(consumer);
   Ring ring;
   for (uint32_t index[1] = {0}; segment_of(p.work, block, static_cast<int>(index[0]), segment); ++index[0]) {
-    const int here = p.row_blocks - first_row_block<C>(p, segment.tile) - (C::kTurns ? 0 : consumer * C::kBlocks);
+    const int here = p.row_blocks - first_block_of<C>(p, segment.tile, consumer);
     if (here <= 0) {
-      pass_segment(p, shared, segment, ring, turns);
+      pass_segment(p, shared, segment, ring);
       ring.skip(segment.last - segment.first, p.stages);
       continue;
     }
@@ -272,7 +243,7 @@ TILEWRIGHT_DEVICE void consume(const MatrixParams& p, const Shared<C>& shared, i
       if constexpr (C::kFine) {
         multiply_fine_rows<C>(p, shared, segment, ring, totals[0], consumer);
       } else {
-        multiply_rows<C>(p, shared, segment, ring, totals, turns, here);
+        multiply_rows<C>(p, shared, segment, ring, totals, consumer, here);
       }
     }
     // Nothing of the segment stays in registers beside the products: it is worked out again.
@@ -282,8 +253,7 @@ TILEWRIGHT_DEVICE void consume(const MatrixParams& p, const Shared<C>& shared, i
     if constexpr (C::kTurns) {
       if (!hand_over<C>(shared, consumer, totals[0])) continue;
     }
-    if (!waited) hopper::wait_for_previous_kernel();
-    waited = true;
+    if (p.overlap) hopper::wait_for_previous_kernel();
     finish_segment<C>(p, shared, segment, consumer, totals);
   }
 }
@@ -303,12 +273,11 @@ __global__ void __launch_bounds__(kMatrixThreads, 1) int4_fp8_kernel(const __gri
   const Shared<C> shared(p);
   if (threadIdx.x == 0) {
     hopper::prefetch(p.chunks);
-    if constexpr (!C::kResident) hopper::prefetch(p.x);
+    hopper::prefetch(p.x);
     for (int stage = 0; stage < p.stages; ++stage) {
-      hopper::init(shared.full[stage], 1);
-      hopper::init(shared.empty[stage], C::kReleases);
+      hopper::init(shared.full(stage), 1);
+      hopper::init(shared.empty(stage), C::kReleases);
     }
-    for (int consumer = 0; consumer < kConsumers; ++consumer) hopper::init(shared.turn[consumer], 4);
     hopper::fence_barrier_init();
   }
   meet<C>();

@@ -1,25 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-#include <sstream>
-
 #include "ops/int4_linear/cuda/launch.cuh"
 #include "ops/int4_linear/cuda/quantize.cuh"
 
 namespace tilewright::int4_linear {
 
-std::string describe(const DevicePlan& plan) {
-  std::ostringstream text;
-  text << "form=" << static_cast<int>(plan.form) << " fine=" << plan.fine << " resident=" << plan.resident
-       << " tile=" << plan.blocks_of_tile() * Int4Hopper::kRows << "x" << plan.token_tile
-       << " tiles=" << plan.work.tiles << " cluster=" << plan.cluster() << " split_tiles=" << plan.work.split_tiles
-       << " blocks=" << plan.work.blocks << " stages=" << plan.stages << " shared_bytes=" << plan.shared_bytes;
-  return text.str();
-}
-
 void quantize_tokens(const QuantizeProblem& problem, hopper::Stream stream) {
   const hopper::Grid grid{.blocks = {problem.m, 1, 1},
                           .threads = kQuantizeThreads,
                           .shared_bytes = 2 * kQuantizeWarps * 4,
-                          .stream = stream};
+                          .stream = stream,
+                          .overlap = true};
   switch (problem.type) {
     case Number::kFloat32: return hopper::launch(quantize_kernel<float>, grid, problem);
     case Number::kBFloat16: return hopper::launch(quantize_kernel<hopper::bf16>, grid, problem);
@@ -28,6 +18,7 @@ void quantize_tokens(const QuantizeProblem& problem, hopper::Stream stream) {
 }
 
 void multiply(const MatrixProblem& problem, const DevicePlan& plan, hopper::Stream stream) {
+  if (plan.stream.fits) return multiply_stream(problem, plan, stream);
   switch (plan.form) {
     case Form::kSigned: return multiply_signed(problem, plan, stream);
     case Form::kUnsigned: return multiply_unsigned(problem, plan, stream);

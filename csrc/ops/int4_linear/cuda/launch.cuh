@@ -23,16 +23,15 @@ inline hopper::TensorMap map_chunks(const MatrixProblem& problem) {
                                           hopper::Swizzle::k128);
 }
 
+inline bool is_aligned(const void* rows) { return reinterpret_cast<uintptr_t>(rows) % 16 == 0; }
+
 template <class C>
 void launch_matrix(const MatrixProblem& problem, const DevicePlan& plan, hopper::Stream stream) {
-  hopper::TensorMap tokens{};
-  if constexpr (!C::kResident) tokens = map_tokens<C>(problem);
   const MatrixParams params{
-      .x = tokens,
+      .x = map_tokens<C>(problem),
       .chunks = map_chunks(problem),
       .per_tensor_scale =
           reinterpret_cast<const float*>(problem.blob + offsetof(format::PackedHeader, per_tensor_scale)),
-      .x_given = problem.x,
       .x_scales = problem.scales,
       .x_sums = problem.sums,
       .bias = problem.bias,
@@ -54,9 +53,10 @@ void launch_matrix(const MatrixProblem& problem, const DevicePlan& plan, hopper:
       .scale_bytes = static_cast<int>(format::scale_bytes(problem.weight.scale_type)),
       .scale_type = problem.weight.scale_type,
       .offset_kind = problem.weight.offset_kind,
-      .x_type = problem.x_type,
       .bias_type = problem.bias_type,
       .y_type = problem.y_type,
+      .narrow = problem.y_type != Number::kFloat32 && problem.weight.n % 8 == 0 && is_aligned(problem.y) &&
+                is_aligned(problem.residual),
       .overlap = problem.overlap,
       .work = plan.work,
   };
@@ -69,6 +69,9 @@ void launch_matrix(const MatrixProblem& problem, const DevicePlan& plan, hopper:
                   .overlap = problem.overlap},
                  params);
 }
+
+// Few tokens.
+void multiply_stream(const MatrixProblem& problem, const DevicePlan& plan, hopper::Stream stream);
 
 // One function a translation unit: the kernels of a form for the token tiles that choose_tile() gives it.
 void multiply_signed(const MatrixProblem& problem, const DevicePlan& plan, hopper::Stream stream);

@@ -35,8 +35,6 @@ struct MatrixProblem {
   format::Int4HopperView weight;
   const uint8_t* blob;  // on the device, header first
   int64_t m;
-  const void* x = nullptr;  // [M, K] of x_type where plan.resident; then codes, scales and sums are not read
-  Number x_type = Number::kFloat32;
   const uint8_t* codes = nullptr;  // [M, Kp]
   const float* scales = nullptr;  // [M]
   const float* sums =

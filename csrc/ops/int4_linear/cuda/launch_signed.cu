@@ -9,9 +9,7 @@ void multiply_signed(const MatrixProblem& problem, const DevicePlan& plan, hoppe
     if (plan.token_tile == 16) return launch_matrix<Config<16, 1, kForm, true>>(problem, plan, stream);
     return launch_matrix<Config<128, 1, kForm, true>>(problem, plan, stream);
   }
-  if (plan.resident) return launch_matrix<Config<8, 1, kForm, false, true>>(problem, plan, stream);
   switch (plan.token_tile) {
-    case 8: return launch_matrix<Config<8, 1, kForm, false>>(problem, plan, stream);
     case 16: return launch_matrix<Config<16, 1, kForm, false>>(problem, plan, stream);
     case 32: return launch_matrix<Config<32, 1, kForm, false>>(problem, plan, stream);
     case 64: return launch_matrix<Config<64, 1, kForm, false>>(problem, plan, stream);

@@ -12,14 +12,19 @@
 #include <string>
 
 #include "format/int4_hopper.h"
+#include "ops/int4_linear/cuda/stream.h"
 
 namespace tilewright::int4_linear {
 
+inline constexpr int kMaxShared = 232448;  // bytes of a block
 inline constexpr int kConsumers = 2;  // warpgroups that multiply; one more loads
 inline constexpr int kMatrixThreads = 128 * (kConsumers + 1);
 inline constexpr int kMaxStages = 48;
-inline constexpr int kStagingTokens = 32;  // tokens that the epilogue turns around at once
-inline constexpr int kStagingPitch = 68;  // floats of 64 rows, padded: a warp's stores touch every bank once
+inline constexpr int kBarrierBytes = 1024;  // of shared memory, before the stages
+inline constexpr int kNarrowPitch =
+    144;  // bytes of a token's 64 rows of 16 bits in the staging: eight in a row share no bank
+inline constexpr int kWideTokens = 32;  // tokens that the epilogue turns around at once where rows of y are not so
+inline constexpr int kWidePitch = 272;  // bytes of a token's 64 rows there, as floats
 
 // Up to this many tokens a tile has 64 rows, and the consumers take turns along K: there are then tiles for most
 // multiprocessors, each with all of its weights on the way at once, and no other block to wait for. Beyond it each consumer
@@ -31,15 +36,16 @@ constexpr int tile_blocks(int token_tile, int group_blocks) {
 }
 // Blocks of a cluster: neighbours along the rows, which share the tokens that each of them loads a part of.
 constexpr int cluster_blocks(int group_blocks) { return group_blocks == 2 ? 2 : 1; }
-// Floats of shared memory behind the stages: the epilogue's staging, what a consumer hands over, the tokens' scales.
-constexpr int staging_floats(int token_tile) {
-  const int staging = (token_tile < kStagingTokens ? token_tile : kStagingTokens) * kStagingPitch;
-  return (takes_turns(token_tile) ? staging + 64 * token_tile : kConsumers * staging) + kConsumers * token_tile;
+// Shared memory behind the stages: each consumer's staging for the epilogue, what a consumer hands over, the tokens' scales.
+constexpr int epilogue_bytes(int token_tile) {
+  const int narrow = token_tile * kNarrowPitch,
+            wide = (token_tile < kWideTokens ? token_tile : kWideTokens) * kWidePitch;
+  return narrow > wide ? narrow : wide;
 }
-
-inline constexpr int kResidentTokens = 4;  // at most: rounding them in every block costs less than a kernel before
-inline constexpr double kRoundingKernel = 3.0;  // microseconds that a kernel before costs
-inline constexpr int kFewestStages = 8;  // what two batches of a consumer that takes turns span
+constexpr int staging_bytes(int token_tile) {
+  const int epilogue = epilogue_bytes(token_tile), handed = 64 * token_tile * 4;
+  return (takes_turns(token_tile) ? epilogue + handed : kConsumers * epilogue) + kConsumers * token_tile * 4;
+}
 
 // Signed: sign-and-magnitude codes. Unsigned: codes 0..15 and a correction by the sums of x. Fold: e4m3(q * scale).
 enum class Form : uint8_t { kSigned = 0, kUnsigned = 1, kFold = 2 };
@@ -85,7 +91,7 @@ constexpr bool segment_of(const Work& work, int block, int index, Segment& segme
 struct DevicePlan {
   Form form;
   bool fine;  // scales change within 128 columns: the partial sum is taken up every 32, or 16
-  bool resident;  // the kernel rounds the tokens itself
+  stream::Cut stream;  // where it fits, stream.cuh takes the product and nothing below holds
   int token_tile;  // tokens of a tile: N of the instruction
   int group_blocks;  // 64-row blocks that a consumer warpgroup multiplies by the same tokens
   int token_tiles, row_tiles;
@@ -115,7 +121,7 @@ inline double unit_time(const DevicePlan& plan, int busy_blocks) {
   const double rows = plan.blocks_of_tile() * 64.0;
   const double weights = rows * 66, tokens = plan.token_tile * 128.0;
   const double cached = (weights + tokens / plan.cluster()) * busy_blocks * plan.cluster() / 5.0e6;
-  return std::max({rows * plan.token_tile * 128 / 4096 / 1500, weights / 15e3 + (plan.resident ? 0.0 : 0.05), cached});
+  return std::max({rows * plan.token_tile * 128 / 4096 / 1500, weights / 15e3 + 0.05, cached});
 }
 // The weights of some tiles come from memory once.
 inline double memory_time(const DevicePlan& plan, int tiles) {
@@ -143,7 +149,7 @@ inline double divide_work(DevicePlan& plan, int k_tiles, int multiprocessors) {
   const double whole = full + std::max(memory, k_tiles * unit_time(plan, left));
   const int units = left * k_tiles;
   const int blocks = std::min(units, most);
-  if (plan.resident || (blocks < most && work.tiles > left)) return whole;  // every block's run must hold a unit
+  if (blocks < most && work.tiles > left) return whole;  // every block's run must hold a unit
   const double split = full + join_time(plan, blocks) +
                        std::max(memory, static_cast<double>(ceil_div(units, blocks)) * unit_time(plan, blocks));
   if (split >= whole) return whole;
@@ -156,11 +162,10 @@ inline double divide_work(DevicePlan& plan, int k_tiles, int multiprocessors) {
 
 // As many stages as fit beside the rest.
 inline void divide_memory(DevicePlan& plan, const format::Int4HopperView& weight) {
-  constexpr int kMaxShared = 232448, kBarriers = 1024;
   const int sums = plan.form == Form::kUnsigned ? weight.subs() * plan.token_tile * 4 : 0;
   const int tokens = plan.token_tile * format::Int4Hopper::kCols;
-  plan.stage_bytes = plan.blocks_of_tile() * slot_bytes(weight) + sums + (plan.resident ? 0 : tokens);
-  const int64_t beside = staging_floats(plan.token_tile) * 4 + kBarriers + (plan.resident ? weight.tiles * tokens : 0);
+  plan.stage_bytes = plan.blocks_of_tile() * slot_bytes(weight) + sums + tokens;
+  const int64_t beside = staging_bytes(plan.token_tile) + kBarrierBytes;
   plan.stages = static_cast<int>(std::clamp<int64_t>((kMaxShared - beside) / plan.stage_bytes, 0, kMaxStages));
   plan.shared_bytes = static_cast<int>(plan.stages * plan.stage_bytes + beside);
 }
@@ -173,6 +178,13 @@ inline double complete(DevicePlan& plan, int64_t m, const format::Int4HopperView
   return divide_work(plan, static_cast<int>(weight.tiles), multiprocessors);
 }
 
+// The kernel for few tokens takes signed codes with one scale of 16 bits a row and chunk.
+inline stream::Cut choose_stream(const DevicePlan& plan, int64_t m, const format::Int4HopperView& weight,
+                                 int multiprocessors) {
+  if (plan.form != Form::kSigned || plan.fine || format::scale_bytes(weight.scale_type) != 2) return {};
+  return stream::choose_cut(m, weight.n, weight.k, multiprocessors);
+}
+
 }  // namespace detail
 
 inline Form form_of(const format::Int4HopperView& weight, bool fold) {
@@ -183,27 +195,20 @@ inline Form form_of(const format::Int4HopperView& weight, bool fold) {
 // The number of tokens of a tile, among those that kernels exist for.
 inline int choose_token_tile(const DevicePlan& plan, int64_t m) {
   const bool main_form = plan.form == Form::kSigned && !plan.fine;
-  if (m <= 16) return main_form && m <= 8 ? 8 : 16;
+  if (m <= 16) return 16;
   if (main_form && m <= 64) return m <= 32 ? 32 : 64;
   return 128;
 }
 
-// `rounds`: x itself is there, so that the kernel may round it.
-inline DevicePlan choose_device_plan(int64_t m, const format::Int4HopperView& weight, bool fold, bool rounds,
-                                     int multiprocessors) {
+inline DevicePlan choose_device_plan(int64_t m, const format::Int4HopperView& weight, bool fold, int multiprocessors) {
   DevicePlan plan{};
   plan.form = form_of(weight, fold);
   plan.fine = weight.sub != format::Int4Hopper::kCols;
+  plan.stream = detail::choose_stream(plan, m, weight, multiprocessors);
+  if (plan.stream.fits) return plan;
   plan.token_tile = choose_token_tile(plan, m);
   plan.group_blocks = 1;
-  plan.resident = rounds && m <= kResidentTokens && plan.token_tile == 8;
   const double one = detail::complete(plan, m, weight, multiprocessors);
-  if (plan.resident) {
-    DevicePlan rounded = plan;
-    rounded.resident = false;
-    const double other = detail::complete(rounded, m, weight, multiprocessors) + kRoundingKernel;
-    if (plan.stages < 2 * kFewestStages || other < one) return rounded;  // a very long row, or tiles worth splitting
-  }
   if (plan.token_tile == 128 && plan.form != Form::kUnsigned && !plan.fine) {
     DevicePlan wide = plan;
     wide.group_blocks = 2;

@@ -180,7 +180,8 @@ TILEWRIGHT_DEVICE void write_codes(const Token<T>& source, const QuantizeProblem
 
 template <class T>
 __global__ void __launch_bounds__(kQuantizeThreads) quantize_kernel(const __grid_constant__ QuantizeProblem p) {
-  hopper::allow_next_kernel();
+  hopper::wait_for_previous_kernel();
+  hopper::allow_next_kernel();  // whose weights may come now: all that is earlier is over
   const int64_t token = blockIdx.x;
   Token<T> source(p, token);
   if (p.norm != nullptr) source.inverse_rms = find_inverse_rms(source.row, p);
