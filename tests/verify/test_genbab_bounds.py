@@ -267,3 +267,49 @@ def test_non_contiguous_weights_and_float32():
     assert torch.allclose(lower32.double(), lower, atol=1e-4)
     assert torch.allclose(upper32.double(), upper, atol=1e-4)
     assert lower.dtype == torch.float64
+
+
+def test_a_half_space_cuts_the_box_as_the_linear_program_says():
+    from scipy.optimize import linprog
+
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(shape, generator=generator, dtype=torch.float64)
+
+    solved = 0
+    for seed in range(200):
+        n = (1, 2, 5, 20)[seed % 4]
+        a, normal, offset = draw(1, 1, n), draw(1, 1, n), draw(1, 1) * 0.3 * n**0.5
+        a[..., 0] *= seed % 5 > 0
+        normal[..., 0] *= seed % 7 > 0
+        low, high = -draw(1, n).abs(), draw(1, n).abs()
+        exact = linprog(
+            a.flatten().numpy(),
+            A_ub=-normal[0].numpy(),
+            b_ub=-offset[0].numpy(),
+            bounds=list(zip(low[0].tolist(), high[0].tolist(), strict=True)),
+        )
+        cut = Region(low, high, normals=normal, offsets=offset).minimum(a)
+        if exact.status == 0:
+            solved += 1
+            assert abs(float(cut) - exact.fun) < 1e-9
+    assert solved > 120
+
+
+def test_several_half_spaces_bound_from_below():
+    generator = torch.Generator().manual_seed(1)
+    low, high = -torch.ones((3, 6), dtype=torch.float64), torch.ones((3, 6), dtype=torch.float64)
+    a, normals = (torch.randn((3, 4, 6), generator=generator, dtype=torch.float64) for _ in range(2))
+    centre = 0.3 * torch.randn((3, 1, 6), generator=generator, dtype=torch.float64)
+    offsets = (normals * centre).sum(-1) - 0.5  # so that some of the box is inside
+    box, cut = Region(low, high), Region(low, high, normals=normals, offsets=offsets)
+    x = box.sample(20000, generator)
+    inside = (torch.einsum("bkn,sbn->sbk", normals, x) >= offsets).all(-1)
+    value = torch.einsum("bkn,sbn->sbk", a, x).masked_fill(~inside[..., None], torch.inf)
+    assert inside.any(0).all()
+    assert (cut.minimum(a) <= value.amin(0) + 1e-9).all()
+    assert (cut.minimum(a) >= box.minimum(a) - 1e-12).all()
+    assert (cut.minimum(a) > box.minimum(a) + 1e-3).any()
+    part = cut.take(torch.tensor([2]))
+    assert torch.equal(part.minimum(a[2:]), cut.minimum(a)[2:])

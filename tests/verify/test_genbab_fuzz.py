@@ -7,12 +7,16 @@ import pytest
 import torch
 from genbab_cases import random_boxes, random_graph
 
+from tilewright.verify.genbab.bab import Search, Settings
 from tilewright.verify.genbab.bounds import Splits, backward, bound_nodes, slopes_of
+from tilewright.verify.genbab.branching import Branching
 from tilewright.verify.genbab.optimise import Schedule, alpha_crown
+from tilewright.verify.genbab.properties import Property
 from tilewright.verify.genbab.region import Region
 
 GRAPHS, BATCH, SAMPLES = 2000, 2, 40
 CHUNKS = 20
+SEARCHES = 100
 SLACK = 1e-8
 
 
@@ -88,3 +92,37 @@ def constrained(graph, region, bounds, slopes, rows, points, values, forms, gene
     on_side = (sign * (z[:, :, unit] - point) >= 0)[:, :, None]
     room = SLACK * (1 + forms.abs().amax(0))
     assert not (on_side & (forms < lower - room)).any(), seed
+
+
+@pytest.mark.parametrize("chunk", range(4))
+def test_no_output_leaves_the_bound_of_its_subdomain(chunk):
+    # Whole searches: cut units, their half-spaces, refreshed intervals, multipliers.
+    cuts = 0
+    for seed in range(chunk, SEARCHES, 4):
+        graph = random_graph(10_000 + seed)
+        low, high = random_boxes(10_000 + seed, 2)
+        region = Region(low[1:], high[1:])
+        c = torch.tensor([[[1.0, -0.5]]], dtype=torch.float64)
+        prop = Property(c, torch.zeros((1, 1), dtype=torch.float64))
+        how = Branching(("bbps", "babsr", "width")[seed % 3], ("opt", "uniform")[seed % 2])
+        settings = Settings(how, batch_size=4, max_domains=14, root=Schedule(3), branch=Schedule(3))
+        search = Search(graph, region, prop, settings, lambda x: False, lambda: 1e300)  # noqa: ARG005
+        search.root()
+        search.run()
+        x = region.sample(300, torch.Generator().manual_seed(seed))[:, 0]
+        values = graph.values(x)
+        y = (values[-1] @ c[0, 0]).reshape(-1)
+        covered = torch.zeros(len(x), dtype=torch.bool)
+        for _, _, domain in search.heap:
+            inside = ((x >= domain.x_L) & (x <= domain.x_U)).all(1)
+            for one in domain.constraints:
+                inside &= one.sign * (values[one.node][:, one.unit] - one.point) >= 0
+                cuts += 1
+            covered |= inside
+            room = SLACK * (1 + y.abs())
+            assert not (inside & (y < domain.lower[0] - room)).any(), seed
+            for node, (l, u) in domain.bounds.items():
+                z = values[node][inside]
+                assert not ((z < l - SLACK * (1 + z.abs())) | (z > u + SLACK * (1 + z.abs()))).any(), seed
+        assert search.stuck < torch.inf or covered.all(), seed
+    assert cuts > SEARCHES

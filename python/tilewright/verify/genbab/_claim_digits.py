@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import heapq
 import itertools
 import math
 import statistics
@@ -32,23 +31,28 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": nn.functional.gelu,
 }
 WAYS = {"BBPS, best points": Branching("bbps", "opt"), "BaBSR-like, midpoints": Branching("babsr", "uniform")}
-EPSILONS = [0.005 * 1.15**i for i in range(24)]
+TRAIN_EPS = 0.08
+EPSILONS = [0.03 + 0.0025 * i for i in range(40)]
+EPOCHS = {"sigmoid": 240}
+"""Of training, where it is not 40: sigmoids learn slowly."""
 
 
 @dataclass(frozen=True)
 class Size:
-    """How much of it: activations, training seeds, images a net, subdomains and seconds an image."""
+    """How much of it: activations, training seeds, images a net, subdomains and seconds an image.
+
+    The short form is limited by subdomains alone, so that its verdicts do not depend on how busy the machine is.
+    """
 
     activations: tuple[str, ...]
     seeds: tuple[int, ...]
     images: int
     domains: int
     seconds: float
-    epochs: int = 40
 
 
-FULL = Size(("sigmoid", "tanh", "sin", "gelu"), (0, 1), 12, 600, 30.0)
-QUICK = Size(("tanh", "gelu"), (0,), 6, 200, 20.0, 25)
+FULL = Size(("sigmoid", "tanh", "sin", "gelu"), (0,), 20, 1 << 30, 6.0)
+QUICK = Size(("tanh", "sin"), (0,), 8, 48, 600.0)
 
 
 class Classifier(nn.Module):
@@ -77,22 +81,31 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return x[order[:1500]], y[order[:1500]], x[order[1500:]], y[order[1500:]]
 
 
-def trained(
-    activation: str, seed: int, epochs: int, data: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> tuple[Classifier, float]:
-    """A classifier trained with Adam, and its accuracy on the test part."""
+def trained(activation: str, seed: int, data: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Classifier, float]:
+    """A classifier trained with Adam, and its accuracy on the test part.
+
+    It trains on images that one signed gradient step made worse: attacks break plainly trained nets at radii where
+    bounds are still tight, and nothing is left to branch on.
+    """
     torch.manual_seed(seed)
     net = Classifier(activation).double()
     x, y, test_x, test_y = data
     adam = torch.optim.Adam(net.parameters(), lr=3e-3, weight_decay=1e-4)
-    for _ in range(epochs):
+    for _ in range(EPOCHS.get(activation, 40)):
         for rows in torch.randperm(len(x)).split(100):
-            loss = nn.functional.cross_entropy(net(x[rows]), y[rows])
+            loss = nn.functional.cross_entropy(net(worse(net, x[rows], y[rows])), y[rows])
             adam.zero_grad()
             loss.backward()
             adam.step()
     with torch.no_grad():
         return net.eval(), float((net(test_x).argmax(1) == test_y).double().mean())
+
+
+def worse(net: Classifier, x: Tensor, y: Tensor) -> Tensor:
+    """Images moved by TRAIN_EPS up the gradient's sign, from a random point within TRAIN_EPS."""
+    near = (x + TRAIN_EPS * (2 * torch.rand_like(x) - 1)).requires_grad_()
+    (gradient,) = torch.autograd.grad(nn.functional.cross_entropy(net(near), y), near)
+    return (x + TRAIN_EPS * gradient.sign()).clamp(0, 1)
 
 
 def against(label: int) -> Tensor:
@@ -119,12 +132,12 @@ def proved_alone(graph: Graph, x: Tensor, labels: Tensor, eps: float, steps: int
 
 
 def choose_eps(graph: Graph, x: Tensor, labels: Tensor) -> float:
-    """The largest radius of EPSILONS at which a short alpha-CROWN still proves at least 30 % of the images."""
+    """The largest radius of EPSILONS at which a short alpha-CROWN still proves at least 40 % of the images."""
     low, high = 0, len(EPSILONS) - 1
     while low < high:
         middle = (low + high + 1) // 2
         share = proved_alone(graph, x, labels, EPSILONS[middle], 15).double().mean()
-        low, high = (middle, high) if share >= 0.3 else (low, middle - 1)
+        low, high = (middle, high) if share >= 0.4 else (low, middle - 1)
     return EPSILONS[low]
 
 
@@ -164,8 +177,7 @@ def settings(size: Size, how: Branching) -> Settings:
 def branched(root: Search, how: Branching) -> tuple[Outcome, float]:
     """A search from the root's subdomains."""
     search = Search(root.graph, root.region, root.prop, replace(root.settings, branching=how), root.confirm)
-    for margin, _, domain in root.heap:
-        heapq.heappush(search.heap, (margin, next(search.order), domain))
+    search.adopt(root)
     start = time.perf_counter()
     return search.run(), time.perf_counter() - start
 
@@ -178,16 +190,17 @@ def rows(experiment: Experiment) -> Iterator[Row]:
     experiment.values["digits"] = nets
     yield at_least("test accuracy, worst net", min(net["accuracy"] for net in nets), 0.9)
     share = [net["alone"] / net["images"] for net in nets]
-    yield Row(
-        "alpha-CROWN alone proves, share of images, by net",
-        "",
-        ", ".join(f"{s:.2f}" for s in share),
-        "0.2 to 0.6 each",
-        all(0.2 <= s <= 0.6 for s in share),
+    yield experiment.in_full(
+        Row(
+            "alpha-CROWN alone proves, share of images, by net",
+            "",
+            ", ".join(f"{s:.2f}" for s in share),
+            "0.2 to 0.6 each",
+            all(0.2 <= s <= 0.6 for s in share),
+        )
     )
-    yield at_most(
-        "images that the attack breaks, worst share", max(net["broken"] / net["images"] for net in nets), 0.15
-    )
+    broken = max(net["broken"] / net["images"] for net in nets)
+    yield experiment.in_full(at_most("images that the attack breaks, worst share", broken, 0.149))
     for name in size.activations:
         mine = [net for net in nets if net["activation"] == name]
         alone, ours, other = (sum(net[key] for net in mine) for key in ("alone", *WAYS))
@@ -214,7 +227,7 @@ def one_net(
 ) -> dict[str, Any]:
     """Train, choose a radius, verify the first correctly classified test images."""
     experiment.say(f"digits: {name}, seed {seed}")
-    net, accuracy = trained(name, seed, size.epochs, data)
+    net, accuracy = trained(name, seed, data)
     graph = BoundedModule(net, data[2][:1]).graph
     with torch.no_grad():
         right = (net(data[2]).argmax(1) == data[3]).nonzero().squeeze(1)[: size.images]

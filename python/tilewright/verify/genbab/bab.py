@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tilewright.verify.genbab import attack
-from tilewright.verify.genbab.bounds import Trace, as_parameters, as_slopes, backward, bound_nodes, slopes_of
+from tilewright.verify.genbab.bounds import Bounds, Trace, as_parameters, as_slopes, backward, bound_nodes, slopes_of
 from tilewright.verify.genbab.branching import Branching, Shortcuts, decide, input_decision, shortcuts
 from tilewright.verify.genbab.domains import Batch, Domain, stack, unstack
 from tilewright.verify.genbab.graph import Graph
@@ -32,8 +32,8 @@ class Settings:
 
     split: "neuron" cuts units before nonlinearities (input axes when none is left, unless the branching names what to
         cut), "input" only input axes.
-    refresh: whether intermediate bounds are computed anew in every subdomain, or stay the root's but for the cut unit
-        and what interval arithmetic makes of it.
+    refresh: whether intermediate bounds are computed anew in every subdomain, over the part of the box that its cut
+        units leave, or stay the root's but for the cut unit and what interval arithmetic makes of it.
     batch_size: subdomains cut a round. max_domains: subdomains bounded in all.
     """
 
@@ -42,7 +42,7 @@ class Settings:
     timeout: float = 60.0
     batch_size: int = 64
     max_domains: int = 1 << 30
-    refresh: bool = False
+    refresh: bool = True
     tolerance: float = TOLERANCE
     root: Schedule = ROOT
     branch: Schedule = BRANCH
@@ -100,6 +100,7 @@ class Search:
         self.settled = math.inf
         self.stuck = math.inf
         self.trace: list[tuple[float, int, float]] = []
+        self.first: Bounds = {}
         self.short: dict[int, Shortcuts] | None = None
         self.seen: Callable[[Tensor], object] = torch.numel
 
@@ -115,6 +116,7 @@ class Search:
             raise ArithmeticError("the bounds of the whole input set contradict each other; please report this model")
         lower = solution.lower.reshape(k, r) + self.prop.d
         bounds = {i: (solution.bounds[i][0][0], solution.bounds[i][1][0]) for i in self.graph.pre}
+        self.first = bounds
         found = as_slopes(solution.alphas, slopes_of(self.graph, solution.bounds))
         for clause in range(k):
             rows = slice(clause * r, (clause + 1) * r)
@@ -123,6 +125,12 @@ class Search:
             self._file(Domain(clause, *box, bounds, alphas, lower[clause]))
         self.note()
         return solution
+
+    def adopt(self, other: Search) -> None:
+        """Begin where another search of the same problem is."""
+        self.first = other.first
+        for margin, _, domain in other.heap:
+            heapq.heappush(self.heap, (margin, next(self.order), domain))
 
     def _file(self, domain: Domain) -> None:
         """Keep a subdomain for later, or count it as done; a margin that is NaN is never done."""
@@ -145,7 +153,6 @@ class Search:
 
     def run(self) -> Outcome:
         """Search to the end; the root must have been bounded."""
-        self.short = None
         while self.heap:
             if self.heap[0][0] > self.enough():
                 break
@@ -167,9 +174,9 @@ class Search:
         return Outcome(status, self.lower_bound, witness, self.visited, reason, self.trace)
 
     def _shortcuts(self) -> dict[int, Shortcuts]:
-        if self.settings.split == "neuron" and self.settings.branching.score == "bbps":
-            domain = self.heap[0][2]
-            bounds = {i: (l[None], u[None]) for i, (l, u) in domain.bounds.items()}
+        """Linear bounds of units over the whole set: every subdomain may take half-spaces from them."""
+        if self.settings.split == "neuron" and (self.settings.refresh or self.settings.branching.score == "bbps"):
+            bounds = {i: (l[None], u[None]) for i, (l, u) in self.first.items()}
             return shortcuts(self.graph, bounds, self.region, slopes_of(self.graph, bounds))
         return {}
 
@@ -219,7 +226,8 @@ class Search:
         for row, parent in enumerate(parents):
             if units is not None and int(units.unit[row]) >= 0:
                 node, unit, point = int(units.node[row]), int(units.unit[row]), float(units.point[row])
-                children += parent.cut_input(unit, point) if node == 0 else parent.cut_unit(node, unit, point)
+                short = (self.short or {}).get(node)
+                children += parent.cut_input(unit, point) if node == 0 else parent.cut_unit(node, unit, point, short)
                 continue
             only = units is not None and self.settings.branching.only is not None
             radius = 0.0 if only else float((parent.x_U - parent.x_L)[axis[row]]) / 2
@@ -242,7 +250,7 @@ class Search:
         before = torch.stack([child.lower for child in children])
         with torch.no_grad():
             known = {i: interval for i, interval in batch.bounds.items() if i != 0}
-            bounds, empty = bound_nodes(self.graph, batch.region, crown=fresh or settings.refresh, known=known)
+            bounds, empty = bound_nodes(self.graph, batch.cut, crown=fresh or settings.refresh, known=known)
             bounds = {i: bounds[i] for i in self.graph.pre}
             slopes = slopes_of(self.graph, bounds)
             plain = backward(

@@ -15,11 +15,11 @@ from torch import Tensor
 
 from tilewright.verify.genbab.bounds import Bounds, SlopeMap, Trace, backward, lines, slope_map
 from tilewright.verify.genbab.graph import Graph, Product
-from tilewright.verify.genbab.region import Region
+from tilewright.verify.genbab.region import Region, best_multiplier
 from tilewright.verify.genbab.split_table import points as table_points
 from tilewright.verify.genbab.unary import Unary
 
-MIN_WIDTH = 1e-2
+MIN_WIDTH = 1e-4
 """Units of smooth functions narrower than this are left alone."""
 
 SCORE_ENTRIES = 1 << 22
@@ -36,6 +36,15 @@ class Shortcuts:
     lower_bias: Tensor
     upper: Tensor
     upper_bias: Tensor
+
+    def half_space(self, unit: int, sign: float, point: float) -> tuple[Tensor | None, float]:
+        """(normal, offset) of normal . x >= offset, which every x with sign (z_unit - point) >= 0 meets; no normal
+        where the unit has no finite line."""
+        if sign > 0:
+            normal, offset = self.upper[unit], point - float(self.upper_bias[unit])
+        else:
+            normal, offset = -self.lower[unit], float(self.lower_bias[unit]) - point
+        return (normal, offset) if bool(normal.isfinite().all()) and math.isfinite(offset) else (None, 0.0)
 
 
 def shortcuts(graph: Graph, bounds: Bounds, region: Region, slopes: dict[int, SlopeMap]) -> dict[int, Shortcuts]:
@@ -177,7 +186,10 @@ def _scores(
         ]
     else:
         assert short is not None
-        lifts = [_lift(region, trace, short, (old_a, old_b), new) for new in halves]
+        lifts = [
+            _lift(region, trace, short, (old_a, old_b), new, sign, point)
+            for new, sign in zip(halves, (-1.0, 1.0), strict=True)
+        ]
     return torch.minimum(*lifts).sum(1)
 
 
@@ -216,13 +228,21 @@ def _reach(graph: Graph, index: int, bounds: Bounds, trace: Trace, new: tuple[Te
 
 
 def _lift(
-    region: Region, trace: Trace, short: Shortcuts, old: tuple[Tensor, Tensor], new: tuple[Tensor, Tensor]
+    region: Region,
+    trace: Trace,
+    short: Shortcuts,
+    old: tuple[Tensor, Tensor],
+    new: tuple[Tensor, Tensor],
+    sign: float,
+    point: Tensor,
 ) -> Tensor:
-    """Change of the bound when one unit's coefficient and intercept change, pushed to the input by the shortcut."""
+    """Change of the bound when one unit's coefficient and intercept change, pushed to the input by the shortcut; the
+    minimum is over the inputs that the unit's new interval leaves, by the same shortcut."""
     row = trace.row
     assert row is not None
     batch, rows, n = old[0].shape
     per_set = max(1, SCORE_ENTRIES // (rows * n * row.shape[-1]))
+    normal = short.upper if sign > 0 else -short.lower
     parts = []
     for at in torch.arange(batch).split(per_set):
         coefficient, bias = _through(short, old[0][at], old[1][at])
@@ -230,7 +250,11 @@ def _lift(
         total = row[at].unsqueeze(2) + changed - coefficient
         some = region.take(at)
         before = some.minimum(row[at]).unsqueeze(2)
-        after = some.minimum(total.flatten(1, 2)).reshape(len(at), rows, n)
+        offset = point[at] - short.upper_bias if sign > 0 else short.lower_bias - point[at]
+        box = (t[:, None, None] for t in (some.x_L, some.x_U))
+        beta = best_multiplier(total, normal, offset.unsqueeze(1), *box)
+        total = total - beta.unsqueeze(-1) * normal
+        after = some.minimum(total.flatten(1, 2)).reshape(len(at), rows, n) + beta * offset.unsqueeze(1)
         parts.append(after - before + changed_bias - bias)
     return torch.cat(parts)
 

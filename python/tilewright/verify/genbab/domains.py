@@ -4,26 +4,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from tilewright.verify.genbab.bounds import Bounds, Splits
+from tilewright.verify.genbab.branching import Shortcuts
 from tilewright.verify.genbab.graph import Graph
 from tilewright.verify.genbab.properties import Property
 from tilewright.verify.genbab.region import Region
 
+HALF_SPACES, HALF_SPACE_ENTRIES = 4, 256
+"""How many of a subdomain's half-spaces its bounds use: this many, or more where they have few entries in all."""
+
 
 @dataclass(frozen=True, eq=False)
 class Constraint:
-    """sign (z_unit - point) >= 0 at a node, and its multipliers [R]."""
+    """sign (z_unit - point) >= 0 at a node, and its multipliers [R].
+
+    normal [n_in], offset: the half-space normal . x >= offset that follows from it, by linear bounds of the unit.
+    """
 
     node: int
     unit: int
     sign: float
     point: float
     beta: Tensor
+    normal: Tensor | None = None
+    offset: float = 0.0
 
 
 @dataclass(eq=False)
@@ -49,14 +58,15 @@ class Domain:
         """The clause holds when one of its rows is positive."""
         return float(self.lower.max())
 
-    def cut_unit(self, node: int, unit: int, point: float) -> list[Domain]:
-        """The halves z <= point and z >= point of a unit."""
+    def cut_unit(self, node: int, unit: int, point: float, short: Shortcuts | None = None) -> list[Domain]:
+        """The halves z <= point and z >= point of a unit; short: linear bounds of the node's units in the input."""
         halves = []
         for sign in (-1.0, 1.0):
             l, u = self.bounds[node]
             l, u = (l, u.clone()) if sign < 0 else (l.clone(), u)
             (u if sign < 0 else l)[unit] = point
-            more = Constraint(node, unit, sign, point, torch.zeros_like(self.lower))
+            half = (None, 0.0) if short is None else short.half_space(unit, sign, point)
+            more = Constraint(node, unit, sign, point, torch.zeros_like(self.lower), *half)
             bounds = {**self.bounds, node: (l, u)}
             # An earlier cut of the same unit on the same side is implied, and its multiplier only in the way.
             kept = tuple(c for c in self.constraints if (c.node, c.unit, c.sign) != (node, unit, sign))
@@ -75,9 +85,13 @@ class Domain:
 
 @dataclass(eq=False)
 class Batch:
-    """Domains stacked: c [B, R, n_out] and d [B, R] of their clauses."""
+    """Domains stacked: c [B, R, n_out] and d [B, R] of their clauses.
+
+    region: their boxes. cut: the same with the half-spaces of their constraints.
+    """
 
     region: Region
+    cut: Region
     bounds: Bounds
     c: Tensor
     d: Tensor
@@ -95,7 +109,24 @@ def stack(graph: Graph, domains: Sequence[Domain], root: Region, prop: Property)
     }
     alphas = {i: torch.stack([d.alphas[i] for d in domains], dim=1) for i in first.alphas}
     clause = torch.tensor([d.clause for d in domains])
-    return Batch(region, bounds, prop.c[clause], prop.d[clause], alphas, _splits(graph, domains))
+    cut = _with_half_spaces(region, domains)
+    return Batch(region, cut, bounds, prop.c[clause], prop.d[clause], alphas, _splits(graph, domains))
+
+
+def _with_half_spaces(region: Region, domains: Sequence[Domain]) -> Region:
+    """The boxes cut with the half-spaces of the domains' latest constraints, latest first."""
+    most = max(HALF_SPACES, HALF_SPACE_ENTRIES // region.x_L.shape[1])
+    lists = [[c for c in reversed(d.constraints) if c.normal is not None][:most] for d in domains]
+    width = max(map(len, lists))
+    if not width:
+        return region
+    normals = torch.zeros((len(domains), width, region.x_L.shape[1]), dtype=region.x_L.dtype)
+    offsets = torch.zeros((len(domains), width), dtype=region.x_L.dtype)
+    for row, constraints in enumerate(lists):
+        for column, one in enumerate(constraints):
+            assert one.normal is not None
+            normals[row, column], offsets[row, column] = one.normal, one.offset
+    return replace(region, normals=normals, offsets=offsets)
 
 
 def _splits(graph: Graph, domains: Sequence[Domain]) -> dict[int, Splits]:
@@ -132,5 +163,5 @@ def unstack(
         for one in domain.constraints:
             at = column.get(one.node, 0)
             column[one.node] = at + 1
-            renewed.append(Constraint(one.node, one.unit, one.sign, one.point, betas[one.node][row, :, at]))
+            renewed.append(replace(one, beta=betas[one.node][row, :, at]))
         domain.constraints = tuple(renewed)

@@ -193,6 +193,21 @@ def _linear(b: Builder, target: Any, args: tuple[Any, ...], kwargs: dict[str, An
     return b.affine(fn, *values, magnitude=lambda *xs: fn(*xs) - constant)
 
 
+@_handles("full_like")
+def _full_like(b: Builder, x: Any, value: float, **how: Any) -> Tensor:
+    return torch.full(x.shape, float(value), dtype=b.dtype)
+
+
+@_handles("zeros_like")
+def _zeros_like(b: Builder, x: Any, **how: Any) -> Tensor:
+    return _full_like(b, x, 0.0, **how)
+
+
+@_handles("ones_like")
+def _ones_like(b: Builder, x: Any, **how: Any) -> Tensor:
+    return _full_like(b, x, 1.0, **how)
+
+
 @_handles("add")
 def _add(b: Builder, x: Any, y: Any, alpha: float = 1.0) -> Any:
     return b.add(x, y, float(alpha))

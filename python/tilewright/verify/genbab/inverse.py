@@ -21,7 +21,7 @@ REACH = 1e8
 """Bounds beyond this are outside the table, and outside the domain of a function that needs it."""
 
 CELLS = 1024
-STEPS = 5
+STEPS = 2
 
 
 def _edges(left: float, right: float) -> Tensor:
@@ -55,14 +55,15 @@ class Piece:
             )
         self.d = d.cummax(0).values
 
-    def bracket(self, k: Tensor) -> tuple[Tensor, Tensor]:
-        """Ends of the cell that holds f' = k; NaN where the piece has no such point."""
+    def bracket(self, k: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Ends of the cell that holds f' = k, and how far f' is from k there, the sign being that of a rising f'; NaN
+        where the piece has no such point."""
         k = k.contiguous() if self.rising else -k
         x, d = self.x.to(k), self.d.to(k)
         cell = torch.searchsorted(d, k).clamp(1, len(d) - 1)
-        found = (k >= d[0]) & (k <= d[-1])
-        nan = torch.full_like(k, math.nan)
-        return torch.where(found, x[cell - 1], nan), torch.where(found, x[cell], nan)
+        k = torch.where((k >= d[0]) & (k <= d[-1]), k, torch.full_like(k, math.nan))
+        hidden = k - k
+        return x[cell - 1] + hidden, x[cell] + hidden, d[cell - 1] - k, d[cell] - k
 
 
 class Inverse:
@@ -73,33 +74,32 @@ class Inverse:
         cuts = [domain[0], *inflections, domain[1]]
         self.pieces = [Piece(df, left, right) for left, right in itertools.pairwise(cuts)]
 
-    def critical(self, k: Tensor, l: Tensor, u: Tensor) -> list[Tensor]:  # noqa: ARG002
+    def critical(self, k: Tensor, l: Tensor, u: Tensor) -> list[Tensor]:
         """One candidate a piece (NaN where there is none)."""
-        return [self._solve(piece, k) for piece in self.pieces]
+        return [x for x, _ in self.solved(k, l, u)]
 
-    def _solve(self, piece: Piece, k: Tensor) -> Tensor:
-        a, b = piece.bracket(k)
-        sign = 1.0 if piece.rising else -1.0
-        fa, fb = sign * (self.df(a) - k), sign * (self.df(b) - k)
-        x = (a + b) / 2
-        for step in range(STEPS):
-            # Secant point, kept inside; a halving now and then guards against a flat end.
+    def solved(self, k: Tensor, l: Tensor, u: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """For each piece a candidate (NaN where there is none), and how far f - k x there can be from its extremum on
+        the part of [l, u] that the piece's bracket meets."""
+        return [self._solve(piece, k, l, u) for piece in self.pieces]
+
+    def _solve(self, piece: Piece, k: Tensor, l: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+        first, last, fa, fb = piece.bracket(k)
+        a, b, x = first, last, first
+        for _ in range(STEPS):
+            # Secant point, kept inside.
             slope = fb - fa
-            x = torch.where(slope > 0, b - fb * (b - a) / slope, (a + b) / 2) if step != 2 else (a + b) / 2
+            x = torch.where(slope > 0, b - fb * (b - a) / slope, (a + b) / 2)
             x = torch.minimum(torch.maximum(x, a), b)
-            fx = sign * (self.df(x) - k)
+            fx = self.df(x) - k
+            fx = fx if piece.rising else -fx
             right = fx >= 0
             a, fa = torch.where(right, a, x), torch.where(right, fa, fx)
             b, fb = torch.where(right, x, b), torch.where(right, fx, fb)
-        return torch.where(fa.abs() < fb.abs(), a, b)
-
-    def error(self, x: Tensor, k: Tensor, index: int, l: Tensor, u: Tensor) -> Tensor:
-        """|f'(x) - k| (b - a) where the piece's bracket meets [l, u], else 0."""
-        a, b = self.pieces[index].bracket(k)
-        meets = (a <= u) & (b >= l)
-        width = torch.minimum(b, u) - torch.maximum(a, l)
-        bound = (self.df(x) - k).abs() * width.clamp(min=0)
-        return torch.where(meets & bound.isfinite(), bound, torch.zeros_like(bound))
+        x = torch.where(fa.abs() < fb.abs(), a, b)
+        width = (torch.minimum(last, u) - torch.maximum(first, l)).clamp(min=0)
+        error = (self.df(x) - k).abs() * width
+        return x, torch.where(error.isfinite(), error, torch.zeros_like(error))
 
 
 def unary_relaxation(

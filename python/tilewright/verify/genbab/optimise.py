@@ -45,7 +45,7 @@ class Schedule:
 
 
 ROOT = Schedule()
-BRANCH = Schedule(steps=20, lr_alpha=0.02, lr_beta=0.1, decay=0.95)
+BRANCH = Schedule(steps=10, lr_alpha=0.04, lr_beta=0.2, decay=0.9)
 
 
 @dataclass(eq=False)

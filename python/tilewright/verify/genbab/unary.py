@@ -26,7 +26,10 @@ Function = Callable[[Tensor], Tensor]
 Critical = Callable[[Tensor, Tensor, Tensor], Sequence[Tensor]]
 
 BISECTIONS = 22
-"""Halvings of the slope's range for the default line; any slope is sound, this many leave 3e-7 of the range."""
+"""Halvings of the slope's range for the default line of a function that jumps; any slope is sound, this many leave
+3e-7 of the range."""
+SUPPORT_STEPS = 9
+"""Steps towards the default line of any other function."""
 
 SIDES = (1.0, -1.0)
 
@@ -45,8 +48,8 @@ class Unary:
     domain: closed interval on which f is defined; where bounds leave it the lines are infinite. pole: a point inside
         the domain that bounds must not touch.
     slope_limit: (l, u) -> the steepest slope to try, where f' is unbounded.
-    error: (x, k, index of the critical point) -> how far f - k x can be from its extremum there, for critical points
-        found by iteration.
+    iterative: for critical points found by iteration, what finds them (:class:`.inverse.Inverse`) and says how far
+        f - k x can be from its extremum there.
     """
 
     name: str
@@ -144,12 +147,9 @@ class Unary:
         best = sign * (self.f(l) - k * l)
         at = l.expand_as(k)
         best, at = _take(best, at, sign * (self.f(u) - k * u), u)
-        for index, x in enumerate(self.critical(k, l, u)):
+        for x, error in self._candidates(k, l, u):
             x = _inside(x, l, u)
-            value = sign * (self.f(x) - k * x)
-            if self.iterative is not None:
-                value = value - self.iterative.error(x, k, index, l, u)
-            best, at = _take(best, at, value, x)
+            best, at = _take(best, at, sign * (self.f(x) - k * x) - error, x)
         for kink in self.kinks:
             x = _inside(torch.full_like(k, kink), l, u)
             best, at = _take(best, at, sign * (self.f(x) - k * x), x)
@@ -159,6 +159,12 @@ class Unary:
                 candidate = torch.where(seen, sign * (limit - k * x), torch.full_like(k, math.inf))
                 best, at = _take(best, at, candidate, x)
         return sign * best, at
+
+    def _candidates(self, k: Tensor, l: Tensor, u: Tensor) -> list[tuple[Tensor, Tensor | float]]:
+        """Critical points, and how far f - k x can be from its extremum at each."""
+        if self.iterative is not None:
+            return list(self.iterative.solved(k, l, u))
+        return [(x, 0.0) for x in self.critical(k, l, u)]
 
     def intercepts(self, k: Tensor, l: Tensor, u: Tensor) -> Tensor:
         """Two-sided intercepts, differentiable in k, l and u, widened by 4 eps (|f| + |k x| + 1) and where the domain
@@ -183,21 +189,31 @@ class Unary:
         return torch.where(k.isfinite(), k, torch.zeros_like(k))
 
     def _supporting(self, l: Tensor, u: Tensor, chord: Tensor) -> Tensor:
-        """Slopes [2, n] supporting both envelopes at the midpoints, by bisection: k m + b(k) has derivative m - x*."""
+        """Slopes [2, n] supporting both envelopes at the midpoints: k m + b(k) is concave with derivative m - x*.
+
+        Of two slopes that enclose the wanted one the lines touch f on either side of the midpoint, and the chord
+        through both touching points is the next guess: it is exact where an envelope is straight, and converges as a
+        secant does elsewhere. Every third step halves instead.
+        """
         low, high = self.slope_range(l, u)
         middle = (l + u) / 2
         lo, hi = low.expand(2, -1).clone(), high.expand(2, -1).clone()
         side = l.new_tensor(SIDES).view(2, 1)
-        for _ in range(BISECTIONS):
+        at_lo, at_hi = self.extreme(lo, l, u)[1], self.extreme(hi, l, u)[1]
+        for step in range(BISECTIONS if self.jumps else SUPPORT_STEPS):
             k = (lo + hi) / 2
+            if step % 3 and not self.jumps:
+                guess = (self.f(at_hi) - self.f(at_lo)) / (at_hi - at_lo)
+                k = torch.where((guess > lo) & (guess < hi), guess, k)
             _, at = self.extreme(k, l, u)
             up = side * (middle - at) > 0
             lo, hi = torch.where(up, k, lo), torch.where(up, hi, k)
-        k = (lo + hi) / 2
-        chord = chord.expand_as(k)
-        best, _ = self.extreme(k, l, u)
-        other, _ = self.extreme(chord, l, u)
-        return torch.where(side * (other + chord * middle) >= side * (best + k * middle), chord, k)
+            at_lo, at_hi = torch.where(up, at, at_lo), torch.where(up, at_hi, at)
+        best = torch.full_like(k, -math.inf)
+        for tried in (lo, hi, k, chord.expand_as(k)):
+            height = side * (self.extreme(tried, l, u)[0] + tried * middle)
+            k, best = torch.where(height > best, tried, k), torch.maximum(height, best)
+        return k
 
     def chord_slopes(self, l: Tensor, u: Tensor) -> Tensor:
         """The slope from (l, f(l)) to (u, f(u)); f'(l) on intervals too short to divide by, 0 where it is infinite."""

@@ -56,7 +56,7 @@ def verify(
     branching_point: str = "opt",
     branch_on: Sequence[str] | None = None,
     split: str = "neuron",
-    refresh: bool = False,
+    refresh: bool = True,
     timeout: float = 60.0,
     batch_size: int = 64,
     max_domains: int | None = None,
