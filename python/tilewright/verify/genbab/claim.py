@@ -53,7 +53,7 @@ def _proved(nets: list[dict[str, Any]], axis: Any) -> None:
     axis.set_ylim(0, 1.45 * max(images))
     axis.set_ylabel("images proved robust")
     axis.set_title("digits, 64-50-50-50-10", fontsize=9)
-    axis.legend(fontsize=7, frameon=False, loc="upper left")
+    axis.legend(fontsize=7, frameon=False, loc="upper left", markerscale=0.4)
 
 
 def _growth(nets: list[dict[str, Any]], axis: Any) -> None:
@@ -76,7 +76,7 @@ def _power(found: list[dict[str, float]], axis: Any) -> None:
     axis.set_xticks(range(len(found)), [f"net {j}" for j in range(len(found))])
     axis.set_ylim(0, 1.4 * max(one["alpha-CROWN"] for one in found))
     axis.set_ylabel("largest imbalance, per unit")
-    axis.set_title("AC power balance: proved, and sampled", fontsize=9)
+    axis.set_title("AC power balance", fontsize=9)
     axis.legend(fontsize=7, frameon=False, loc="upper left", title="branching on", title_fontsize=7)
 
 
