@@ -16,7 +16,6 @@
 
 namespace tilewright::int4_linear {
 
-inline constexpr int kMaxShared = 232448;  // bytes of a block
 inline constexpr int kConsumers = 2;  // warpgroups that multiply; one more loads
 inline constexpr int kMatrixThreads = 128 * (kConsumers + 1);
 inline constexpr int kMaxStages = 48;
@@ -166,7 +165,7 @@ inline void divide_memory(DevicePlan& plan, const format::Int4HopperView& weight
   const int tokens = plan.token_tile * format::Int4Hopper::kCols;
   plan.stage_bytes = plan.blocks_of_tile() * slot_bytes(weight) + sums + tokens;
   const int64_t beside = staging_bytes(plan.token_tile) + kBarrierBytes;
-  plan.stages = static_cast<int>(std::clamp<int64_t>((kMaxShared - beside) / plan.stage_bytes, 0, kMaxStages));
+  plan.stages = static_cast<int>(std::clamp<int64_t>((stream::kMostShared - beside) / plan.stage_bytes, 0, kMaxStages));
   plan.shared_bytes = static_cast<int>(plan.stages * plan.stage_bytes + beside);
 }
 
