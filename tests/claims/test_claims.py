@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 
 import pytest
@@ -193,3 +194,45 @@ def test_unknown_slug_lists_near_ones(tmp_path, monkeypatch):
         claims.find("near-methud")
     with pytest.raises(ClaimError, match=r"known: .*near-method"):
         claims.find("zzz")
+
+
+def _double(item, base=0):
+    return 2 * item + base
+
+
+def _where(item):
+    import os
+
+    import torch
+
+    return item, os.getpid(), torch.get_num_threads()
+
+
+def _three():
+    return 3
+
+
+def _refuse(item):
+    raise ValueError(f"no {item}")
+
+
+def test_work_is_spread_over_processes_in_order(monkeypatch):
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    assert claims.spread(_double, list(range(7))) == [2 * i for i in range(7)]
+    assert claims.spread(_double, [1, 2], _three) == [5, 7]
+    found = claims.spread(_where, [5, 6, 7])
+    assert [item for item, _, _ in found] == [5, 6, 7]
+    assert os.getpid() not in {process for _, process, _ in found}
+    assert {threads for _, _, threads in found} == {1}
+    with pytest.raises(ValueError, match="no 1"):
+        claims.spread(_refuse, [1, 2])
+
+
+@pytest.mark.parametrize(("cores", "items"), [(1, [1, 2, 3]), (8, [4]), (None, [4, 5])])
+def test_work_stays_here_where_processes_gain_nothing(monkeypatch, cores, items):
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    monkeypatch.setattr("concurrent.futures.ProcessPoolExecutor", None)
+    assert claims.spread(_double, items, own=9) == [2 * i for i in items]
+    assert claims.spread(_double, items, _three) == [2 * i + 3 for i in items]
+    assert claims.spread(_double, items, _three, own=9) == [2 * i + 9 for i in items]
+    assert claims.spread(_double, []) == []

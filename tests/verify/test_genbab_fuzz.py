@@ -104,7 +104,7 @@ def test_no_output_leaves_the_bound_of_its_subdomain(chunk):
         region = Region(low[1:], high[1:])
         c = torch.tensor([[[1.0, -0.5]]], dtype=torch.float64)
         prop = Property(c, torch.zeros((1, 1), dtype=torch.float64))
-        how = Branching(("bbps", "babsr", "width")[seed % 3], ("opt", "uniform")[seed % 2])
+        how = Branching(("bbps", "babsr", "width")[seed % 3], ("opt", "uniform")[seed % 2], tried=1 + seed // 2 % 3)
         settings = Settings(how, batch_size=4, max_domains=14, root=Schedule(3), branch=Schedule(3))
         search = Search(graph, region, prop, settings, lambda x: False, lambda: 1e300)  # noqa: ARG005
         search.root()

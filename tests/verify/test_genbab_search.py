@@ -69,7 +69,7 @@ SLOW = pytest.mark.xfail(
             marks=SLOW if (name == "sigmoid" and "split" not in options) or "babsr" in options.values() else (),
         )
         for name in HARD
-        for options in ({"split": "input"}, *({"branching": b} for b in ("bbps", "babsr", "width")))
+        for options in ({"split": "input"}, {"tried": 3}, *({"branching": b} for b in ("bbps", "babsr", "width")))
     ],
 )
 def test_branching_proves_what_bounding_alone_does_not(name, options):
@@ -114,6 +114,39 @@ def test_bounds_of_every_subdomain_hold_on_its_own_samples():
             assert (x[inside] @ one.normal >= one.offset - 1e-8).all()
         assert (values[-1][inside, 0] >= float(domain.lower[0]) - 1e-8).all()
     assert covered.all()
+
+
+def searched(net, n, **settings):
+    graph = BoundedModule(net, torch.zeros(1, n)).graph
+    region = Region(-0.8 * torch.ones((1, n), dtype=torch.float64), 0.8 * torch.ones((1, n), dtype=torch.float64))
+    prop = bab.Property(torch.ones((1, 1, 1), dtype=torch.float64), torch.zeros((1, 1), dtype=torch.float64))
+    search = bab.Search(graph, region, prop, bab.Settings(**settings), bab._no_witness, lambda: 1e9)
+    search.root()
+    return search
+
+
+@pytest.mark.parametrize("only", [None, frozenset({"gelu"})])
+def test_after_a_cut_that_gave_nothing_an_input_axis_is_cut(only):
+    search = searched(*HARD["gelu"], max_domains=2, branching=bab.Branching(only=only))
+    search.heap[0][2].stalled = True
+    search.run()
+    widths = [(domain.x_U - domain.x_L).sum() for _, _, domain in search.heap]
+    cut_units = [bool(domain.constraints) for _, _, domain in search.heap]
+    # Where the caller named what to cut, nothing else is.
+    assert cut_units == [only is not None] * 2
+    assert all((w < 3 * 1.6 - 1e-9) == (only is None) for w in widths)
+
+
+def test_of_the_tried_decisions_the_one_whose_worse_half_is_best_is_taken():
+    # One round from the same root: six tried decisions include the first one's, so their worse half cannot be lower.
+    worst = []
+    for tried in (1, 6):
+        search = searched(*HARD["sin"], max_domains=2, branching=bab.Branching(tried=tried), branch=bab.Schedule(0))
+        search.run()
+        worst.append(search.lower_bound)
+    assert worst[1] >= worst[0] - 1e-9
+    with pytest.raises(ValueError, match="tried is 0"):
+        bab.Branching(tried=0)
 
 
 def test_clauses_need_one_row_each():

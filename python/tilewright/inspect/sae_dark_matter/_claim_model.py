@@ -5,8 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from tilewright import data, evaluate, models
-from tilewright.capture import record
+from tilewright.capture import ActivationStore, record
+from tilewright.claims import spread
 from tilewright.inspect.sae import SAE, Rows, SAEConfig, SAETrainer
 from tilewright.inspect.sae_dark_matter.analysis import SAEErrorAnalysis
 
@@ -25,19 +27,23 @@ COMPONENTS = {
     "attention output": f"{SITE}.self_attn",
     "MLP output": f"{SITE}.mlp",
 }
-CORPORA = ("speeches", "moby-dick")
 LENGTH, SKIP = 256, 20
+QUICK = {"train": {"speeches": 16, "moby-dick": 16}, "fit": {"speeches": 7, "moby-dick": 7},
+         "test": {"speeches": 5, "moby-dick": 5}}  # fmt: skip
+FULL = {part: {"speeches": both, "moby-dick": both, "encyclopedia": more}
+        for part, both, more in (("train", 48, 160), ("fit", 11, 12), ("test", 11, 12))}  # fmt: skip
+"""Contexts of each text by part: an SAE that sees the same few again and again learns them by heart."""
 
 
 class Bench:
-    """The model in float32 and contexts of two texts: to train on, to fit B, to evaluate; no text is in two of them.
+    """The model in float32 and contexts of some texts: to train on, to fit B, to evaluate; none is in two of them.
 
-    contexts: how many of each. store: activations of all of them, on the disk.
+    stores: activations of all of them, in ``folder``.
     """
 
     def __init__(self, quick: bool, folder: Path) -> None:
-        self.quick = quick
-        self.contexts = {"train": 32, "fit": 14, "test": 10} if quick else {"train": 96, "fit": 32, "test": 32}
+        self.quick, self.folder = quick, folder
+        self.contexts = QUICK if quick else FULL
         language = models.load(data.smollm2_gguf())
         self.module: Any = models.to_transformers(language, dequantize=True)
         self.batches = self._batches(language.tokenizer)
@@ -47,21 +53,19 @@ class Bench:
             self.stores = {part: record(early, ids, inner, folder / part) for part, ids in self.batches.items()}
 
     def _batches(self, tokenizer: Any) -> dict[str, list[Tensor]]:
-        """Contexts of both texts in turn: from the calibration parts to train on, the others from what is held out."""
-        held_out = self.contexts["fit"] + self.contexts["test"]
-        pieces = {}
-        for part, count in (("calibration", self.contexts["train"]), ("evaluation", held_out)):
-            texts = [
-                evaluate.token_batches(evaluate.text_corpus(tokenizer, name, part), length=LENGTH, count=count // 2)
-                for name in CORPORA
-            ]
-            pieces[part] = [context for pair in zip(*texts, strict=True) for context in pair]
-        late = pieces["evaluation"]
-        return {
-            "train": pieces["calibration"],
-            "fit": late[: self.contexts["fit"]],
-            "test": late[self.contexts["fit"] :],
-        }
+        """Contexts of all texts in turn: from the calibration parts to train on, the others from what is held out."""
+        found = {}
+        begin: dict[str, int] = {}
+        for part, counts in self.contexts.items():
+            texts = []
+            for name, count in counts.items():
+                half = "calibration" if part == "train" else "evaluation"
+                start = 0 if part == "train" else begin.get(name, 0)
+                begin[name] = 0 if part == "train" else start + count
+                ids = evaluate.text_corpus(tokenizer, name, half, max_tokens=(start + count) * LENGTH)
+                texts.append(evaluate.token_batches(ids, length=LENGTH)[start : start + count])
+            found[part] = _in_turn(texts)
+        return found
 
     @contextlib.contextmanager
     def layers(self, part: slice) -> Iterator[Any]:
@@ -77,16 +81,9 @@ class Bench:
         """Recorded rows at positions >= SKIP."""
         return Rows(self.stores[part], point(site), skip=SKIP)
 
-    def train(self, width: int, seed: int = 0, *, rows: Rows | None = None, **changed: Any) -> SAE:
-        """A TopK SAE by the claim's recipe."""
-        settings: dict[str, Any] = {
-            "steps": 250 if self.quick else 600,
-            "batch": 512,
-            "lr": 1e-3,
-            "normalize": "center",
-        }
-        config = SAEConfig(width=width, k=32, seed=seed, **{**settings, **changed})
-        return SAETrainer(config).fit(self.rows("train") if rows is None else rows, progress=False)
+    def train(self, cases: Sequence[Case]) -> list[SAE]:
+        """TopK SAEs by the claim's recipe."""
+        return spread(partial(trained, folder=self.folder, quick=self.quick), cases)
 
     def analysis(self, sae: SAE, site: str = SITE) -> SAEErrorAnalysis:
         """Fitted on the contexts of "fit", measured on those of "test"."""
@@ -115,6 +112,31 @@ class Bench:
         assert one is not None
         assert other is not None
         return one[:, 2], other[:, 2]
+
+
+@dataclass(frozen=True)
+class Case:
+    """An SAE to train: on a site's activations, or on what ``part`` makes of them; by default for the form's steps."""
+
+    width: int
+    seed: int = 0
+    site: str = SITE
+    steps: int | None = None
+    part: Any = None
+
+
+def trained(case: Case, folder: Path, quick: bool) -> SAE:
+    """A TopK SAE on the activations recorded to train on."""
+    rows = Rows(ActivationStore(folder / "train"), point(case.site), skip=SKIP, transform=case.part)
+    steps = case.steps or (250 if quick else 600)
+    config = SAEConfig(width=case.width, k=32, seed=case.seed, steps=steps, batch=512, lr=1e-3, normalize="center")
+    return SAETrainer(config).fit(rows, progress=False)
+
+
+def _in_turn(texts: list[list[Tensor]]) -> list[Tensor]:
+    """Contexts of several texts, evenly mixed, so that any beginning holds some of each."""
+    places = [((i + 0.5) / len(some), context) for some in texts for i, context in enumerate(some)]
+    return [context for _, context in sorted(places, key=lambda place: place[0])]
 
 
 def point(site: str) -> str:

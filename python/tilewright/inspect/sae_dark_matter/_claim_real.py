@@ -32,11 +32,7 @@ class Real:
 
     def rows(self) -> Iterator[Row]:
         """All rows, in the order of the spec's items."""
-        for width in (SMALL, LARGE):
-            for seed in self.seeds:
-                self.train(width, seed)
-        for width in () if self.experiment.quick else OTHERS:
-            self.train(width, self.seeds[0])
+        self.train()
         yield from self.decomposition_rows()
         yield from self.width_rows()
         yield from self.downstream_rows()
@@ -47,10 +43,20 @@ class Real:
             yield from self.part_rows()
             yield from self.component_rows()
 
-    def train(self, width: int, seed: int) -> None:
-        self.experiment.say(f"SAE of {width} latents, seed {seed}")
-        self.saes[width, seed] = self.bench.train(width, seed)
-        self.analyses[width, seed] = self.bench.analysis(self.saes[width, seed])
+    def train(self) -> None:
+        """All SAEs, two widths with every seed, the largest first."""
+        from tilewright.inspect.sae_dark_matter._claim_model import Case
+
+        pairs = [(width, seed) for width in (SMALL, LARGE) for seed in self.seeds]
+        pairs += [] if self.experiment.quick else [(width, self.seeds[0]) for width in OTHERS]
+        pairs.sort(key=lambda pair: (-pair[0], pair[1]))
+        widths = sorted({width for width, _ in pairs})
+        self.experiment.say(f"SAEs of {', '.join(map(str, widths))} latents, {len(self.seeds)} seed(s)")
+        made = dict(zip(pairs, self.bench.train([Case(*pair) for pair in pairs]), strict=True))
+        self.experiment.say("fitting B")
+        for pair in sorted(pairs, key=lambda pair: (pair[0] in OTHERS, *pair)):
+            self.saes[pair] = made[pair]
+            self.analyses[pair] = self.bench.analysis(made[pair])
 
     def decomposition_rows(self) -> Iterator[Row]:
         """Item 4 (a) to (c)."""
@@ -208,12 +214,14 @@ class Real:
 
     def part_rows(self) -> Iterator[Row]:
         """SAEs trained on the two parts of an error; reported."""
+        from tilewright.inspect.sae_dark_matter._claim_model import Case
+
+        self.experiment.say("SAEs on the linear and the nonlinear error")
         base = self.analyses[SMALL, self.seeds[0]]
+        parts = {"linear": base.linear_error, "nonlinear": base.nonlinear_error}
         found = {}
-        for name, part in (("linear", base.linear_error), ("nonlinear", base.nonlinear_error)):
-            self.experiment.say(f"SAE on the {name} error")
-            rows = self.bench.rows("train").mapped(part)
-            sae = self.bench.train(SMALL, rows=rows)
+        saes = self.bench.train([Case(SMALL, part=part) for part in parts.values()])
+        for (name, part), sae in zip(parts.items(), saes, strict=True):
             x = first_rows(self.bench.rows("test").mapped(part), 4096)
             recon, _ = sae.reconstruct(x)
             found[name] = float((x - recon.detach()).square().sum() / (x - x.mean(0)).square().sum())
@@ -224,14 +232,12 @@ class Real:
 
     def component_rows(self) -> Iterator[Row]:
         """What earlier components' activations and SAEs predict of the error; reported."""
-        from tilewright.inspect.sae_dark_matter._claim_model import COMPONENTS, SITE
+        from tilewright.inspect.sae_dark_matter._claim_model import COMPONENTS, SITE, Case
         from tilewright.inspect.sae_dark_matter.components import component_prediction
 
-        one = {}
-        for name, site in COMPONENTS.items():
-            self.experiment.say(f"SAE on the {name}")
-            sae = self.bench.train(SMALL, rows=self.bench.rows("train", site), steps=300)
-            one[name] = self.bench.analysis(sae, site)
+        self.experiment.say("SAEs on earlier components")
+        saes = self.bench.train([Case(SMALL, site=site, steps=300) for site in COMPONENTS.values()])
+        one = {name: self.bench.analysis(sae, site) for (name, site), sae in zip(COMPONENTS.items(), saes, strict=True)}
 
         def batches(part: str) -> Iterator[dict[str, Any]]:
             names = {"target": SITE, **COMPONENTS}

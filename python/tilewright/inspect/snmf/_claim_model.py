@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tilewright import data, models
-from tilewright.claims import Experiment, Row, at_least, at_most
+from tilewright.claims import Experiment, Row, at_least, at_most, spread
 from tilewright.data.concepts import NEUTRAL_PROMPTS, WEEKDAYS, Concept, concepts, weekday_sentences
 from tilewright.inspect.snmf import detection
 from tilewright.inspect.snmf.activations import TokenIndex, collect_layers
@@ -35,6 +36,7 @@ class Study:
         self.tokenizer: Any = model.tokenizer
         self.module: Any = models.to_transformers(model, dequantize=True)
         self.concepts: list[Concept] = concepts()
+        self.quick = quick
         self.layers = (LAYER,) if quick else STEER_LAYERS
         self.texts = [text for one in self.concepts for text in one.sentences]
         self.x, self.index = collect_layers(self.module, self.tokenizer, self.texts, self.layers)
@@ -136,26 +138,33 @@ def steering_gains(experiment: Experiment, study: Study) -> dict[str, Any]:
 
     Every layer has a seed of its own, for its split of the sentences, its factorisation and its random directions.
     """
-    targets = (0.25,) if experiment.quick else TARGETS
-    prompts = NEUTRAL_PROMPTS[:4] if experiment.quick else NEUTRAL_PROMPTS[:10]
-    methods = ("SNMF", "random", "DiffMean") if experiment.quick else METHODS
+    experiment.say(f"steering, layers {', '.join(map(str, study.layers))}")
+    layers = spread(layer_gains, list(enumerate(study.layers)), partial(Study, study.quick), own=study)
+    gains = {name: [one["gains"][name] for one in layers] for name in layers[0]["gains"]}
+    return {"layers": list(study.layers), "targets": layers[0]["targets"], "prompts": layers[0]["prompts"],
+            "missed": sum(one["missed"] for one in layers), "gains": gains}  # fmt: skip
+
+
+def layer_gains(which: tuple[int, int], study: Study) -> dict[str, Any]:
+    """Gains of every method at one layer, float [concepts, KL targets]; which: a seed and the layer."""
+    seed, layer = which
+    targets = (0.25,) if study.quick else TARGETS
+    prompts = NEUTRAL_PROMPTS[:4] if study.quick else NEUTRAL_PROMPTS[:10]
+    methods = ("SNMF", "random", "DiffMean") if study.quick else METHODS
     sets = concept_tokens(study)
-    gains = {name: np.zeros((len(study.layers), len(sets), len(targets))) for name in methods}
-    missed = 0
-    for seed, layer in enumerate(study.layers):
-        experiment.say(f"steering, layer {layer}")
-        probe = NextToken(study.module, study.tokenizer, layer, prompts)
-        directions = study.directions(layer, seed)[0]
-        vectors = torch.cat([directions[name] for name in methods])
-        start = None
-        for t, target in enumerate(targets):
-            found = find_alphas_for_kl(probe, vectors, target, start=start)
-            start = torch.tensor([one.alpha for one in found])
-            missed += sum(not one.reached for one in found)
-            moved = probe.measure(vectors, start, sets)[1].mean(1).view(len(methods), len(sets), len(sets))
-            for m, name in enumerate(methods):
-                gains[name][seed, :, t] = moved[m].diagonal().numpy()
-    return {"layers": list(study.layers), "targets": list(targets), "missed": missed, "prompts": len(prompts),
+    probe = NextToken(study.module, study.tokenizer, layer, prompts)
+    directions = study.directions(layer, seed)[0]
+    vectors = torch.cat([directions[name] for name in methods])
+    gains = {name: np.zeros((len(sets), len(targets))) for name in methods}
+    start, missed = None, 0
+    for t, target in enumerate(targets):
+        found = find_alphas_for_kl(probe, vectors, target, start=start)
+        start = torch.tensor([one.alpha for one in found])
+        missed += sum(not one.reached for one in found)
+        moved = probe.measure(vectors, start, sets)[1].mean(1).view(len(methods), len(sets), len(sets))
+        for m, name in enumerate(methods):
+            gains[name][:, t] = moved[m].diagonal().numpy()
+    return {"targets": list(targets), "prompts": len(prompts), "missed": missed,
             "gains": {name: g.tolist() for name, g in gains.items()}}  # fmt: skip
 
 

@@ -3,15 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tilewright.claims import Claim, Experiment, Row, at_least, at_most
+from tilewright.claims import Claim, Experiment, Row, at_least, at_most, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
     from tilewright.sparsify.cats._claim_model import Bench
+    from tilewright.sparsify.cats.calibrate import Ranking
 
 SPARSITIES = (0.3, 0.5, 0.7, 0.9)
 LAYERS = [0, 10, 20, 29]
@@ -85,60 +87,99 @@ def sparsity_rows(experiment: Experiment, bench: Bench) -> Iterator[Row]:
     experiment.values["held-out sparsity"] = found
 
 
-def quality_rows(experiment: Experiment, bench: Bench) -> Iterator[Row]:
-    """Item 3: perplexity against every other criterion at the same sparsity."""
+Found = dict[tuple[str, float], tuple[float, float]]
+"""Perplexity on the held-out text and mean sparsity there, by criterion and sparsity."""
+
+RANKED: dict[str, tuple[Ranking, bool]] = {
+    "CATS": ("activation", False),
+    "global threshold": ("activation", True),
+    "CATS, norm-weighted": ("norm", False),
+    "CATS, up-weighted": ("up", False),
+    "global threshold, up-weighted": ("up", True),
+    "output size (reads up)": ("output", False),
+}
+"""Forms with thresholds: what they rank by, and whether one threshold serves all layers."""
+
+
+def ranked(ranking: Ranking, text: int, grid: Sequence[float], bench: Bench) -> Found:
+    """Every form of a ranking, by scores of one calibration text."""
+    scores = bench.scores(ranking, text)
+    return {
+        (form, k): bench.dropped_by(scores, k, everywhere)
+        for form, (by, everywhere) in RANKED.items()
+        if by == ranking
+        for k in grid
+    }
+
+
+def unranked(form: str, k: float, bench: Bench) -> Found:
+    """A form without thresholds."""
     from tilewright.sparsify.cats.baselines import random_mask, relu_swap, top_k
 
-    experiment.say("perplexity, dense")
-    dense = bench.perplexity()
+    if form == "dense":
+        return {(form, k): (bench.perplexity(), 0.0)}
+    if form == "ReLU swap":
+        return {(form, k): bench.dropped(relu_swap(), "relu")}
+    keep = top_k(k) if form == "top-k a token" else random_mask(k, int(form.rpartition(" ")[2]))
+    return {(form, k): bench.dropped(keep)}
+
+
+def _on(work: Callable[[Bench], Found], bench: Bench) -> Found:
+    return work(bench)
+
+
+def perplexities(experiment: Experiment, bench: Bench) -> list[Found]:
+    """All forms by thresholds of the first and of the second calibration text; those without are with the first."""
+    grid = (0.5, 0.7) if experiment.quick else SPARSITIES
+    texts = range(1 if experiment.quick else 2)
+    works: list[tuple[int, Callable[[Bench], Found]]] = [
+        (text, partial(ranked, one, text, sorted({0.3, *grid}) if one == "activation" else grid))
+        for text in texts
+        for one in ("activation", "up", "norm")
+    ]
+    others = [("dense", 0.0), ("ReLU swap", 0.0), ("random mask, seed 0", 0.3)]
+    if not experiment.quick:
+        works.append((0, partial(ranked, "output", 0, grid)))
+        others += [("random mask, seed 1", 0.3), ("random mask, seed 0", 0.5), ("random mask, seed 0", 0.7)]
+        others += [("top-k a token", k) for k in grid]
+    works += [(0, partial(unranked, form, k)) for form, k in others]
+    done = spread(_on, [work for _, work in works], partial(type(bench), experiment.quick), own=bench)
+    found: list[Found] = [{} for _ in texts]
+    for (text, _), some in zip(works, done, strict=True):
+        found[text] |= some
+    return found
+
+
+def quality_rows(experiment: Experiment, bench: Bench) -> Iterator[Row]:
+    """Item 3: perplexity against every other criterion at the same sparsity."""
+    experiment.say("perplexity of every criterion")
+    found = perplexities(experiment, bench)
+    dense = found[0]["dense", 0.0][0]
     yield Row(f"perplexity, dense, {bench.tokens} tokens", "", dense, "reported", True)
     ratios: dict[str, dict[str, float]] = {}
     shares: dict[str, dict[str, float]] = {}
-
-    def put(form: str, k: float, found: tuple[float, float]) -> float:
-        ratios.setdefault(form, {})[str(k)] = found[0] / dense
-        shares.setdefault(form, {})[str(k)] = found[1]
-        return found[0] / dense
-
+    for text, some in enumerate(found):
+        for (form, k), (perplexity, dropped) in some.items():
+            name = form if text == 0 else f"{form}, second calibration text"
+            ratios.setdefault(name, {})[str(k)] = perplexity / dense
+            shares.setdefault(name, {})[str(k)] = dropped
     experiment.values |= {"dense": dense, "ratios": ratios, "shares": shares}
-    swapped = put("ReLU swap", 0.0, bench.dropped(relu_swap(), "relu"))
-    grid = (0.5, 0.7) if experiment.quick else SPARSITIES
-    texts = 1 if experiment.quick else 2
-    for which in range(texts):
-        scores, normed, upped = (bench.scores(ranking, which) for ranking in ("activation", "norm", "up"))
-        suffix = "" if which == 0 else ", second calibration text"
-        for k in grid:
-            experiment.say(f"perplexity, sparsity {k}{suffix}")
-            cats = put(f"CATS{suffix}", k, bench.dropped_by(scores, k))
-            fat = put(f"global threshold{suffix}", k, bench.dropped_by(scores, k, everywhere=True))
-            norm = put(f"CATS, norm-weighted{suffix}", k, bench.dropped_by(normed, k))
-            up = put(f"CATS, up-weighted{suffix}", k, bench.dropped_by(upped, k))
-            up_fat = put(f"global threshold, up-weighted{suffix}", k, bench.dropped_by(upped, k, everywhere=True))
+    swapped = ratios["ReLU swap"]["0.0"]
+    for text in range(len(found)):
+        suffix = "" if text == 0 else ", second calibration text"
+        for k in (0.5, 0.7) if experiment.quick else SPARSITIES:
+            cats, fat, norm, up, up_fat = (ratios[f"{form}{suffix}"][str(k)] for form in list(RANKED)[:5])
             yield from _compared(k, cats, fat, swapped, suffix)
             yield at_most(f"k = {k}{suffix}: weighted by up activations over CATS", up / cats, 1.0)
             yield at_most(f"k = {k}{suffix}: the same over its global threshold", up / up_fat, 1.0, paper="below 1")
             yield Row(f"k = {k}{suffix}: weighted by norms over CATS", "", norm / cats, "reported", True)
+    for name, key in (("the output's size", "output size (reads up)"), ("top-k a token", "top-k a token")):
+        for share, ratio in ratios.get(key, {}).items():
+            yield Row(f"k = {share}: perplexity ratio of {name}", "", ratio, "reported", True)
     first = ratios["CATS"]
-    if not experiment.quick:
-        oracle = bench.scores("output")
-        for k in grid:
-            experiment.say(f"perplexity, other criteria, sparsity {k}")
-            put("top-k a token", k, bench.dropped(top_k(k)))
-            found = put("output size (reads up)", k, bench.dropped_by(oracle, k))
-            yield Row(f"k = {k}: perplexity ratio of the output's size", "", found, "reported", True)
-            yield Row(
-                f"k = {k}: perplexity ratio of top-k a token", "", ratios["top-k a token"][str(k)], "reported", True
-            )
-    seeds = (0,) if experiment.quick else (0, 1)
-    if "0.3" not in first:
-        put("CATS", 0.3, bench.dropped_by(bench.scores(), 0.3))
-    for seed in seeds:
-        experiment.say(f"random mask, seed {seed}")
-        random = put(f"random mask, seed {seed}", 0.3, bench.dropped(random_mask(0.3, seed)))
+    for seed in (0,) if experiment.quick else (0, 1):
+        random = ratios[f"random mask, seed {seed}"]["0.3"]
         yield at_least(f"k = 0.3: random mask, seed {seed}, over CATS", random / first["0.3"], 20, paper="32.5 / 1.044")
-    if not experiment.quick:
-        for k in (0.5, 0.7):
-            put("random mask, seed 0", k, bench.dropped(random_mask(k, 0)))
     yield experiment.in_full(at_most("k = 0.3: perplexity ratio", first["0.3"], 1.07, paper="1.01 at 0.5 (7B)"))
     yield experiment.in_full(at_most("k = 0.5: perplexity ratio", first["0.5"], 1.35, paper="1.01 (7B)"))
 

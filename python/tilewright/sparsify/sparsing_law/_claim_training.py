@@ -3,16 +3,18 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from tilewright.claims import Experiment, Row, at_least, at_most
+from tilewright.claims import Experiment, Row, at_least, at_most, spread
 from tilewright.data.bytes import ByteWindows, byte_text, held_out_windows
 from tilewright.sparsify.sparsing_law.laws import fit_activation_law
 from tilewright.sparsify.sparsing_law.measurement import Measurement
@@ -131,14 +133,21 @@ def measured(activation: str, setting: Setting, checkpoints: list[Checkpoint]) -
     return found
 
 
+def one_run(which: tuple[str, int], setting: Setting) -> list[dict[str, Any]]:
+    """Train a model and measure it along the way; which: activation and seed."""
+    activation, seed = which
+    return measured(activation, setting, trained(activation, setting, seed))
+
+
 def trend_rows(experiment: Experiment) -> Iterator[Row]:
     """Item 4: ReLU below SiLU and falling, SiLU not falling, losses alike."""
     setting = QUICK if experiment.quick else FULL
-    runs: dict[str, list[list[dict[str, Any]]]] = {"relu": [], "silu": []}
-    for activation, found in runs.items():
-        for seed in range(setting.seeds):
-            experiment.say(f"training with {activation}, seed {seed}")
-            found.append(measured(activation, setting, trained(activation, setting, seed)))
+    experiment.say(f"training with ReLU and SiLU, {setting.seeds} seed(s) each")
+    pairs = list(itertools.product(("relu", "silu"), range(setting.seeds)))
+    found = spread(partial(one_run, setting=setting), pairs)
+    runs = {
+        activation: [f for (a, _), f in zip(pairs, found, strict=True) if a == activation] for activation, _ in pairs
+    }
     experiment.values["training"] = runs
     late = {name: [points[len(points) // 2 :] for points in found] for name, found in runs.items()}
     gaps = [

@@ -9,12 +9,13 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tilewright.claims import Experiment, Row, at_least, at_most
+from tilewright.claims import Experiment, Row, at_least, at_most, spread
 from tilewright.verify.genbab import attack
 from tilewright.verify.genbab.bab import Outcome, Search, Settings
 from tilewright.verify.genbab.bounded_module import BoundedModule
@@ -185,8 +186,8 @@ def branched(root: Search, how: Branching) -> tuple[Outcome, float]:
 def rows(experiment: Experiment) -> Iterator[Row]:
     """Item 5."""
     size = QUICK if experiment.quick else FULL
-    data = digits()
-    nets = [one_net(experiment, name, seed, size, data) for name in size.activations for seed in size.seeds]
+    experiment.say(f"digits: {', '.join(size.activations)}")
+    nets = spread(partial(one_net, size=size), list(itertools.product(size.activations, size.seeds)))
     experiment.values["digits"] = nets
     yield at_least("test accuracy, worst net", min(net["accuracy"] for net in nets), 0.9)
     share = [net["alone"] / net["images"] for net in nets]
@@ -222,11 +223,10 @@ def rows(experiment: Experiment) -> Iterator[Row]:
     yield at_most("images proved though 200 restarts of the attack break them", sum(net["wrong"] for net in nets), 0)
 
 
-def one_net(
-    experiment: Experiment, name: str, seed: int, size: Size, data: tuple[Tensor, Tensor, Tensor, Tensor]
-) -> dict[str, Any]:
-    """Train, choose a radius, verify the first correctly classified test images."""
-    experiment.say(f"digits: {name}, seed {seed}")
+def one_net(which: tuple[str, int], size: Size) -> dict[str, Any]:
+    """Train, choose a radius, verify the first correctly classified test images; which: activation and seed."""
+    name, seed = which
+    data = digits()
     net, accuracy = trained(name, seed, data)
     graph = BoundedModule(net, data[2][:1]).graph
     with torch.no_grad():

@@ -8,14 +8,22 @@ import itertools
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from tilewright.verify.genbab import attack
 from tilewright.verify.genbab.bounds import Bounds, Trace, as_parameters, as_slopes, backward, bound_nodes, slopes_of
-from tilewright.verify.genbab.branching import Branching, Shortcuts, decide, input_decision, shortcuts
+from tilewright.verify.genbab.branching import (
+    Branching,
+    HalfSpace,
+    Shortcuts,
+    decide,
+    half_spaces,
+    input_decision,
+    shortcuts,
+)
 from tilewright.verify.genbab.domains import Batch, Domain, stack, unstack
 from tilewright.verify.genbab.graph import Graph
 from tilewright.verify.genbab.optimise import BRANCH, ROOT, Schedule, Solution, alpha_crown, ascend
@@ -24,6 +32,8 @@ from tilewright.verify.genbab.region import Region
 
 TOLERANCE = 1e-7
 SMALLEST_RADIUS = 1e-9
+STALLED = 1e-6
+"""A cut that lifts the bound by no more than this share of it gave nothing."""
 
 
 @dataclass(frozen=True)
@@ -174,8 +184,8 @@ class Search:
         return Outcome(status, self.lower_bound, witness, self.visited, reason, self.trace)
 
     def _shortcuts(self) -> dict[int, Shortcuts]:
-        """Linear bounds of units over the whole set: every subdomain may take half-spaces from them."""
-        if self.settings.split == "neuron" and (self.settings.refresh or self.settings.branching.score == "bbps"):
+        """Linear bounds of units over the whole set, for the scores of all subdomains."""
+        if self.settings.split == "neuron" and self.settings.branching.score == "bbps":
             bounds = {i: (l[None], u[None]) for i, (l, u) in self.first.items()}
             return shortcuts(self.graph, bounds, self.region, slopes_of(self.graph, bounds))
         return {}
@@ -220,22 +230,67 @@ class Search:
     def _cut(self, parents: list[Domain], batch: Batch, trace: Trace) -> list[Domain]:
         children: list[Domain] = []
         axis, middle = input_decision(batch.region, trace)
-        units = None
-        if self.settings.split == "neuron":
-            units = decide(self.graph, batch.bounds, batch.region, trace, self.short or {}, self.settings.branching)
-        for row, parent in enumerate(parents):
-            if units is not None and int(units.unit[row]) >= 0:
-                node, unit, point = int(units.node[row]), int(units.unit[row]), float(units.point[row])
-                short = (self.short or {}).get(node)
-                children += parent.cut_input(unit, point) if node == 0 else parent.cut_unit(node, unit, point, short)
+        by_unit = [[]] * len(parents) if self.settings.split == "input" else self._unit_cuts(parents, batch, trace)
+        only = self.settings.split == "neuron" and self.settings.branching.only is not None
+        for row, (parent, halves) in enumerate(zip(parents, by_unit, strict=True)):
+            # A unit that looks worth cutting may be so again and again and change nothing: an input axis always does.
+            if halves and (only or not parent.stalled):
+                children += halves
                 continue
-            only = units is not None and self.settings.branching.only is not None
             radius = 0.0 if only else float((parent.x_U - parent.x_L)[axis[row]]) / 2
             if radius <= SMALLEST_RADIUS:
                 self.stuck = min(self.stuck, parent.margin if parent.margin == parent.margin else -math.inf)
                 continue
             children += parent.cut_input(int(axis[row]), float(middle[row]))
         return children
+
+    def _unit_cuts(self, parents: list[Domain], batch: Batch, trace: Trace) -> list[list[Domain]]:
+        """The halves of each parent by its best decision; none where no unit is left to cut."""
+        made = decide(self.graph, batch.bounds, batch.region, trace, self.short or {}, self.settings.branching)
+        tried: list[list[list[Domain]]] = [[] for _ in parents]
+        for node in made.node.unique().tolist():
+            rows, columns = ((made.node == node) & (made.unit >= 0)).nonzero(as_tuple=True)
+            units, points = made.unit[rows, columns], made.point[rows, columns]
+            inside: list[tuple[HalfSpace | None, HalfSpace | None]] = [(None, None)] * len(rows)
+            if node > 0 and self.settings.refresh:
+                bounds = {i: (l[rows], u[rows]) for i, (l, u) in batch.bounds.items()}
+                inside = half_spaces(self.graph, node, units, points, bounds, batch.region.take(rows))
+            for row, unit, point, half in zip(rows.tolist(), units.tolist(), points.tolist(), inside, strict=True):
+                parent = parents[row]
+                tried[row].append(parent.cut_unit(node, unit, point, half) if node else parent.cut_input(unit, point))
+        self._bound_plainly([half for row in tried if len(row) > 1 for halves in row for half in halves])
+        return [max(row, key=lambda halves: sorted(h.margin for h in halves), default=[]) for row in tried]
+
+    def _bound_plainly(self, children: list[Domain]) -> None:
+        """Bounds of the output with their parent's parameters and the half-spaces, to compare decisions by."""
+        for start in range(0, len(children), 2 * self.settings.batch_size):
+            some = children[start : start + 2 * self.settings.batch_size]
+            batch = stack(self.graph, some, self.region, self.prop)
+            bounds, empty = self._intermediate(batch, any(child.fresh for child in some))
+            alphas = as_parameters(batch.alphas, slopes_of(self.graph, bounds))
+            lower = self._plain(replace(batch, region=batch.cut), bounds, alphas) + batch.d
+            lower = torch.where(empty.unsqueeze(-1), torch.inf, lower.nan_to_num(-torch.inf))
+            for child, value in zip(some, lower, strict=True):
+                child.lower = torch.maximum(child.lower, value)
+
+    def _intermediate(self, batch: Batch, fresh: bool) -> tuple[Bounds, Tensor]:
+        """Intervals of the nodes that feed nonlinearities, and which sets are empty."""
+        known = {i: interval for i, interval in batch.bounds.items() if i != 0}
+        bounds, empty = bound_nodes(self.graph, batch.cut, crown=fresh or self.settings.refresh, known=known)
+        return {i: bounds[i] for i in self.graph.pre}, empty
+
+    def _plain(self, batch: Batch, bounds: Bounds, alphas: dict[int, Tensor] | None = None) -> Tensor:
+        """Bounds of the rows by one pass."""
+        return backward(
+            self.graph,
+            self.graph.output,
+            batch.c,
+            bounds,
+            batch.region,
+            alphas=alphas,
+            slopes=slopes_of(self.graph, bounds),
+            splits=batch.splits,
+        )
 
     def _bound(self, children: list[Domain]) -> None:
         """Bound new subdomains and file them."""
@@ -249,13 +304,9 @@ class Search:
         batch = stack(self.graph, children, self.region, self.prop)
         before = torch.stack([child.lower for child in children])
         with torch.no_grad():
-            known = {i: interval for i, interval in batch.bounds.items() if i != 0}
-            bounds, empty = bound_nodes(self.graph, batch.cut, crown=fresh or settings.refresh, known=known)
-            bounds = {i: bounds[i] for i in self.graph.pre}
+            bounds, empty = self._intermediate(batch, fresh)
             slopes = slopes_of(self.graph, bounds)
-            plain = backward(
-                self.graph, self.graph.output, batch.c, bounds, batch.region, slopes=slopes, splits=batch.splits
-            )
+            plain = self._plain(batch, bounds)
         enough = self.enough() - batch.d
         lower, alphas, betas = ascend(
             self.graph,
@@ -273,7 +324,8 @@ class Search:
         lower = torch.where(before > lower, before, lower)
         unstack(children, bounds, as_slopes(alphas, slopes), betas, lower)
         self.visited += len(children)
-        for child, gone in zip(children, empty.tolist(), strict=True):
+        for child, old, gone in zip(children, before.amax(1).tolist(), empty.tolist(), strict=True):
+            child.stalled = child.margin <= old + STALLED * abs(old)
             if not gone:
                 self._file(child)
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from tilewright.verify.genbab.bounds import Bounds, SlopeMap, Trace, backward, lines, slope_map
+from tilewright.verify.genbab.bounds import Bounds, SlopeMap, Trace, backward, lines, slope_map, slopes_of
 from tilewright.verify.genbab.graph import Graph, Product
 from tilewright.verify.genbab.region import Region, best_multiplier
 from tilewright.verify.genbab.split_table import points as table_points
@@ -37,14 +37,34 @@ class Shortcuts:
     upper: Tensor
     upper_bias: Tensor
 
-    def half_space(self, unit: int, sign: float, point: float) -> tuple[Tensor | None, float]:
-        """(normal, offset) of normal . x >= offset, which every x with sign (z_unit - point) >= 0 meets; no normal
-        where the unit has no finite line."""
-        if sign > 0:
-            normal, offset = self.upper[unit], point - float(self.upper_bias[unit])
-        else:
-            normal, offset = -self.lower[unit], float(self.lower_bias[unit]) - point
-        return (normal, offset) if bool(normal.isfinite().all()) and math.isfinite(offset) else (None, 0.0)
+
+HalfSpace = tuple[Tensor, float]
+"""(normal [n_in], offset): the points with normal . x >= offset."""
+
+
+def half_spaces(
+    graph: Graph, index: int, units: Tensor, points: Tensor, bounds: Bounds, region: Region
+) -> list[tuple[HalfSpace | None, HalfSpace | None]]:
+    """For one unit of a node in each set (units, points [B]): half-spaces that hold all x of the set with z <= point,
+    and with z >= point.
+
+    By linear bounds of the unit in the input over this set, which are tighter than those of the whole input set. None
+    where the unit has no finite bound.
+    """
+    one = torch.nn.functional.one_hot(units, graph.nodes[index].size).to(graph.dtype)
+    trace = Trace()
+    backward(graph, index, torch.stack([one, -one], 1), bounds, region, slopes=slopes_of(graph, bounds), trace=trace)
+    assert trace.row is not None
+    assert trace.bias is not None
+    # row . x + bias is below z and below -z.
+    normals = -trace.row
+    offsets = trace.bias + torch.stack([-points, points], 1)
+    finite = (normals.isfinite().all(-1) & offsets.isfinite()).tolist()
+    found = []
+    for row, known in enumerate(finite):
+        below, above = ((normals[row, k], float(offsets[row, k])) if known[k] else None for k in range(2))
+        found.append((below, above))
+    return found
 
 
 def shortcuts(graph: Graph, bounds: Bounds, region: Region, slopes: dict[int, SlopeMap]) -> dict[int, Shortcuts]:
@@ -67,17 +87,21 @@ class Branching:
     """How decisions are made.
 
     score: one of BRANCHING. point: one of POINTS. only: names of the nonlinearities to branch on; None is all.
+    tried: how many decisions of the highest score have their halves bounded before one is taken; 1 believes the score.
     """
 
     score: str = "bbps"
     point: str = "opt"
     only: frozenset[str] | None = None
+    tried: int = 1
 
     def __post_init__(self) -> None:
         if self.score not in BRANCHING:
             raise ValueError(f"branching {self.score!r} is not known; choose from {', '.join(BRANCHING)}")
         if self.point not in POINTS:
             raise ValueError(f"branching_point {self.point!r} is not known; choose from {', '.join(POINTS)}")
+        if self.tried < 1:
+            raise ValueError(f"tried is {self.tried}; at least one decision must be tried")
 
 
 def readers(graph: Graph, index: int, only: frozenset[str] | None = None) -> list[tuple[int, int]]:
@@ -125,7 +149,7 @@ def split_points(graph: Graph, index: int, l: Tensor, u: Tensor, how: Branching)
 
 @dataclass(eq=False)
 class Decisions:
-    """Per set: node (0 with ``unit`` -1 where nothing is left), unit, point, and the score."""
+    """The decisions of each set by falling score [B, tried]: node, unit (-1 where nothing is left), point, score."""
 
     node: Tensor
     unit: Tensor
@@ -136,14 +160,12 @@ class Decisions:
 def decide(
     graph: Graph, bounds: Bounds, region: Region, trace: Trace, root: dict[int, Shortcuts], how: Branching
 ) -> Decisions:
-    """The best decision of each set. trace: of its last pass over the output, whose rows are the clause's."""
+    """The best decisions of each set. trace: of its last pass over the output, whose rows are the clause's."""
     batch = region.batch
-    best = Decisions(
-        torch.zeros(batch, dtype=torch.long),
-        torch.full((batch,), -1, dtype=torch.long),
-        torch.zeros(batch, dtype=graph.dtype),
-        torch.full((batch,), -math.inf, dtype=graph.dtype),
-    )
+    nothing = torch.full((batch, how.tried), -1, dtype=torch.long)
+    parts = [
+        Decisions(nothing, nothing, nothing.to(graph.dtype), torch.full_like(nothing, -math.inf, dtype=graph.dtype))
+    ]
     for index in graph.pre:
         mask = candidates(graph, index, bounds, how.only)
         if not mask.any():
@@ -156,13 +178,15 @@ def decide(
             score = _scores(graph, index, bounds, region, trace, root.get(index), point, how)
         score = torch.where(mask & score.isfinite(), score, torch.full_like(score, -1e300))
         score = torch.where(mask, score, torch.full_like(score, -math.inf))
-        value, unit = score.max(1)
-        better = value > best.score
-        best.node = torch.where(better, index, best.node)
-        best.unit = torch.where(better, unit, best.unit)
-        best.point = torch.where(better, point.gather(1, unit[:, None])[:, 0], best.point)
-        best.score = torch.where(better, value, best.score)
-    return best
+        value, unit = score.topk(min(how.tried, score.shape[1]), dim=1)
+        unit = torch.where(value > -math.inf, unit, torch.full_like(unit, -1))
+        at = point.expand_as(score).gather(1, unit.clamp(min=0))
+        parts.append(Decisions(torch.full_like(unit, index), unit, at, value))
+    score, order = torch.cat([part.score for part in parts], 1).topk(how.tried, dim=1)
+    node, unit, point = (
+        torch.cat([getattr(part, name) for part in parts], 1).gather(1, order) for name in ("node", "unit", "point")
+    )
+    return Decisions(node, unit, point, score)
 
 
 def _scores(

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from tilewright.verify.genbab.bounds import Bounds, Splits
-from tilewright.verify.genbab.branching import Shortcuts
+from tilewright.verify.genbab.branching import HalfSpace
 from tilewright.verify.genbab.graph import Graph
 from tilewright.verify.genbab.properties import Property
 from tilewright.verify.genbab.region import Region
@@ -52,21 +52,22 @@ class Domain:
     constraints: tuple[Constraint, ...] = ()
     fresh: bool = False
     """Whether the box was cut, so that intermediate bounds are worth computing anew."""
+    stalled: bool = False
+    """Whether the last cut gave its bound nothing."""
 
     @property
     def margin(self) -> float:
         """The clause holds when one of its rows is positive."""
         return float(self.lower.max())
 
-    def cut_unit(self, node: int, unit: int, point: float, short: Shortcuts | None = None) -> list[Domain]:
-        """The halves z <= point and z >= point of a unit; short: linear bounds of the node's units in the input."""
+    def cut_unit(self, node: int, unit: int, point: float, inside: Sequence[HalfSpace | None]) -> list[Domain]:
+        """The halves z <= point and z >= point of a unit; inside: a half-space of the input that holds each of them."""
         halves = []
-        for sign in (-1.0, 1.0):
+        for sign, half in zip((-1.0, 1.0), inside, strict=True):
             l, u = self.bounds[node]
             l, u = (l, u.clone()) if sign < 0 else (l.clone(), u)
             (u if sign < 0 else l)[unit] = point
-            half = (None, 0.0) if short is None else short.half_space(unit, sign, point)
-            more = Constraint(node, unit, sign, point, torch.zeros_like(self.lower), *half)
+            more = Constraint(node, unit, sign, point, torch.zeros_like(self.lower), *(half or ()))
             bounds = {**self.bounds, node: (l, u)}
             # An earlier cut of the same unit on the same side is implied, and its multiplier only in the way.
             kept = tuple(c for c in self.constraints if (c.node, c.unit, c.sign) != (node, unit, sign))

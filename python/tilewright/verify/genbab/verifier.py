@@ -55,6 +55,7 @@ def verify(
     branching: str = "bbps",
     branching_point: str = "opt",
     branch_on: Sequence[str] | None = None,
+    tried: int = 1,
     split: str = "neuron",
     refresh: bool = True,
     timeout: float = 60.0,
@@ -75,8 +76,9 @@ def verify(
 
     method: "genbab" searches; "alpha-CROWN", "CROWN" and "IBP" only bound once (after the attack). branching: "bbps",
     "babsr", "width". branching_point: "opt" or "uniform". branch_on: names of nonlinearities ("relu", "sin", ...)
-    to cut and nothing else; everything if None. split: "neuron" or "input". refresh: intermediate bounds anew in every
-    subdomain. timeout in seconds, batch_size and max_domains in subdomains. perturbation: a ball around the box's
+    to cut and nothing else; everything if None. tried: how many decisions of the highest score have their halves
+    bounded before one is taken. split: "neuron" or "input". refresh: intermediate bounds anew in every subdomain.
+    timeout in seconds, batch_size and max_domains in subdomains. perturbation: a ball around the box's
     centre to cut the box with.
     confirm: the function that says what the model answers, [n_in] -> [n_out], for checking witnesses; the module itself
     if None.
@@ -89,7 +91,7 @@ def verify(
     if method not in METHODS:
         raise ValueError(f"method {method!r} is not known; choose from {', '.join(METHODS)}")
     settings = Settings(
-        Branching(branching, branching_point, None if branch_on is None else frozenset(branch_on)),
+        Branching(branching, branching_point, None if branch_on is None else frozenset(branch_on), tried),
         split,
         timeout,
         batch_size,
@@ -213,8 +215,8 @@ def minimum(
 ) -> tuple[float, float, Outcome]:
     """(lower, upper, outcome) of min c . f(x) over a box, searched until they are ``gap`` apart or a limit is met.
 
-    options: those of :func:`verify` that steer the search (branching, branching_point, branch_on, split, refresh,
-    timeout, batch_size, max_domains, branch_steps, seed).
+    options: those of :func:`verify` that steer the search (branching, branching_point, branch_on, tried, split,
+    refresh, timeout, batch_size, max_domains, branch_steps, seed).
     """
     steps = int(options.pop("branch_steps", BRANCH.steps))
     only = options.pop("branch_on", None)
@@ -222,6 +224,7 @@ def minimum(
         options.pop("branching", "bbps"),
         options.pop("branching_point", "opt"),
         None if only is None else frozenset(only),
+        int(options.pop("tried", 1)),
     )
     settings = Settings(how, branch=Schedule(steps, BRANCH.lr_alpha, BRANCH.lr_beta, BRANCH.decay), **options)
     shape = tuple(model.input_shape) if isinstance(model, Graph) else _batched(x_L)
