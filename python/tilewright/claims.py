@@ -125,6 +125,11 @@ def spread(
         return [pickle.loads(one) for one in pool.map(_apply, sent)]
 
 
+def call_with(work: Callable[..., R], *made: Any) -> R:
+    """work(*made): the function to spread where the items are themselves what is to be done."""
+    return work(*made)
+
+
 _made: tuple[Any, ...] = ()
 """In a process of :func:`spread`: what its setup made."""
 

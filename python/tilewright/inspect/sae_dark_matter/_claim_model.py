@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -16,9 +16,11 @@ from torch import Tensor, nn
 
 from tilewright import data, evaluate, models
 from tilewright.capture import ActivationStore, record
-from tilewright.claims import spread
+from tilewright.claims import call_with, spread
 from tilewright.inspect.sae import SAE, Rows, SAEConfig, SAETrainer
 from tilewright.inspect.sae_dark_matter.analysis import SAEErrorAnalysis
+from tilewright.inspect.sae_dark_matter.downstream import DownstreamLoss, downstream_loss
+from tilewright.inspect.sae_dark_matter.least_squares import LinearMap
 
 LAYER = 15
 SITE = f"model.layers.{LAYER}"
@@ -38,7 +40,7 @@ FULL = {part: {"speeches": both, "moby-dick": both, "encyclopedia": more}
 class Bench:
     """The model in float32 and contexts of some texts: to train on, to fit B, to evaluate; none is in two of them.
 
-    stores: activations of all of them, in ``folder``.
+    stores: activations of all of them, in ``folder``; those that another process has recorded there are opened.
     """
 
     def __init__(self, quick: bool, folder: Path) -> None:
@@ -48,9 +50,12 @@ class Bench:
         self.module: Any = models.to_transformers(language, dequantize=True)
         self.batches = self._batches(language.tokenizer)
         sites = [SITE] if quick else [SITE, *COMPONENTS.values()]
+        inner = [site.removeprefix("model.") for site in sites]
         with self.layers(slice(LAYER + 1)) as early:
-            inner = [site.removeprefix("model.") for site in sites]
-            self.stores = {part: record(early, ids, inner, folder / part) for part, ids in self.batches.items()}
+            for part, ids in self.batches.items():
+                if not (folder / part).exists():
+                    record(early, ids, inner, folder / part)
+        self.stores = {part: ActivationStore(folder / part) for part in self.batches}
 
     def _batches(self, tokenizer: Any) -> dict[str, list[Tensor]]:
         """Contexts of all texts in turn: from the calibration parts to train on, the others from what is held out."""
@@ -105,6 +110,15 @@ class Bench:
                 logits = module(ids)[0, SKIP - 1 : -1]
                 found.append(nn.functional.cross_entropy(logits, ids[0, SKIP:], reduction="none"))
         return torch.cat(found)
+
+    def downstream(self, sae: SAE, B: LinearMap, count: int | None = None) -> DownstreamLoss:
+        """Loss with the site's activation replaced, on the first contexts to evaluate."""
+        with self.late("test", count) as (module, batches):
+            return downstream_loss(module, "entry", sae, B, batches, skip=SKIP, progress=False)
+
+    def spread(self, works: Sequence[Callable[[Bench], Any]]) -> list[Any]:
+        """work(bench) for all works, in processes with a model of their own."""
+        return spread(call_with, works, partial(Bench, self.quick, self.folder), own=self)
 
     @cached_property
     def token_ids(self) -> tuple[Tensor, Tensor]:

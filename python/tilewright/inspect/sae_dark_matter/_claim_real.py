@@ -5,6 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import asdict
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from tilewright.claims import Experiment, Row, at_least, at_most
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from tilewright.inspect.sae_dark_matter.analysis import SAEErrorAnalysis
 
 SMALL, LARGE = 1152, 4608
-OTHERS = (2304, 9216)
+OTHERS = (576, 2304)
 SEEDS = (0, 1)
 
 
@@ -33,6 +34,7 @@ class Real:
     def rows(self) -> Iterator[Row]:
         """All rows, in the order of the spec's items."""
         self.train()
+        self.run_model()
         yield from self.decomposition_rows()
         yield from self.width_rows()
         yield from self.downstream_rows()
@@ -58,10 +60,30 @@ class Real:
             self.saes[pair] = made[pair]
             self.analyses[pair] = self.bench.analysis(made[pair])
 
+    def run_model(self) -> None:
+        """The model's losses: on the recorded tokens (for a baseline), and with the activation replaced."""
+        from tilewright.inspect.sae_dark_matter._claim_model import Bench
+
+        self.experiment.say("losses of the model, activations replaced")
+        widths = [SMALL if seed else LARGE for seed in self.seeds]
+        works: list[Any] = [
+            partial(
+                Bench.downstream,
+                sae=self.saes[pair],
+                B=self.analyses[pair].B,
+                count=4 if self.experiment.quick else None,
+            )
+            for pair in zip(widths, self.seeds, strict=True)
+        ]
+        if not self.experiment.quick:
+            works += [partial(Bench.losses, part=part) for part in ("fit", "test")]
+        done = self.bench.spread(works)
+        self.downstream = list(zip(widths, done[: len(widths)], strict=True))
+        self.losses = tuple(done[len(widths) :]) or None
+
     def decomposition_rows(self) -> Iterator[Row]:
         """Item 4 (a) to (c)."""
         self.experiment.say("error analysis")
-        losses = None if self.experiment.quick else (self.bench.losses("fit"), self.bench.losses("test"))
         found: dict[str, Any] = {}
         for (width, seed), analysis in self.analyses.items():
             fvu = analysis.fvu()
@@ -70,7 +92,7 @@ class Real:
                 "r2": asdict(analysis.r2()),
                 "norms": analysis.norm_prediction(),
                 "norms, intercept": analysis.norm_prediction(intercept=True),
-                "baselines": analysis.baselines(self.bench.token_ids, losses),
+                "baselines": analysis.baselines(self.bench.token_ids, self.losses),
                 "robust": {"fvu": asdict(analysis.fvu(robust=True)), "r2": asdict(analysis.r2(robust=True))},
             }
         self.experiment.values["saes"] = found
@@ -120,18 +142,10 @@ class Real:
 
     def downstream_rows(self) -> Iterator[Row]:
         """Item 5."""
-        from tilewright.inspect.sae_dark_matter._claim_model import SKIP
-        from tilewright.inspect.sae_dark_matter.downstream import downstream_loss
-
-        found: list[dict[str, Any]] = []
-        count = 4 if self.experiment.quick else None
-        for seed in self.seeds:
-            self.experiment.say(f"downstream loss, seed {seed}")
-            width = SMALL if seed else LARGE
-            with self.bench.late("test", count) as (module, batches):
-                B = self.analyses[width, seed].B
-                cost = downstream_loss(module, "entry", self.saes[width, seed], B, batches, skip=SKIP, progress=False)
-            found.append({"width": width, "loss": cost.loss, "recovered": cost.recovered, "tokens": cost.tokens})
+        found: list[dict[str, Any]] = [
+            {"width": width, "loss": cost.loss, "recovered": cost.recovered, "tokens": cost.tokens}
+            for width, cost in self.downstream
+        ]
         self.experiment.values["downstream"] = found
         for one in found:
             for part in ("linear", "nonlinear"):
@@ -168,9 +182,8 @@ class Real:
         name = f"pursuit at the encoder's L0, {LARGE} latents"
         yield at_least(f"{name}: relative fall of the error, least", min(changes), 0.0, paper="0.03 to 0.05")
         yield _claim_exact.omp_row(self.saes[LARGE, self.seeds[0]], tokens[:48])
-        dictionary = self.saes[LARGE, self.seeds[0]].W_dec.detach()
-        if not self.experiment.quick:
-            dictionary = self.saes[OTHERS[-1], self.seeds[0]].W_dec.detach()
+        # 9216 atoms are those of both seeds.
+        dictionary = torch.cat([self.saes[LARGE, seed].W_dec.detach() for seed in self.seeds])
         center = self.saes[LARGE, self.seeds[0]].b_dec.detach()
         yield from _claim_exact.pursuit_speed_rows(self.experiment, tokens - center, dictionary)
         yield from _claim_exact.speed_rows(self.experiment, self.bench.rows("train"), LARGE)
@@ -220,7 +233,7 @@ class Real:
         base = self.analyses[SMALL, self.seeds[0]]
         parts = {"linear": base.linear_error, "nonlinear": base.nonlinear_error}
         found = {}
-        saes = self.bench.train([Case(SMALL, part=part) for part in parts.values()])
+        saes = self.bench.train([Case(SMALL, part=part, steps=300) for part in parts.values()])
         for (name, part), sae in zip(parts.items(), saes, strict=True):
             x = first_rows(self.bench.rows("test").mapped(part), 4096)
             recon, _ = sae.reconstruct(x)

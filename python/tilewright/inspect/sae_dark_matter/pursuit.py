@@ -13,13 +13,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tilewright.inspect.sae.codes import sum_rows
 from tilewright.inspect.sae_dark_matter.analysis import apply_sae
 
 GRAM_BYTES = 1 << 30
 TOKENS = 256
+ATOMS = 512
+"""Columns of D D^T that are summed together: the rows that a piece's tokens share then stay in the cache."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +50,15 @@ def gradient_pursuit(x: Tensor, dictionary: Tensor, l0: int | Tensor, *, gram_by
     """
     x, dictionary, steps = _checked(x, dictionary, l0)
     most = int(steps.max()) if len(steps) else 0
-    gram = _GramRows(dictionary, gram_bytes)
-    allowed = selectable(dictionary)
+    # Atoms of zeros, never chosen, fill the last tile.
+    padded = nn.functional.pad(dictionary, (0, 0, 0, -len(dictionary) % ATOMS))
+    gram = _GramRows(padded, gram_bytes)
+    allowed = selectable(padded)
     index = torch.full((len(x), most), -1)
     value = x.new_zeros(len(x), most)
     # Tokens that need most steps first: those still at work are then always the first ones of a piece.
     for some in torch.argsort(steps, descending=True, stable=True).split(TOKENS):
-        found, weight = _pursue(x[some], dictionary, steps[some], gram, allowed)
+        found, weight = _pursue(x[some], steps[some], gram, allowed)
         index[some, : found.shape[1]] = found
         value[some, : weight.shape[1]] = weight
     used = index >= 0
@@ -62,33 +66,29 @@ def gradient_pursuit(x: Tensor, dictionary: Tensor, l0: int | Tensor, *, gram_by
     return Pursuit(index, value, sum_rows(index[used], value[used], offsets, dictionary))
 
 
-def _pursue(x: Tensor, dictionary: Tensor, steps: Tensor, gram: _GramRows, allowed: Tensor) -> tuple[Tensor, Tensor]:
+def _pursue(x: Tensor, steps: Tensor, gram: _GramRows, allowed: Tensor) -> tuple[Tensor, Tensor]:
     """Pursuit of tokens sorted by falling steps: (index [n, K], value [n, K])."""
     n, most = len(x), int(steps.max()) if len(steps) else 0
-    start = x @ dictionary.T
+    start = torch.matmul(x, gram.tiles.transpose(1, 2)).masked_fill_(~allowed.view(-1, 1, ATOMS), -torch.inf)
     index = torch.full((n, most), -1)
-    value = x.new_zeros(n, most)
+    value, own = x.new_zeros(n, most), x.new_zeros(n, most)  # own: D s of a support's atoms
     among = x.new_zeros(n, most, most)  # G between the atoms of a support
     size = torch.zeros(n, dtype=torch.int64)
     for step in range(most):
         live = int((steps > step).sum())
-        slots = gram.slots(index[:live][index[:live] >= 0])
-        gradient = start[:live]
-        if step:
-            used = index[:live] >= 0
-            offsets = torch.cat([torch.zeros(1, dtype=torch.int64), used.sum(1).cumsum(0)])
-            gradient = gradient - sum_rows(slots, value[:live][used], offsets, gram.table)
-        chosen = gradient.masked_fill(~allowed, -torch.inf).argmax(1)
+        chosen = gram.steepest(start[:, :live], index[:live], value[:live])
         fresh = ~(index[:live] == chosen[:, None]).any(1)
         rows = fresh.nonzero()[:, 0]
-        place = size[rows]
-        products = gram.between(chosen[rows], index[rows])
-        index[rows, place] = chosen[rows]
+        place, atoms = size[rows], chosen[rows]
+        products = gram.between(atoms, index[rows])
+        index[rows, place] = atoms
+        own[rows, place] = start[atoms // ATOMS, rows, atoms % ATOMS]
         among[rows, place, :] = products
         among[rows, :, place] = products
-        among[rows, place, place] = gram.norms[chosen[rows]]
+        among[rows, place, place] = gram.norms[atoms]
         size[rows] += 1
-        on = torch.where(index[:live] >= 0, gradient.gather(1, index[:live].clamp_min(0)), 0)
+        # Unused places have rows of zeros in all of these.
+        on = own[:live] - torch.einsum("nij,nj->ni", among[:live], value[:live])
         curve = torch.einsum("ni,nij,nj->n", on, among[:live], on)
         length = on.square().sum(1) / curve.clamp_min(torch.finfo(x.dtype).tiny)
         value[:live] = (value[:live] + length[:, None] * on).clamp_min(0)
@@ -96,7 +96,7 @@ def _pursue(x: Tensor, dictionary: Tensor, steps: Tensor, gram: _GramRows, allow
 
 
 class _GramRows:
-    """Rows of D D^T of the atoms that came up, each computed once while memory lasts."""
+    """Rows of D D^T of the atoms that came up, each computed once while memory lasts: [tiles, slots, ATOMS]."""
 
     def __init__(self, dictionary: Tensor, nbytes: int) -> None:
         self.dictionary = dictionary
@@ -104,12 +104,25 @@ class _GramRows:
         m = len(dictionary)
         self.most = max(TOKENS, nbytes // (m * dictionary.element_size()))
         self._slot = torch.full((m,), -1)
-        self._store = dictionary.new_empty(min(m, 512), m)
+        self.tiles = dictionary.view(-1, ATOMS, dictionary.shape[1])
+        self._store = dictionary.new_empty(len(self.tiles), 512, ATOMS)
         self._count = 0
 
-    @property
-    def table(self) -> Tensor:
-        return self._store[: self._count]
+    def steepest(self, start: Tensor, index: Tensor, value: Tensor) -> Tensor:
+        """The atom where the gradient ``start - w G`` is largest, of equal ones the first: [n].
+
+        start: [tiles, n, ATOMS]. The gradient is never whole in memory: a tile is searched while it is in the cache.
+        """
+        used = index >= 0
+        slots, weight = self.slots(index[used]), value[used]
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), used.sum(1).cumsum(0)])
+        best, atom = start.new_full((len(index),), -torch.inf), torch.zeros(len(index), dtype=torch.int64)
+        for number, (tile, store) in enumerate(zip(start, self._store, strict=True)):
+            gradient = tile - sum_rows(slots, weight, offsets, store[: self._count]) if len(slots) else tile
+            most, where = gradient.max(1)
+            atom = torch.where(most > best, where + number * ATOMS, atom)
+            best = torch.maximum(best, most)
+        return atom
 
     def slots(self, atoms: Tensor) -> Tensor:
         """Rows of the table that belong to these atoms; missing ones are computed."""
@@ -119,13 +132,13 @@ class _GramRows:
                 self._slot.fill_(-1)
                 self._count, missing = 0, atoms.unique()
             need = self._count + len(missing)
-            if need > len(self._store):
-                grown = self._store.new_empty(
-                    min(max(need, 2 * len(self._store)), max(need, self.most)), len(self.norms)
-                )
-                grown[: self._count] = self.table
+            have = self._store.shape[1]
+            if need > have:
+                grown = self._store.new_empty(len(self.tiles), min(max(need, 2 * have), max(need, self.most)), ATOMS)
+                grown[:, : self._count] = self._store[:, : self._count]
                 self._store = grown
-            torch.mm(self.dictionary[missing], self.dictionary.T, out=self._store[self._count : need])
+            for store, tile in zip(self._store, self.tiles, strict=True):
+                torch.mm(self.dictionary[missing], tile.T, out=store[self._count : need])
             self._slot[missing] = torch.arange(self._count, need)
             self._count = need
         return self._slot[atoms]
@@ -135,7 +148,7 @@ class _GramRows:
         if self._count == 0:
             return self.dictionary.new_zeros(others.shape)
         slot = self._slot[others.clamp_min(0)].clamp_min(0)
-        return torch.where(others >= 0, self._store[slot, atom[:, None]], 0)
+        return torch.where(others >= 0, self._store[atom[:, None] // ATOMS, slot, atom[:, None] % ATOMS], 0)
 
 
 def gradient_pursuit_dense(x: Tensor, dictionary: Tensor, l0: int | Tensor) -> Tensor:

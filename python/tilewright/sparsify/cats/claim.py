@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from tilewright.claims import Claim, Experiment, Row, at_least, at_most, spread
+from tilewright.claims import Claim, Experiment, Row, at_least, at_most, call_with, spread
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -124,10 +124,6 @@ def unranked(form: str, k: float, bench: Bench) -> Found:
     return {(form, k): bench.dropped(keep)}
 
 
-def _on(work: Callable[[Bench], Found], bench: Bench) -> Found:
-    return work(bench)
-
-
 def perplexities(experiment: Experiment, bench: Bench) -> list[Found]:
     """All forms by thresholds of the first and of the second calibration text; those without are with the first."""
     grid = (0.5, 0.7) if experiment.quick else SPARSITIES
@@ -143,7 +139,7 @@ def perplexities(experiment: Experiment, bench: Bench) -> list[Found]:
         others += [("random mask, seed 1", 0.3), ("random mask, seed 0", 0.5), ("random mask, seed 0", 0.7)]
         others += [("top-k a token", k) for k in grid]
     works += [(0, partial(unranked, form, k)) for form, k in others]
-    done = spread(_on, [work for _, work in works], partial(type(bench), experiment.quick), own=bench)
+    done = spread(call_with, [work for _, work in works], partial(type(bench), experiment.quick), own=bench)
     found: list[Found] = [{} for _ in texts]
     for (text, _), some in zip(works, done, strict=True):
         found[text] |= some
