@@ -42,7 +42,7 @@ def one_network(seed: int, quick: bool) -> dict[str, float]:
 
     module = PowerFlow(seed)
     module.fit(seed, 300 if quick else 1000)
-    return taus(module, 400 if quick else 4000)
+    return taus(module, 400 if quick else 2000)
 
 
 def taus(module: Any, domains: int) -> dict[str, float]:
