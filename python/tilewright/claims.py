@@ -13,6 +13,7 @@ a row that does not hold is shown as not holding, and the exit code is 1.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import importlib
 import itertools
 import json
@@ -25,7 +26,7 @@ import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from difflib import get_close_matches
 from importlib.metadata import PackageNotFoundError, entry_points, version
@@ -119,10 +120,24 @@ def spread(
         return [function(item, *more) for item in items]
     # A forked child would inherit the locks of this process's threads, not the threads.
     context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(count, context, _begin, (setup,)) as pool:
+    with _one_thread(), concurrent.futures.ProcessPoolExecutor(count, context, _begin, (setup,)) as pool:
         # Pickled here: the pool itself would pass tensors through shared memory, which containers give little of.
         sent = [pickle.dumps((function, item)) for item in items]
         return [pickle.loads(one) for one in pool.map(_apply, sent)]
+
+
+@contextlib.contextmanager
+def _one_thread() -> Iterator[None]:
+    """Processes started meanwhile use one thread from the beginning: a runtime that has once seen more stays slower."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    os.environ["OMP_NUM_THREADS"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
 
 
 def call_with(work: Callable[..., R], *made: Any) -> R:
@@ -136,10 +151,6 @@ _made: tuple[Any, ...] = ()
 
 def _begin(setup: Callable[[], Any] | None) -> None:
     global _made
-    os.environ["OMP_NUM_THREADS"] = "1"
-    import torch
-
-    torch.set_num_threads(1)
     _made = () if setup is None else (setup(),)
 
 
