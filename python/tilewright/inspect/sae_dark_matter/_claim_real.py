@@ -233,7 +233,7 @@ class Real:
         base = self.analyses[SMALL, self.seeds[0]]
         parts = {"linear": base.linear_error, "nonlinear": base.nonlinear_error}
         found = {}
-        saes = self.bench.train([Case(SMALL, part=part, steps=200) for part in parts.values()])
+        saes = self.bench.train([Case(SMALL, part=part, steps=300) for part in parts.values()])
         for (name, part), sae in zip(parts.items(), saes, strict=True):
             x = first_rows(self.bench.rows("test").mapped(part), 4096)
             recon, _ = sae.reconstruct(x)
@@ -249,7 +249,7 @@ class Real:
         from tilewright.inspect.sae_dark_matter.components import component_prediction
 
         self.experiment.say("SAEs on earlier components")
-        saes = self.bench.train([Case(SMALL, site=site, steps=200) for site in COMPONENTS.values()])
+        saes = self.bench.train([Case(SMALL, site=site, steps=300) for site in COMPONENTS.values()])
         one = {name: self.bench.analysis(sae, site) for (name, site), sae in zip(COMPONENTS.items(), saes, strict=True)}
 
         def batches(part: str) -> Iterator[dict[str, Any]]:
