@@ -128,7 +128,7 @@ def searched(net, n, **settings):
 @pytest.mark.parametrize("only", [None, frozenset({"gelu"})])
 def test_after_a_cut_that_gave_nothing_an_input_axis_is_cut(only):
     search = searched(*HARD["gelu"], max_domains=2, branching=bab.Branching(only=only))
-    search.heap[0][2].stalled = True
+    search.heap[0][2].inherited = math.inf
     search.run()
     widths = [(domain.x_U - domain.x_L).sum() for _, _, domain in search.heap]
     cut_units = [bool(domain.constraints) for _, _, domain in search.heap]
@@ -142,8 +142,11 @@ def test_of_the_tried_decisions_the_one_whose_worse_half_is_best_is_taken():
     worst = []
     for tried in (1, 6):
         search = searched(*HARD["sin"], max_domains=2, branching=bab.Branching(tried=tried), branch=bab.Schedule(0))
+        before = search.lower_bound
         search.run()
         worst.append(search.lower_bound)
+        # What trying found belongs to the cut: a half is compared with what it was cut from.
+        assert {domain.inherited for _, _, domain in search.heap} == {before}
     assert worst[1] >= worst[0] - 1e-9
     with pytest.raises(ValueError, match="tried is 0"):
         bab.Branching(tried=0)

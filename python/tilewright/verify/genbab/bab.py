@@ -32,8 +32,6 @@ from tilewright.verify.genbab.region import Region
 
 TOLERANCE = 1e-7
 SMALLEST_RADIUS = 1e-9
-STALLED = 1e-6
-"""A cut that lifts the bound by no more than this share of it gave nothing."""
 
 
 @dataclass(frozen=True)
@@ -324,8 +322,7 @@ class Search:
         lower = torch.where(before > lower, before, lower)
         unstack(children, bounds, as_slopes(alphas, slopes), betas, lower)
         self.visited += len(children)
-        for child, old, gone in zip(children, before.amax(1).tolist(), empty.tolist(), strict=True):
-            child.stalled = child.margin <= old + STALLED * abs(old)
+        for child, gone in zip(children, empty.tolist(), strict=True):
             if not gone:
                 self._file(child)
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -15,6 +16,7 @@ from tilewright.verify.genbab.graph import Graph
 from tilewright.verify.genbab.properties import Property
 from tilewright.verify.genbab.region import Region
 
+STALLED = 1e-6
 HALF_SPACES, HALF_SPACE_ENTRIES = 4, 256
 """How many of a subdomain's half-spaces its bounds use: this many, or more where they have few entries in all."""
 
@@ -52,13 +54,18 @@ class Domain:
     constraints: tuple[Constraint, ...] = ()
     fresh: bool = False
     """Whether the box was cut, so that intermediate bounds are worth computing anew."""
-    stalled: bool = False
-    """Whether the last cut gave its bound nothing."""
+    inherited: float = -math.inf
+    """The margin of the subdomain that it was cut from."""
 
     @property
     def margin(self) -> float:
         """The clause holds when one of its rows is positive."""
         return float(self.lower.max())
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the cut that made it lifted its margin by no more than a share STALLED."""
+        return self.margin <= self.inherited + STALLED * abs(self.inherited)
 
     def cut_unit(self, node: int, unit: int, point: float, inside: Sequence[HalfSpace | None]) -> list[Domain]:
         """The halves z <= point and z >= point of a unit; inside: a half-space of the input that holds each of them."""
@@ -71,7 +78,8 @@ class Domain:
             bounds = {**self.bounds, node: (l, u)}
             # An earlier cut of the same unit on the same side is implied, and its multiplier only in the way.
             kept = tuple(c for c in self.constraints if (c.node, c.unit, c.sign) != (node, unit, sign))
-            halves.append(Domain(self.clause, self.x_L, self.x_U, bounds, self.alphas, self.lower, (*kept, more)))
+            made = replace(self, bounds=bounds, constraints=(*kept, more), fresh=False, inherited=self.margin)
+            halves.append(made)
         return halves
 
     def cut_input(self, axis: int, point: float) -> list[Domain]:
@@ -79,7 +87,7 @@ class Domain:
         left, right = self.x_U.clone(), self.x_L.clone()
         left[axis], right[axis] = point, point
         return [
-            Domain(self.clause, x_L, x_U, self.bounds, self.alphas, self.lower, self.constraints, fresh=True)
+            replace(self, x_L=x_L, x_U=x_U, fresh=True, inherited=self.margin)
             for x_L, x_U in ((self.x_L, left), (right, self.x_U))
         ]
 
